@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Stage 1 of the digits recipe, on any machine. Any flag can be overridden: bash scripts/cold_start_digits.sh --num-steps 2
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+DIGITS="${DIGITS:-runs/digits}"
+
+launch train_cc.cold_start \
+    --teacher "${TEACHER:-$DIGITS/teacher}" \
+    --output-dir "${OUTPUT_DIR:-$DIGITS/cold_start}" \
+    --auto-resume \
+    --vae none \
+    --seed "${SEED:-30}" \
+    --mixed-precision no \
+    --max-train-steps 400 \
+    --batch-size 64 \
+    --gradient-accumulation-steps 1 \
+    --num-steps 1 \
+    --timestep-shift 1.0 \
+    --ratio-update 5 \
+    --lora-rank 32 \
+    --lora-init-spread 0.072 \
+    --lora-scale-fake 2.0 \
+    --lora-scale-real 0.75 \
+    --dynamic-steps 200 \
+    --renoise-alpha 4.0 \
+    --renoise-beta 1.5 \
+    --real-guidance-scale 1.0 \
+    --real-guidance-interval 0.0 1.0 \
+    --learning-rate-generator 2e-4 \
+    --learning-rate-estimator 1e-3 \
+    --weight-decay-generator 0.01 \
+    --weight-decay-estimator 0.01 \
+    --max-grad-norm 1.0 \
+    --ema-decay 0.98 \
+    --checkpoint-steps 100 \
+    --sample-steps 50 \
+    --num-previews 20 \
+    --teacher-preview-steps 32 \
+    "$@"

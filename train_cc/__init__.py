@@ -1,0 +1,1 @@
+"""Class-conditional DMDR: cold start by distribution matching, then distribution matching with a reward."""

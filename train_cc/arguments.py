@@ -1,0 +1,144 @@
+"""The command line of both stages: flags with the SiT-XL/2 recipe as defaults, validation before any loading."""
+
+import argparse
+from pathlib import Path
+
+from train_cc.errors import InputError
+
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
+
+# Flags whose values have a range: name -> (test, what is allowed).
+_AT_LEAST_1 = (lambda v: v >= 1, "at least 1")
+_AT_LEAST_0 = (lambda v: v >= 0, "at least 0")
+_POSITIVE = (lambda v: v > 0, "above 0")
+RANGES = {
+    "max_train_steps": _AT_LEAST_1,
+    "checkpoint_steps": _AT_LEAST_1,
+    "sample_steps": _AT_LEAST_1,
+    "keep_checkpoints": _AT_LEAST_0,
+    "seed": _AT_LEAST_0,
+    "lora_rank": (lambda v: v >= 1, "at least 1: at rank 0 real and fake would be the same network, and learn nothing"),
+    "lora_init_spread": _POSITIVE,
+    "num_steps": _AT_LEAST_1,
+    "timestep_shift": _POSITIVE,
+    "ratio_update": _AT_LEAST_1,
+    "dynamic_steps": _AT_LEAST_0,
+    "renoise_alpha": _POSITIVE,
+    "renoise_beta": _POSITIVE,
+    "real_guidance_interval": (lambda v: 0 <= v[0] < v[1] <= 1, "two times LOW HIGH with 0 <= LOW < HIGH <= 1"),
+    "batch_size": _AT_LEAST_1,
+    "gradient_accumulation_steps": _AT_LEAST_1,
+    "learning_rate_generator": _POSITIVE,
+    "learning_rate_estimator": _POSITIVE,
+    "adam_beta1": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "adam_beta2": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "adam_epsilon": _POSITIVE,
+    "weight_decay_generator": _AT_LEAST_0,
+    "weight_decay_estimator": _AT_LEAST_0,
+    "max_grad_norm": _POSITIVE,
+    "ema_decay": (lambda v: 0 <= v < 1, "in [0, 1); 0 is off"),
+    "num_previews": _AT_LEAST_0,
+    "teacher_preview_steps": _AT_LEAST_0,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise InputError(f"{message}; see --help")
+
+
+def build_parser(description: str) -> Parser:
+    """Every flag that both stages have; the defaults are the SiT-XL/2 cold start's (METHOD: recipes)."""
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    run = parser.add_argument_group("run")
+    run.add_argument("--output-dir", type=Path, required=True, help="the run's folder")
+    run.add_argument("--overwrite", action="store_true", help="delete an earlier run in --output-dir")
+    run.add_argument("--resume-ckpt", type=Path, help="a torch_units/step-N.pt to start from, here or elsewhere")
+    run.add_argument(
+        "--auto-resume", action="store_true", help="continue from the newest checkpoint in --output-dir, if any"
+    )
+    run.add_argument("--max-train-steps", type=int, default=20_000, help="generator updates, counted over both stages")
+    run.add_argument("--checkpoint-steps", type=int, default=5_000, help="generator updates between checkpoints")
+    run.add_argument("--keep-checkpoints", type=int, default=0, help="newest checkpoints that are kept; 0 keeps all")
+    run.add_argument("--sample-steps", type=int, default=1_000, help="generator updates between previews")
+    run.add_argument("--num-previews", type=int, default=16, help="images in a preview; 0 turns previews off")
+    run.add_argument(
+        "--teacher-preview-steps", type=int, default=50, help="Euler steps of the teacher's preview row; 0 turns it off"
+    )
+    run.add_argument("--seed", type=int, default=30)
+
+    model = parser.add_argument_group("models")
+    model.add_argument("--teacher", type=Path, required=True, help="model folder, see convert_weight/sit_convert.py")
+    model.add_argument("--num-classes", type=int, help="checked against the teacher's; without it, the teacher's")
+    model.add_argument("--vae", default=DEFAULT_VAE, help="decoder: a hub name or folder; 'none' for pixel space")
+    model.add_argument("--use-lora-gen", action="store_true", help="train a LoRA of the generator, not all of it")
+    model.add_argument("--lora-rank", type=int, default=32, help="of the estimator; the generator's is twice it")
+    model.add_argument(
+        "--lora-init-spread", type=float, default=1.0, help="standard deviation of the estimator's first LoRA A"
+    )
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--num-steps", type=int, default=1, help="steps K of the generator")
+    method.add_argument("--timestep-shift", type=float, default=1.0, help="shift s of the generator's time grid")
+    method.add_argument("--ratio-update", type=int, default=5, help="estimator turns per generator turn")
+    method.add_argument("--lora-scale-fake", type=float, default=2.0, help="LoRA scale of the fake score")
+    method.add_argument("--lora-scale-real", type=float, default=0.75, help="LoRA scale of the real score at step 0")
+    method.add_argument("--dynamic-steps", type=int, default=10_000, help="generator updates D of both schedules")
+    method.add_argument("--renoise-alpha", type=float, default=4.0, help="a of t ~ Beta(a, b) at step 0")
+    method.add_argument("--renoise-beta", type=float, default=1.5, help="b of t ~ Beta(a, b) at step 0")
+    method.add_argument("--real-guidance-scale", type=float, default=1.0, help="of the real score; at most 1 is off")
+    method.add_argument(
+        "--real-guidance-interval",
+        type=float,
+        nargs=2,
+        default=[0.0, 1.0],
+        metavar=("LOW", "HIGH"),
+        help="times guided",
+    )
+
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--batch-size", type=int, default=64, help="per process")
+    optimisation.add_argument("--gradient-accumulation-steps", type=int, default=1)
+    optimisation.add_argument("--learning-rate-generator", type=float, default=2e-5)
+    optimisation.add_argument("--learning-rate-estimator", type=float, default=2e-5)
+    optimisation.add_argument("--adam-beta1", type=float, default=0.9)
+    optimisation.add_argument("--adam-beta2", type=float, default=0.999)
+    optimisation.add_argument("--adam-epsilon", type=float, default=1e-8)
+    optimisation.add_argument("--weight-decay-generator", type=float, default=0.01)
+    optimisation.add_argument("--weight-decay-estimator", type=float, default=0.0)
+    optimisation.add_argument("--max-grad-norm", type=float, default=1.0)
+    optimisation.add_argument("--ema-decay", type=float, default=0.0, help="of the generator's average; 0 is off")
+
+    hardware = parser.add_argument_group("hardware")
+    hardware.add_argument(
+        "--mixed-precision",
+        default="auto",
+        choices=["auto", "no", "fp16", "bf16"],
+        help="auto: bf16 on a GPU that has it, fp16 on another GPU, no on a CPU",
+    )
+    hardware.add_argument("--gradient-checkpointing", action="store_true", help="of both networks' blocks")
+    return parser
+
+
+def validate(args: argparse.Namespace) -> list[str]:
+    """Raise `InputError` on an impossible value or a contradiction; -> one line for each flag that is set aside."""
+    for name, (allowed, words) in RANGES.items():
+        value = getattr(args, name)
+        if not allowed(value):  # NaN fails every comparison, and so is refused too
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise InputError(f"--{name.replace('_', '-')} is {shown}; allowed: {words}")
+    if (
+        args.resume_ckpt is not None
+        and args.overwrite
+        and args.output_dir.resolve() in args.resume_ckpt.resolve().parents
+    ):
+        raise InputError(f"--overwrite would delete --resume-ckpt {args.resume_ckpt}")
+    notes = []
+    if args.auto_resume and args.overwrite:
+        notes.append("--overwrite starts anew: --auto-resume is set aside")
+        args.auto_resume = False
+    if args.real_guidance_scale <= 1 and args.real_guidance_interval != [0.0, 1.0]:
+        notes.append(
+            f"--real-guidance-scale is {args.real_guidance_scale} (off): --real-guidance-interval is set aside"
+        )
+    return notes

@@ -1,0 +1,37 @@
+"""Random draws without state: every number is a function of a key such as (seed, turn, step, chunk)."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def generator_of(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by mixing all integers of ``key``: equal keys give equal draws, others are independent."""
+    low, high = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    return torch.Generator(device).manual_seed(int(low) | int(high) << 32)
+
+
+class Draws:
+    """The draws of one device batch. Noise comes on ``device``; labels, times and indices on the CPU.
+
+    Times on the CPU let the guidance interval be known without asking the device. A resumed run needs no saved
+    generator state, and previews cannot disturb training.
+    """
+
+    def __init__(self, *key: int, device: torch.device | str = "cpu"):
+        device = torch.device(device)
+        self._cpu = generator_of(*key, 0)
+        self._device = generator_of(*key, 1, device=device)
+
+    def noise(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._device, device=self._device.device)
+
+    def noise_like(self, x: Tensor) -> Tensor:
+        return self.noise(*x.shape)
+
+    def integers(self, high: int, size: int) -> Tensor:
+        """(size,) int64, uniform over 0 .. high - 1: labels, step indices."""
+        return torch.randint(high, (size,), generator=self._cpu)
+
+    def uniform(self, size: int) -> Tensor:
+        return torch.rand(size, generator=self._cpu, dtype=torch.float64)

@@ -1,0 +1,6 @@
+"""The networks. None of them knows of distillation."""
+
+from train_cc.models.estimator import ScoreEstimator
+from train_cc.models.sit import SIT_SIZES, SiT
+
+__all__ = ["SIT_SIZES", "ScoreEstimator", "SiT"]

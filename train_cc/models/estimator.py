@@ -1,0 +1,30 @@
+"""The estimator: the frozen teacher plus a small LoRA, read at two scales as the fake and the real score."""
+
+import torch
+from torch import Tensor, nn
+
+from train_cc.models.lora import ESTIMATOR_TARGETS, add_lora, lora_layers, set_lora_scale
+from train_cc.models.sit import SiT
+
+
+class ScoreEstimator(nn.Module):
+    """v(x, t, y) of ``teacher`` with its LoRA at ``lora_scale``; scale 0 is the teacher bit for bit.
+
+    ``teacher`` is taken over and frozen. The scale is an argument of `forward` alone: with activation checkpointing
+    nothing may run between the fake forward and its backward, which recomputes at the scale set last.
+    """
+
+    def __init__(self, teacher: SiT, lora_rank: int, lora_init_spread: float | None = 1.0, seed: int = 0):
+        super().__init__()
+        add_lora(teacher, lora_rank, ESTIMATOR_TARGETS, lora_init_spread, seed)
+        self.network = teacher
+        self._layers = lora_layers(teacher)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, lora_scale: float | Tensor) -> Tensor:
+        """x (B, C, H, W), t (B,), y (B,), lora_scale a number or one a sample (B,) -> v (B, C, H, W)."""
+        if isinstance(lora_scale, Tensor):
+            scale = lora_scale.to(x.device, non_blocking=True).view(-1, 1, 1)
+        else:
+            scale = torch.full((), lora_scale, device=x.device)
+        set_lora_scale(self._layers, scale)
+        return self.network(x, t, y)

@@ -1,0 +1,59 @@
+"""LoRA on a SiT by peft, in the three operations that training needs: add, list, merge."""
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from train_cc.draws import generator_of
+from train_cc.errors import InputError
+
+ADAPTER = "default"
+ESTIMATOR_TARGETS = ["attn.qkv"]
+GENERATOR_TARGETS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+
+
+def add_lora(model: nn.Module, rank: int, targets: list[str], spread: float | None, seed: int) -> None:
+    """Freeze ``model`` and put LoRA (alpha = rank, B = 0) on ``targets``; only LoRA is trainable after.
+
+    ``spread`` is the standard deviation of A's first values: with Adam, spread times learning rate says how fast the
+    adapted weight moves. None: peft's own, 1 / sqrt(3 fan_in).
+    """
+    if rank < 1:
+        raise InputError(f"the LoRA rank is {rank}; it must be at least 1: without LoRA real and fake are one network")
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0)
+        inject_adapter_in_model(config, model, ADAPTER)
+    generator = generator_of(seed)
+    for layer in lora_layers(model):
+        a = layer.lora_A[ADAPTER].weight
+        if spread is not None:
+            with torch.no_grad():
+                a.copy_(torch.randn(a.shape, generator=generator) * spread)
+        layer.lora_A[ADAPTER].requires_grad_(True)
+        layer.lora_B[ADAPTER].requires_grad_(True)
+    expected = sum(rank * (layer.in_features + layer.out_features) for layer in lora_layers(model))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if trainable != expected or trainable == 0:
+        raise AssertionError(f"LoRA on {targets} should train {expected} parameters, but {trainable} are trainable")
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def set_lora_scale(layers: list[LoraLayer], scale: Tensor) -> None:
+    """``scale``: a tensor that broadcasts over a layer's output (B, N, D); a tensor, since a float would recompile."""
+    for layer in layers:
+        layer.scaling[ADAPTER] = scale
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add every LoRA product into its base weight, in place, and take the LoRA modules out."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())

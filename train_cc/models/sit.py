@@ -1,0 +1,195 @@
+"""SiT (arXiv 2401.08740): the velocity network. Knows nothing of distillation.
+
+Parameter names and conventions are those of the REPA release: t = 1 is noise, v = noise - data, raw t in [0, 1].
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
+from timm.layers import Attention, Mlp, PatchEmbed
+from torch import Tensor, nn
+
+from train_cc.errors import InputError
+
+# name -> the arguments of `SiT` that it stands for; inputs are 4 x 32 x 32 latents, 1000 classes, by default.
+SIT_SIZES = {
+    f"SiT-{size}/{patch}": {"depth": depth, "hidden_size": hidden, "num_heads": heads, "patch_size": patch}
+    for size, depth, hidden, heads in [("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16)]
+    for patch in (2, 4, 8)
+}
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, N, D), shift and scale (B, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def sinusoidal_embedding(t: Tensor, dim: int = 256) -> Tensor:
+    """cat[cos, sin] of t times exp(-ln(10000) i / (dim / 2)). (B,) -> (B, dim), fp32."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_embedding(hidden_size: int, grid_size: int) -> Tensor:
+    """Fixed 2-D sine-cosine table, columns (w) in the first half of the width. (1, grid_size^2, hidden_size)."""
+    quarter = hidden_size // 4
+    frequencies = 10000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid_size, hidden_size / 2)
+    columns = axis.repeat(grid_size, 1)
+    rows = axis.repeat_interleave(grid_size, dim=0)
+    return torch.cat([columns, rows], dim=1).float().unsqueeze(0)
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(sinusoidal_embedding(t).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """One row a class and, last, one for the null class. Labels are never dropped here, whatever the mode."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class SiTBlock(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class SiT(ModelMixin, ConfigMixin):
+    """Velocity network v(x, t, y). `SiT(**SIT_SIZES["SiT-XL/2"])` is the full size; null class = ``num_classes``."""
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        input_size: int = 32,
+        in_channels: int = 4,
+        patch_size: int = 2,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        num_classes: int = 1000,
+        mlp_ratio: float = 4.0,
+    ):
+        super().__init__()
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        # A buffer: part of every file (REPA's went through its EMA), never trained.
+        self.register_buffer("pos_embed", position_embedding(hidden_size, input_size // patch_size))
+        self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    @property
+    def null_class(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one input."""
+        return (self.config.in_channels, self.config.input_size, self.config.input_size)
+
+    def initialize_weights(self) -> None:
+        """adaLN-Zero: every block starts as the identity and the output as zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patch = self.x_embedder.proj
+        nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
+        nn.init.zeros_(patch.bias)
+        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight):
+            nn.init.normal_(weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in [block.adaLN_modulation[1] for block in self.blocks] + [
+            self.final_layer.adaLN_modulation[1],
+            self.final_layer.linear,
+        ]:
+            nn.init.zeros_(layer.weight)
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """(B, N, p * p * C) with channels fastest -> (B, C, H, W)."""
+        p, side = self.config.patch_size, self.config.input_size // self.config.patch_size
+        x = tokens.view(len(tokens), side, side, p, p, self.config.in_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.config.in_channels, side * p, side * p)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x (B, C, H, W), t (B,) in [0, 1], y (B,) int64 -> v (B, C, H, W)."""
+        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, c)
+            else:
+                x = block(x, c)
+        return self.unpatchify(self.final_layer(x, c))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **kwargs) -> "SiT":
+        """Read a folder of `config.json` and one safetensors file, strictly.
+
+        Raises `InputError` where the folder or a file is missing, truncated, or holds other keys or shapes.
+        """
+        folder = Path(folder)
+        if folder.is_file():
+            raise InputError(
+                f"{folder} is a file; a model folder with config.json and {WEIGHTS_NAME} is expected. "
+                f"To make one of a checkpoint: python convert_weight/sit_convert.py --input {folder}"
+            )
+        for name in ("config.json", WEIGHTS_NAME):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder / name} does not exist; a model folder holds config.json and {WEIGHTS_NAME}")
+        try:
+            model, info = super().from_pretrained(
+                folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **kwargs
+            )
+        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+            raise InputError(f"cannot read a SiT from {folder}: {error}") from error
+        problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+        if problems:
+            told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:8])}" for kind, keys in problems.items())
+            raise InputError(f"{folder / WEIGHTS_NAME} does not fit its config.json: {told}")
+        return model

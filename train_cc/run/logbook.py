@@ -1,0 +1,95 @@
+"""What a run writes down: its arguments, its log, and one JSON object a line of losses."""
+
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from train_cc.errors import InputError
+
+LIBRARIES = ("torch", "torchvision", "accelerate", "timm", "peft", "diffusers", "safetensors", "numpy", "scipy")
+logger = logging.getLogger("train_cc")
+
+
+RUN_CONTENT = ("checkpoints", "generator", "loss_logs", "samples", "args.json", "log.txt")
+
+
+def check_output_dir(folder: Path, overwrite: bool = False) -> None:
+    """Refuse a folder with something in it, unless ``overwrite``."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"the output folder {folder} is a file")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise InputError(
+            f"the output folder {folder} is not empty; choose another --output-dir, continue from its checkpoint "
+            "with --auto-resume (training runs), or replace what it holds with --overwrite"
+        )
+
+
+def clear_output_dir(folder: Path) -> None:
+    """Make ``folder``, and delete an earlier run in it; what no run writes stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (folder / name for name in RUN_CONTENT):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def library_versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def log_to(folder: Path) -> None:
+    """Readable lines to ``folder``/log.txt and to the terminal, on the process that calls this."""
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+    for handler in (logging.FileHandler(folder / "log.txt"), logging.StreamHandler()):
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+
+
+class JsonLines:
+    """An append-only file of one JSON object a line, flushed at every call."""
+
+    def __init__(self, path: Path, keep_until_step: int = 0):
+        """Rows whose ``step`` lies after ``keep_until_step``, and a torn last line, are dropped."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_json_lines(path) if row["step"] <= keep_until_step] if path.exists() else []
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a")
+
+    def write(self, rows: list[dict]) -> None:
+        self._file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """All whole rows of ``path``; a line that a kill tore is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def not_finite(row: dict) -> list[str]:
+    """The names of a row's values that are not finite numbers."""
+    return [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]

@@ -1,0 +1,94 @@
+"""Solvers. A model is any callable (x, t, y) -> v with x, v (B, C, H, W), t (B,), y (B,) int64."""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from train_cc.flow import interpolate, x0_from_velocity
+from train_cc.schedules import timestep_grid
+
+VelocityModel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def guide(model: VelocityModel, null_class: int, scale: float, interval: tuple[float, float] = (0, 1)) -> VelocityModel:
+    """Classifier-free guidance: v = v_null + w (v_cond - v_null) where t lies in ``interval``, v_cond elsewhere.
+
+    Any scale <= 1 means off and returns the model itself. Otherwise every call passes the conditional batch and the
+    null rows of the samples inside the interval through the network at once: a sample outside costs one row, not two.
+    With t given on the CPU the rows are found without asking the device.
+    """
+    if scale <= 1:
+        return model
+    low, high = interval
+
+    def guided(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        inside = ((t >= low) & (t <= high)).nonzero().flatten()
+        t, rows = t.to(x.device, non_blocking=True), inside.to(x.device, non_blocking=True)
+        null = y.new_full((len(inside),), null_class)
+        v = model(torch.cat([x, x[rows]]), torch.cat([t, t[rows]]), torch.cat([y, null]))
+        v, v_null = v[: len(x)], v[len(x) :]
+        return v.index_copy(0, rows, v_null + scale * (v[rows] - v_null))
+
+    return guided
+
+
+def few_step_sample(
+    model: VelocityModel,
+    noise: Tensor,
+    y: Tensor,
+    num_steps: int = 1,
+    shift: float = 1.0,
+    fresh_noise: Callable[[Tensor], Tensor] = torch.randn_like,
+) -> Tensor:
+    """The generator's sampler: x0_hat = x_t - t v, then re-noise x0_hat to the next time. -> x0 (B, C, H, W).
+
+    One step: x0 = noise - v(noise, 1, y). ``fresh_noise`` maps x0_hat to the noise of the next step.
+    """
+    times = timestep_grid(num_steps, shift)
+    x_t = noise
+    for step in range(num_steps):
+        t = noise.new_full((len(noise),), times[step])
+        x0 = x0_from_velocity(x_t, model(x_t, t, y), t)
+        if step + 1 < num_steps:
+            x_t = interpolate(x0, fresh_noise(x0), torch.full_like(t, times[step + 1]))
+    return x0
+
+
+@torch.no_grad()
+def few_step_input(
+    model: VelocityModel,
+    noise: Tensor,
+    y: Tensor,
+    index: Tensor,
+    num_steps: int,
+    shift: float = 1.0,
+    fresh_noise: Callable[[Tensor], Tensor] = torch.randn_like,
+) -> tuple[Tensor, Tensor]:
+    """Backward simulation: what `few_step_sample` feeds the network at step ``index`` ((B,) int64, CPU). -> (x_t, t).
+
+    The published code re-noises the x0_hat of step i itself; here the input at t_i is the re-noised x0_hat of step
+    i - 1, exactly as at inference. For one step both are pure noise.
+    """
+    times = noise.new_tensor(timestep_grid(num_steps, shift)) if num_steps > 1 else noise.new_ones(2)
+    x_t = noise
+    for step in range(num_steps - 1):
+        rows = (index > step).nonzero().flatten().to(noise.device)
+        renoise = fresh_noise(noise)  # drawn for every row, so that a row's noise does not depend on the others' index
+        if len(rows) == 0:
+            break
+        t = times[step].expand(len(rows))
+        x0 = x0_from_velocity(x_t[rows], model(x_t[rows], t, y[rows]), t)
+        x_t = x_t.index_copy(0, rows, interpolate(x0, renoise[rows], times[step + 1].expand(len(rows))))
+    return x_t, times[index.to(noise.device)]
+
+
+def euler_sample(model: VelocityModel, noise: Tensor, y: Tensor, num_steps: int) -> Tensor:
+    """Euler's method for dx = v dt from t = 1 to 0 in equal steps: the multi-step teacher. -> x0 (B, C, H, W)."""
+    times = timestep_grid(num_steps)
+    x_t = noise
+    for t, t_next in itertools.pairwise(times):
+        v = model(x_t, noise.new_full((len(noise),), t), y)
+        x_t = x_t + (t_next - t) * v
+    return x_t
