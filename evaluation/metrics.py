@@ -40,7 +40,8 @@ def frechet_distance(
     values, vectors = np.linalg.eigh(sigma_g)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     roots = np.sqrt(np.linalg.eigvalsh(root @ sigma_r @ root).clip(min=0))
-    return float(np.sum((mu_g - mu_r) ** 2) + np.trace(sigma_g) + np.trace(sigma_r) - 2 * roots.sum())
+    distance = np.sum((mu_g - mu_r) ** 2) + np.trace(sigma_g) + np.trace(sigma_r) - 2 * roots.sum()
+    return max(0.0, float(distance))  # rounding alone can make it negative
 
 
 def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:

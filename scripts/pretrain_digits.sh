@@ -22,7 +22,7 @@ SEED="${SEED:-30}"
 [ -f "$DIGITS/classifier_reward/config.json" ] || python -m train_cc.pretrain.classifier \
     --dataset digits \
     --output-dir "$DIGITS/classifier_reward" \
-    --architecture test_resnet \
+    --architecture test_efficientnet \
     --image-size 32 \
     --noise-augmentation 0.2 \
     --max-train-steps 400 \
@@ -32,9 +32,9 @@ SEED="${SEED:-30}"
 [ -f "$DIGITS/classifier_evaluation/config.json" ] || python -m train_cc.pretrain.classifier \
     --dataset digits \
     --output-dir "$DIGITS/classifier_evaluation" \
-    --architecture test_efficientnet \
+    --architecture test_resnet \
     --image-size 32 \
-    --noise-augmentation 0 \
+    --noise-augmentation 0.1 \
     --max-train-steps 400 \
     --batch-size 128 \
     --learning-rate 2e-3 \

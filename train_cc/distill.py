@@ -402,11 +402,14 @@ def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
 def export(run: Run, args: argparse.Namespace) -> None:
     """generator/: the plain SiT, with EMA weights where there is an EMA, LoRA merged."""
     with averaged_weights(run):
+        # On a CPU the state shares the parameters' memory: it is used up before the raw weights come back.
         state = checkpoints.trained_state(run.plain_generator)
+        if run.session.is_main:
+            generator = assemble_generator(run.model_config, state, args.teacher, generator_lora_rank(args))
     if run.session.is_main:
         target = args.output_dir / "generator"
         temporary = target.with_name("generator.tmp")
-        assemble_generator(run.model_config, state, args.teacher, generator_lora_rank(args)).save_pretrained(temporary)
+        generator.save_pretrained(temporary)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         logger.info("generator after %d updates: %s", run.step, target)

@@ -6,8 +6,11 @@ import math
 import os
 import platform
 import shutil
+import sys
 from importlib import metadata
 from pathlib import Path
+
+from tqdm import tqdm
 
 from train_cc.errors import InputError
 
@@ -49,6 +52,13 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+class AboveProgressBars(logging.Handler):
+    """Log lines to the terminal that do not break a progress bar in two."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def log_to(folder: Path) -> None:
     """Readable lines to ``folder``/log.txt and to the terminal, on the process that calls this."""
     logger.setLevel(logging.INFO)
@@ -56,7 +66,7 @@ def log_to(folder: Path) -> None:
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
-    for handler in (logging.FileHandler(folder / "log.txt"), logging.StreamHandler()):
+    for handler in (logging.FileHandler(folder / "log.txt"), AboveProgressBars()):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
 

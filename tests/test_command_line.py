@@ -1,0 +1,171 @@
+"""What people type: flags, scripts, the output tree, and what is refused before anything is written."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from convert_weight import export_generator
+from tests.conftest import flags, random_sit, refused, run_cold_start
+from train_cc import cold_start
+from train_cc.arguments import RANGES, validate
+from train_cc.models import SiT
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = {"train_cc.cold_start": cold_start}
+
+
+def shell_words(text: str) -> list[str]:
+    """The words of a command with ${NAME:-default} replaced by its default and other variables by x."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text).replace("\\\n", " ")
+    return [re.sub(r"\$\{?\w+\}?", "x", word) for word in shlex.split(text) if word != "$@"]
+
+
+def commands(starting: str) -> list[tuple[str, list[str]]]:
+    found = []
+    for script in sorted((ROOT / "scripts").glob("*.sh")):
+        text = script.read_text()
+        for match in re.finditer(rf"{starting} ((?:.|\\\n)*?)(?<!\\)\n", text):
+            if script.name != "env.sh":
+                found.append((script.name, shell_words(match[1])))
+    return found
+
+
+@pytest.mark.parametrize(
+    "script,words", [c for c in commands("launch") if c[1][0] in STAGES], ids=lambda v: str(v)[:30]
+)
+def test_flags_of_the_launchers_parse(script, words):
+    args = STAGES[words[0]].stage_parser().parse_args(words[1:])
+    validate(args)
+    assert args.auto_resume
+
+
+@pytest.mark.parametrize("script,words", commands("python -m"), ids=lambda v: str(v)[:30])
+def test_flags_of_the_other_commands_exist(script, words):
+    if words[0] == "pytest":
+        return
+    files = (words[0].replace(".", "/") + ".py", "train_cc/pretrain/data.py")
+    source = "".join((ROOT / file).read_text() for file in files)
+    for word in words[1:]:
+        if word.startswith("--"):
+            assert f'"{word}"' in source, f"{script}: {word}"
+
+
+def test_every_default_is_legal_and_every_range_has_its_flag():
+    args = cold_start.stage_parser().parse_args(["--teacher", "t", "--output-dir", "o"])
+    assert validate(args) == []
+    assert all(hasattr(args, name) for name in RANGES)
+
+
+def test_sitxl_launcher_is_the_recipe_of_the_defaults():
+    ((_, words),) = [c for c in commands("launch") if c[0] == "cold_start_sitxl.sh"]
+    listed = vars(cold_start.stage_parser().parse_args(words[1:]))
+    defaults = vars(cold_start.stage_parser().parse_args(["--teacher", "t", "--output-dir", "o"]))
+    for name in listed.keys() - {"teacher", "output_dir", "auto_resume"}:
+        assert listed[name] == defaults[name], name
+
+
+BAD_VALUES = [
+    (["--lora-rank", "0"], "--lora-rank is 0"),
+    (["--num-steps", "0"], "--num-steps is 0"),
+    (["--batch-size", "-3"], "--batch-size is -3"),
+    (["--ema-decay", "1"], "--ema-decay is 1.0"),
+    (["--max-grad-norm", "nan"], "--max-grad-norm is nan"),
+    (["--real-guidance-interval", "0.7", "0.2"], "--real-guidance-interval is 0.7 0.2"),
+    (["--num-step", "2"], "--num-step"),
+    (["--unknown-flag", "2"], "--unknown-flag"),
+    (["--mixed-precision", "fp8"], "fp8"),
+    (["--mixed-precision", "fp16"], "fp16 needs a GPU"),
+    (["--num-classes", "1000"], "--num-classes is 1000"),
+    (["--teacher", "nowhere"], "nowhere"),
+    (["--vae", "./nowhere"], "nowhere"),
+    (["--resume-ckpt", "nowhere.pt"], "nowhere.pt does not exist"),
+]
+
+
+@pytest.mark.parametrize("more,words", BAD_VALUES, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_bad_values_are_refused_before_anything_is_written(teacher, tmp_path, capsys, more, words):
+    if "fp16" in more and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert words in refused(cold_start.main, flags(teacher, tmp_path / "run", *more), capsys=capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_non_empty_output_folder_is_refused_and_left_alone(teacher, tmp_path, capsys):
+    (tmp_path / "precious.txt").write_text("mine")
+    assert "not empty" in refused(cold_start.main, flags(teacher, tmp_path), capsys=capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_overwrite_deletes_a_run_and_nothing_else(teacher, tmp_path):
+    run_cold_start(teacher, tmp_path)
+    (tmp_path / "precious.txt").write_text("mine")
+    run_cold_start(teacher, tmp_path, "--overwrite", "--max-train-steps", 1)
+    assert (tmp_path / "precious.txt").exists()
+    assert [path.name for path in (tmp_path / "checkpoints" / "torch_units").iterdir()] == ["step-1.pt"]
+
+
+def test_a_bad_teacher_leaves_the_earlier_run_alone(teacher, tmp_path, capsys):
+    run_cold_start(teacher, tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    refused(cold_start.main, flags(tmp_path, tmp_path / "run", "--overwrite"), capsys=capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_three_steps_through_accelerate_launch_write_the_whole_tree(teacher, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    config = ["--config_file", "scripts/accelerate/one_cpu.yaml"]
+    run = tmp_path / "run"
+    command = [*launch, *config, "--module", "train_cc.cold_start", *flags(teacher, run, "--ema-decay", 0.9)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    expected = ["args.json", "log.txt", "generator/config.json", "generator/diffusion_pytorch_model.safetensors"]
+    expected += ["loss_logs/loss_gen_log.jsonl", "loss_logs/loss_gui_log.jsonl", "samples/step-2/grid.png"]
+    for step in (1, 2, 3):
+        expected += [f"checkpoints/torch_units/step-{step}.pt"]
+        expected += [f"checkpoints/accelerator_1/step-{step}/{n}" for n in ("generator.safetensors", "optimizer.pt")]
+        expected += [f"checkpoints/accelerator_1/step-{step}/ema.safetensors"]
+        expected += [
+            f"checkpoints/accelerator_2/step-{step}/{n}" for n in ("estimator_lora.safetensors", "optimizer.pt")
+        ]
+    missing = [name for name in expected if not (run / name).is_file()]
+    assert not missing
+    assert not list(run.rglob("*.tmp"))
+    record = json.loads((run / "args.json").read_text())
+    assert record["arguments"]["ema_decay"] == 0.9 and "torch" in record["versions"]
+
+
+def test_a_launcher_keeps_the_exit_code_and_finds_the_root(teacher, tmp_path):
+    environment = os.environ | {"TEACHER": str(teacher), "OUTPUT_DIR": str(tmp_path / "run")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    environment["VIRTUAL_ENV"] = str(Path(sys.executable).parents[1])
+    command = ["bash", str(ROOT / "scripts" / "cold_start_digits.sh"), "--lora-rank", "0"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "--lora-rank is 0" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_export_of_a_checkpoint_equals_the_final_export(teacher, tmp_path, capsys):
+    for name, more in (("plain", []), ("lora", ["--use-lora-gen"]), ("ema", ["--ema-decay", 0.5])):
+        run = run_cold_start(teacher, tmp_path / name, *more)
+        checkpoint = run / "checkpoints" / "torch_units" / "step-3.pt"
+        export_generator.main(["--checkpoint", str(checkpoint), "--output-dir", str(tmp_path / f"{name}-export")])
+        ours, theirs = (SiT.from_pretrained(f).state_dict() for f in (tmp_path / f"{name}-export", run / "generator"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    arguments = ["--checkpoint", str(tmp_path / "plain/checkpoints/torch_units/step-3.pt"), "--weights", "ema"]
+    assert "no EMA" in refused(export_generator.main, [*arguments, "--output-dir", str(tmp_path / "e")], capsys=capsys)
+
+
+def test_a_teacher_of_another_size_does_not_resume(teacher, tmp_path, capsys):
+    run = run_cold_start(teacher, tmp_path / "run")
+    random_sit(hidden_size=64).save_pretrained(tmp_path / "wide")
+    resume = ["--resume-ckpt", str(run / "checkpoints/torch_units/step-3.pt"), "--max-train-steps", "4"]
+    message = refused(cold_start.main, flags(tmp_path / "wide", tmp_path / "new", *resume), capsys=capsys)
+    assert "does not fit" in message and not (tmp_path / "new").exists()
+    shutil.rmtree(run)

@@ -1,0 +1,155 @@
+"""The figures against independent computations on the same features."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from evaluation import evaluate, generate
+from evaluation.metrics import frechet_distance, inception_score, precision_recall, statistics
+from tests.conftest import refused, run_cold_start
+from train_cc.errors import InputError
+from train_cc.models.classifier import ImageClassifier
+from train_cc.pretrain import data
+
+
+def features(count, size, seed=0, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(size, size, generator=generator)
+    return torch.randn(count, size, generator=generator) @ mix + shift
+
+
+def test_fid_equals_the_matrix_square_root():
+    a, b = statistics(features(500, 24)), statistics(features(400, 24, seed=1, shift=0.3))
+    root = scipy.linalg.sqrtm(a[1] @ b[1]).real
+    expected = np.sum((a[0] - b[0]) ** 2) + np.trace(a[1] + b[1] - 2 * root)
+    assert frechet_distance(*a, *b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_fid_of_gaussians_in_closed_form():
+    """Diagonal covariances: |mu|^2 + sum (s - r)^2."""
+    s, r = np.array([1.0, 2.0, 0.0]), np.array([0.5, 3.0, 1.0])
+    assert frechet_distance(np.ones(3), np.diag(s**2), np.zeros(3), np.diag(r**2)) == pytest.approx(
+        3 + ((s - r) ** 2).sum()
+    )
+
+
+def test_fid_with_more_features_than_samples():
+    """tr (A^T A B^T B)^(1/2) = the nuclear norm of B A^T, with A, B the scaled centred samples: no square roots."""
+    x, y = features(20, 64).double(), features(30, 64, seed=1, shift=0.2).double()
+    a, b = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
+    nuclear = torch.linalg.svdvals(b @ a.T).sum()
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + a.square().sum() + b.square().sum() - 2 * nuclear
+    assert frechet_distance(*statistics(x), *statistics(y)) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_fid_of_a_set_with_itself_is_zero():
+    a = statistics(features(300, 16))
+    assert frechet_distance(*a, *a) == pytest.approx(0, abs=1e-6)
+
+
+def brute_precision_recall(reference, generated, k):
+    def covered(centres, points):
+        hits = 0
+        balls = [sorted(torch.dist(c, other).item() for other in centres)[k] for c in centres]
+        for p in points:
+            hits += any(torch.dist(c, p).item() <= radius for c, radius in zip(centres, balls, strict=True))
+        return hits / len(points)
+
+    return covered(reference, generated), covered(generated, reference)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_by_brute_force(k):
+    reference, generated = features(60, 5), features(50, 5, seed=1)
+    precision, recall = brute_precision_recall(reference, generated, k)
+    assert precision_recall(reference, generated, k) == pytest.approx((precision, recall), abs=1e-6)
+    assert 0 < precision < 1 and 0 < recall < 1
+
+
+def test_precision_is_of_the_generated():
+    """Generated samples at one real point: all inside real balls, and they cover almost nothing."""
+    reference = features(100, 4)
+    generated = reference[:1] + 1e-3 * features(50, 4, seed=1)
+    precision, recall = precision_recall(reference, generated)
+    assert precision == 1.0 and recall < 0.05
+
+
+def test_inception_score_by_hand_with_a_chunk_remainder():
+    logits = features(23, 7).double()
+    scores = []
+    for part in (logits[:10], logits[10:20], logits[20:]):
+        p = torch.softmax(part, 1).numpy()
+        q = p.mean(0)
+        scores.append(np.exp((p * (np.log(p) - np.log(q))).sum(1).mean()))
+    assert inception_score(logits, chunk=10) == pytest.approx(np.mean(scores), rel=1e-9)
+
+
+def test_inception_score_bounds():
+    certain = torch.eye(10).repeat(20, 1) * 100
+    assert inception_score(certain) == pytest.approx(10)
+    assert inception_score(torch.zeros(50, 10)) == pytest.approx(1)
+
+
+def test_too_few_or_not_finite_features():
+    with pytest.raises(InputError, match="more than 3"):
+        precision_recall(features(3, 2), features(10, 2))
+    with pytest.raises(InputError, match="not finite"):
+        precision_recall(features(10, 2) * float("nan"), features(10, 2))
+
+
+def test_frechet_distance_refuses_another_size():
+    with pytest.raises(InputError, match="feature size"):
+        frechet_distance(*statistics(features(10, 3)), *statistics(features(10, 4)))
+
+
+# From folder to table
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    ImageClassifier("test_resnet", num_classes=10, in_channels=1, image_size=32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def digits(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["data", "--output", str(tmp_path / "reference.npz")])
+    data.main()
+    return tmp_path / "reference.npz"
+
+
+def test_images_do_not_depend_on_the_batch_size(teacher, tmp_path):
+    for size in (3, 7):
+        arguments = ["--generator", teacher, "--output", tmp_path / f"{size}.npz", "--num-images", 10, "--num-steps", 2]
+        generate.main([str(a) for a in [*arguments, "--batch-size", size]])
+    a, b = (np.load(tmp_path / f"{size}.npz") for size in (3, 7))
+    assert np.array_equal(a["arr_1"], b["arr_1"]) and np.array_equal(a["arr_1"], np.arange(10))
+    assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
+    assert a["arr_0"].shape == (10, 8, 8, 1) and a["arr_0"].dtype == np.uint8
+
+
+def test_real_data_against_itself(digits, classifier, tmp_path, capsys):
+    evaluate.main([str(a) for a in [digits, digits, "--classifier", classifier, "--output", tmp_path / "o.json"]])
+    assert "| reference | 0.00 | 1.000 |" in capsys.readouterr().out
+
+
+def test_bad_evaluation_input(digits, classifier, tmp_path, capsys):
+    run = ["--classifier", str(classifier)]
+    content = np.load(digits)["arr_0"]
+    cases = {"wide": content.repeat(2, 2), "float": content.astype(float), "few": content[:3]}
+    for name, images in cases.items():
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+        refused(evaluate.main, [str(tmp_path / f"{name}.npz"), str(digits), *run], capsys=capsys)
+    (tmp_path / "cut.npz").write_bytes(digits.read_bytes()[:1000])
+    assert "truncated" in refused(evaluate.main, [str(tmp_path / "cut.npz"), str(digits), *run], capsys=capsys)
+    assert "does not exist" in refused(evaluate.main, [str(tmp_path / "no.npz"), str(digits), *run], capsys=capsys)
+    refused(evaluate.main, [str(digits), str(digits), "--classifier", str(tmp_path)], capsys=capsys)
+
+
+def test_a_run_can_be_sampled(teacher, tmp_path):
+    run = run_cold_start(teacher, tmp_path / "run")
+    generate.main(["--generator", str(run / "generator"), "--output", str(tmp_path / "s.npz"), "--num-images", "4"])
+    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (4, 8, 8, 1)

@@ -1,0 +1,228 @@
+"""The networks: layout of the full size, every size's forward, the estimator's two readings, strict loading."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import TINY, random_sit
+from train_cc.errors import InputError
+from train_cc.models import SIT_SIZES, ScoreEstimator, SiT
+from train_cc.models.generator import assemble_generator, build_generator
+from train_cc.models.lora import ADAPTER, lora_layers
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def inputs(config=TINY, batch=4):
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch, config["in_channels"], config["input_size"], config["input_size"])
+    return torch.randn(shape, generator=generator), torch.rand(batch, generator=generator), torch.arange(batch)
+
+
+def estimator_with_lora(seed=0):
+    """An estimator whose LoRA does something: B is no longer zero."""
+    estimator = ScoreEstimator(random_sit(seed), lora_rank=4, lora_init_spread=0.5)
+    for layer in lora_layers(estimator):
+        torch.nn.init.normal_(layer.lora_B[ADAPTER].weight, std=0.5)
+    return estimator
+
+
+def test_sit_xl_has_the_released_names_and_shapes():
+    with torch.device("meta"):
+        model = SiT(**SIT_SIZES["SiT-XL/2"])
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    expected = {
+        "pos_embed": (1, 256, 1152),
+        "x_embedder.proj.weight": (1152, 4, 2, 2),
+        "x_embedder.proj.bias": (1152,),
+        "t_embedder.mlp.0.weight": (1152, 256),
+        "t_embedder.mlp.0.bias": (1152,),
+        "t_embedder.mlp.2.weight": (1152, 1152),
+        "t_embedder.mlp.2.bias": (1152,),
+        "y_embedder.embedding_table.weight": (1001, 1152),
+        "final_layer.linear.weight": (16, 1152),
+        "final_layer.linear.bias": (16,),
+        "final_layer.adaLN_modulation.1.weight": (2304, 1152),
+        "final_layer.adaLN_modulation.1.bias": (2304,),
+    }
+    for block in range(28):
+        for name, rows, columns in [
+            ("attn.qkv", 3456, 1152),
+            ("attn.proj", 1152, 1152),
+            ("mlp.fc1", 4608, 1152),
+            ("mlp.fc2", 1152, 4608),
+            ("adaLN_modulation.1", 6912, 1152),
+        ]:
+            expected[f"blocks.{block}.{name}.weight"] = (rows, columns)
+            expected[f"blocks.{block}.{name}.bias"] = (rows,)
+    assert shapes == expected
+    assert len(shapes) == 292
+    assert sum(math.prod(shape) for shape in shapes.values()) == 675_111_184
+
+
+@pytest.mark.parametrize("name", SIT_SIZES)
+def test_every_size_runs_a_forward(name):
+    model = SiT(**{**SIT_SIZES[name], "depth": 1})
+    x, t, y = torch.randn(1, 4, 32, 32), torch.rand(1), torch.tensor([1000])
+    with torch.no_grad():
+        v = model(x, t, y)
+    assert v.shape == x.shape and (v == 0).all()  # adaLN-Zero: the first output is zero
+
+
+def test_position_embedding_has_columns_first():
+    table = SiT(**TINY).pos_embed[0].view(4, 4, 32)
+    assert torch.equal(table[0, :, :16], table[3, :, :16])  # the first half depends on the column alone
+    assert torch.equal(table[:, 0, 16:], table[:, 3, 16:])
+    assert not torch.equal(table[0, 0, :16], table[0, 1, :16])
+
+
+def test_labels_are_never_dropped():
+    model = random_sit().train()
+    x, t, y = inputs()
+    assert torch.equal(model(x, t, y), model(x, t, y))
+    assert not torch.equal(model(x, t, y), model(x, t, torch.full_like(y, model.null_class)))
+
+
+def test_folder_round_trip_is_exact(tmp_path):
+    model = random_sit()
+    model.pos_embed += 0.1  # comes from the file, is not computed anew
+    model.save_pretrained(tmp_path)
+    other = SiT.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    assert torch.equal(model(*inputs()), other(*inputs()))
+
+
+def damaged(folder, how):
+    state = load_file(folder / WEIGHTS)
+    if how == "missing":
+        (folder / WEIGHTS).unlink()
+    elif how == "truncated":
+        content = (folder / WEIGHTS).read_bytes()
+        (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+    elif how == "nested":
+        save_file({f"model.{name}": value for name, value in state.items()}, folder / WEIGHTS)
+    elif how == "one key missing":
+        save_file({name: value for name, value in state.items() if name != "pos_embed"}, folder / WEIGHTS)
+    elif how == "one key more":
+        save_file(state | {"projectors.0.0.weight": torch.zeros(2)}, folder / WEIGHTS)
+    elif how == "another size":
+        random_sit(hidden_size=64).save_pretrained(folder / "other")
+        (folder / WEIGHTS).write_bytes((folder / "other" / WEIGHTS).read_bytes())
+    elif how == "another class count":
+        state["y_embedder.embedding_table.weight"] = torch.zeros(6, 32)
+        save_file(state, folder / WEIGHTS)
+    elif how == "a pickle with code":
+        (folder / WEIGHTS).unlink()
+
+        class Code:
+            def __reduce__(self):
+                return (open, (str(folder / "code-ran"), "w"))
+
+        (folder / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Code()))
+    elif how == "config damaged":
+        (folder / "config.json").write_text("{")
+
+
+DAMAGES = [
+    ("missing", "does not exist"),
+    ("truncated", "cannot read"),
+    ("nested", "missing keys"),
+    ("one key missing", "pos_embed"),
+    ("one key more", "projectors"),
+    ("another size", "cannot read"),
+    ("another class count", "cannot read"),
+    ("a pickle with code", "does not exist"),
+    ("config damaged", "cannot read"),
+]
+
+
+@pytest.mark.parametrize("how,words", DAMAGES)
+def test_a_model_folder_that_does_not_fit_is_refused(tmp_path, how, words):
+    random_sit().save_pretrained(tmp_path)
+    damaged(tmp_path, how)
+    with pytest.raises(InputError, match=words):
+        SiT.from_pretrained(tmp_path)
+    assert not (tmp_path / "code-ran").exists()
+
+
+def test_a_file_is_not_a_model_folder(tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"")
+    with pytest.raises(InputError, match="sit_convert"):
+        SiT.from_pretrained(tmp_path / "last.pt")
+
+
+# The estimator
+
+
+def test_estimator_at_scale_zero_is_the_teacher_bit_for_bit():
+    estimator, teacher = estimator_with_lora(), random_sit()
+    x, t, y = inputs()
+    expected = teacher(x, t, y)
+    assert torch.equal(estimator(x, t, y, 0.0), expected)
+    assert torch.equal(estimator(x, t, y, torch.zeros(4)), expected)
+    assert not torch.allclose(estimator(x, t, y, 2.0), expected)
+
+
+def test_estimator_takes_a_scale_a_sample():
+    estimator, (x, t, y) = estimator_with_lora(), inputs()
+    together = estimator(x, t, y, torch.tensor([0.0, 2.0, 0.0, 2.0]))
+    torch.testing.assert_close(together[0::2], estimator(x, t, y, 0.0)[0::2])
+    torch.testing.assert_close(together[1::2], estimator(x, t, y, 2.0)[1::2])
+
+
+def test_only_lora_has_gradients():
+    estimator = estimator_with_lora()
+    estimator(*inputs(), 2.0).square().mean().backward()
+    for name, parameter in estimator.named_parameters():
+        assert (parameter.grad is not None) == ("lora_" in name), name
+        assert parameter.grad is None or parameter.grad.abs().sum() > 0, name
+
+
+def test_gradients_with_activation_checkpointing_are_equal():
+    plain, checkpointed = estimator_with_lora(), estimator_with_lora()
+    checkpointed.load_state_dict(plain.state_dict())
+    checkpointed.network.enable_gradient_checkpointing()
+    for estimator in (plain, checkpointed):
+        with torch.no_grad():
+            estimator(*inputs(), 0.75)  # another scale before: the recomputed forward must not see it
+        estimator(*inputs(), 2.0).square().mean().backward()
+    for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
+
+
+def test_lora_spread_is_the_argument():
+    estimator = ScoreEstimator(random_sit(), lora_rank=32, lora_init_spread=1.0)
+    values = torch.cat([layer.lora_A[ADAPTER].weight.flatten() for layer in lora_layers(estimator)])
+    assert values.std().item() == pytest.approx(1.0, abs=0.05)
+    default = ScoreEstimator(random_sit(), lora_rank=32, lora_init_spread=None)
+    values = torch.cat([layer.lora_A[ADAPTER].weight.flatten() for layer in lora_layers(default)])
+    assert values.std().item() == pytest.approx(1 / math.sqrt(3 * 32), rel=0.1)
+
+
+def test_lora_rank_zero_is_refused():
+    with pytest.raises(InputError, match="at least 1"):
+        ScoreEstimator(random_sit(), lora_rank=0)
+
+
+# The generator's LoRA
+
+
+def test_merged_lora_is_the_lora(tmp_path):
+    random_sit().save_pretrained(tmp_path)
+    generator = build_generator(tmp_path, lora_rank=8)
+    for layer in lora_layers(generator):
+        torch.nn.init.normal_(layer.lora_B[ADAPTER].weight, std=0.1)
+    trained = {name: p.detach() for name, p in generator.named_parameters() if p.requires_grad}
+    merged = assemble_generator(TINY, copy.deepcopy(trained), tmp_path, lora_rank=8)
+    assert merged.state_dict().keys() == random_sit().state_dict().keys()
+    torch.testing.assert_close(merged(*inputs()), generator(*inputs()), rtol=1e-5, atol=1e-5)
+
+
+def test_lora_generator_starts_as_the_teacher(tmp_path):
+    random_sit().save_pretrained(tmp_path)
+    assert torch.equal(build_generator(tmp_path, lora_rank=8)(*inputs()), random_sit()(*inputs()))
