@@ -14,12 +14,12 @@ import torch
 
 from convert_weight import export_generator
 from tests.conftest import flags, random_sit, refused, run_cold_start
-from train_cc import cold_start
+from train_cc import cold_start, dmdr_refl
 from train_cc.arguments import RANGES, validate
 from train_cc.models import SiT
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = {"train_cc.cold_start": cold_start}
+STAGES = {"train_cc.cold_start": cold_start, "train_cc.dmdr_refl": dmdr_refl}
 
 
 def shell_words(text: str) -> list[str]:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from train_cc.errors import InputError
 
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/"
+DINOV2_BACKBONE = DINOV2_URL + "dinov2_vitl14_pretrain.pth"
+DINOV2_HEAD = DINOV2_URL + "dinov2_vitl14_linear4_head.pth"
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 
 # Flags whose values have a range: name -> (test, what is allowed).
@@ -37,6 +40,8 @@ RANGES = {
     "weight_decay_estimator": _AT_LEAST_0,
     "max_grad_norm": _POSITIVE,
     "ema_decay": (lambda v: 0 <= v < 1, "in [0, 1); 0 is off"),
+    "reward_weight": _AT_LEAST_0,
+    "reward_micro_batch": _AT_LEAST_0,
     "num_previews": _AT_LEAST_0,
     "teacher_preview_steps": _AT_LEAST_0,
 }
@@ -109,6 +114,28 @@ def build_parser(description: str) -> Parser:
     optimisation.add_argument("--max-grad-norm", type=float, default=1.0)
     optimisation.add_argument("--ema-decay", type=float, default=0.0, help="of the generator's average; 0 is off")
 
+    reward = parser.add_argument_group("reward")
+    reward.add_argument(
+        "--encoder-type",
+        default="none",
+        type=lambda name: name.lower(),
+        choices=["dinov2", "classifier", "none"],
+        help="the classifier that rewards; none: no RL",
+    )
+    reward.add_argument("--reward-weight", type=float, default=0.05, help="of the reward loss, beside the DMD loss")
+    reward.add_argument("--dinov2-backbone", default=DINOV2_BACKBONE, help="official .pth, file or URL")
+    reward.add_argument("--dinov2-head", default=DINOV2_HEAD, help="official linear head .pth, file or URL")
+    reward.add_argument(
+        "--reward-classifier", help="for --encoder-type classifier: a folder of pretrain/classifier.py, or a timm name"
+    )
+    reward.add_argument("--reward-micro-batch", type=int, default=0, help="samples decoded at once; 0: the whole batch")
+    reward.add_argument(
+        "--reward-checkpointing", action="store_true", help="recompute decoder and classifier activations in backward"
+    )
+    reward.add_argument(
+        "--holdout-classifier", help="scores the previews and never rewards: shows reward hacking; folder or timm name"
+    )
+
     hardware = parser.add_argument_group("hardware")
     hardware.add_argument(
         "--mixed-precision",
@@ -140,5 +167,14 @@ def validate(args: argparse.Namespace) -> list[str]:
     if args.real_guidance_scale <= 1 and args.real_guidance_interval != [0.0, 1.0]:
         notes.append(
             f"--real-guidance-scale is {args.real_guidance_scale} (off): --real-guidance-interval is set aside"
+        )
+    if args.encoder_type == "none":
+        if args.reward_classifier or args.reward_micro_batch or args.reward_checkpointing:
+            notes.append("--encoder-type is none: the reward's flags are set aside")
+    elif args.encoder_type == "classifier" and not args.reward_classifier:
+        raise InputError("--encoder-type classifier needs --reward-classifier: a classifier folder or a timm name")
+    elif args.reward_micro_batch and args.batch_size % args.reward_micro_batch:
+        raise InputError(
+            f"--reward-micro-batch {args.reward_micro_batch} does not divide --batch-size {args.batch_size}"
         )
     return notes

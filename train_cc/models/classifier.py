@@ -1,6 +1,7 @@
 """A timm classifier with its preprocessing inside: a reward, or the feature space of an evaluation."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -14,20 +15,35 @@ from train_cc.errors import InputError
 
 
 class ImageClassifier(nn.Module):
-    """Images in [0, 1] (B, C, H, W) -> logits (B, num_classes); resized to ``image_size``, normalised to [-1, 1]."""
+    """Images in [0, 1] (B, C, H, W) -> logits (B, num_classes); resized to ``image_size``, normalised."""
 
-    def __init__(self, architecture: str, num_classes: int, in_channels: int, image_size: int):
+    def __init__(
+        self,
+        architecture: str,
+        num_classes: int,
+        in_channels: int,
+        image_size: int,
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.5,
+        pretrained: bool = False,
+    ):
         super().__init__()
-        if architecture not in timm.list_models():
+        if not timm.is_model(architecture):
             raise InputError(f"timm knows no architecture {architecture!r}; timm.list_models() has the names")
         self.config = {
             "architecture": architecture,
             "num_classes": num_classes,
             "in_channels": in_channels,
             "image_size": image_size,
+            "mean": mean,
+            "std": std,
         }
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
         options = {"img_size": image_size} if "vit" in architecture else {}
-        self.network = timm.create_model(architecture, in_chans=in_channels, num_classes=num_classes, **options)
+        self.network = timm.create_model(
+            architecture, pretrained=pretrained, in_chans=in_channels, num_classes=num_classes, **options
+        )
 
     @property
     def num_classes(self) -> int:
@@ -37,7 +53,7 @@ class ImageClassifier(nn.Module):
         size = (self.config["image_size"],) * 2
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True)
-        return images * 2 - 1
+        return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(self._preprocess(images))
@@ -47,11 +63,29 @@ class ImageClassifier(nn.Module):
         features = self.network.forward_head(self.network.forward_features(self._preprocess(images)), pre_logits=True)
         return features, self.network.get_classifier()(features)
 
+    def enable_gradient_checkpointing(self) -> None:
+        self.network.set_grad_checkpointing(True)
+
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.network.state_dict(), folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+
+    @classmethod
+    def from_timm(cls, name: str) -> "ImageClassifier":
+        """A timm model with its published weights and preprocessing, frozen and in eval mode. Raises `InputError`."""
+        published = timm.get_pretrained_cfg(name)
+        if published is None:
+            raise InputError(f"timm has no weights for {name!r}; give such a name or a classifier folder")
+        channels, image_size, _ = published.input_size
+        try:
+            model = cls(
+                name, published.num_classes, channels, image_size, published.mean, published.std, pretrained=True
+            )
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"cannot load timm's weights of {name!r}: {error}") from error
+        return model.requires_grad_(False).eval()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ImageClassifier":

@@ -25,6 +25,9 @@ class VAEDecoder(nn.Module):
         self.vae.encoder = None  # never used here: a third of the parameters
         self.requires_grad_(False).eval()
 
+    def enable_gradient_checkpointing(self) -> None:
+        self.vae.enable_gradient_checkpointing()
+
     def forward(self, x0: Tensor) -> Tensor:
         return pixels_to_images(self.vae.decode(x0 / self.vae.config.scaling_factor).sample)
 

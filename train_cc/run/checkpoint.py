@@ -89,6 +89,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def units_path(root: Path, step: int) -> Path:
+    """The torch_units file of ``step`` under ``root``, a checkpoints folder."""
+    return root / "torch_units" / f"step-{step}.pt"
+
+
 def complete_steps(root: Path) -> list[int]:
     """The steps of ``root`` (a checkpoints folder) that have a torch_units file, ascending."""
     found = (re.fullmatch(r"step-(\d+)\.pt", path.name) for path in (root / "torch_units").glob("step-*.pt"))
@@ -97,7 +102,7 @@ def complete_steps(root: Path) -> list[int]:
 
 def newest_checkpoint(root: Path) -> Path | None:
     steps = complete_steps(root)
-    return root / "torch_units" / f"step-{steps[-1]}.pt" if steps else None
+    return units_path(root, steps[-1]) if steps else None
 
 
 def write_checkpoint(root: Path, step: int, parts: dict[str, dict], units: dict) -> Path:
@@ -119,7 +124,7 @@ def write_checkpoint(root: Path, step: int, parts: dict[str, dict], units: dict)
                 _flush(path)
                 sizes[name] = path.stat().st_size
         temporary.rename(folder)
-    target = root / "torch_units" / f"step-{step}.pt"
+    target = units_path(root, step)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".tmp")
     torch.save(units | {"format_version": FORMAT_VERSION, "step": step, "files": sizes}, temporary)
@@ -131,7 +136,7 @@ def write_checkpoint(root: Path, step: int, parts: dict[str, dict], units: dict)
 def rotate_checkpoints(root: Path, keep: int, protected: Path | None) -> None:
     """Delete all but the ``keep`` newest complete checkpoints (0: none is deleted), and never ``protected``."""
     for step in complete_steps(root)[:-keep] if keep else []:
-        units = root / "torch_units" / f"step-{step}.pt"
+        units = units_path(root, step)
         if protected is None or units.resolve() != protected.resolve():
             units.unlink()  # first: what is left is not taken for a checkpoint
             for folder in root.glob(f"accelerator_*/step-{step}"):

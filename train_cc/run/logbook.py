@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -61,12 +62,12 @@ class AboveProgressBars(logging.Handler):
 
 def log_to(folder: Path) -> None:
     """Readable lines to ``folder``/log.txt and to the terminal, on the process that calls this."""
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     logger.propagate = False
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
-    for handler in (logging.FileHandler(folder / "log.txt"), AboveProgressBars()):
+    for handler in (logging.FileHandler(folder / "log.txt"), AboveProgressBars(logging.INFO)):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
 
@@ -81,7 +82,7 @@ class JsonLines:
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
 
-    def write(self, rows: list[dict]) -> None:
+    def write(self, rows: Iterable[dict]) -> None:
         self._file.write("".join(json.dumps(row) + "\n" for row in rows))
         self._file.flush()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -42,6 +43,28 @@ class Session:
 
     def barrier(self) -> None:
         self.generator.wait_for_everyone()
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask the run to stop after the current update; a second one stops it at once."""
+
+    def __init__(self):
+        self.name = ""
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.name = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
 
 
 def resolve_precision(wanted: str) -> str:

@@ -1,0 +1,66 @@
+"""External files in their official layouts, with random weights from a seed, at any size."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def random_state(shapes: dict[str, tuple[int, ...]], seed: int = 0, spread: float = 0.05) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) * spread for name, shape in shapes.items()}
+
+
+def dinov2_shapes(width: int, depth: int, registers: int = 0) -> dict[str, tuple[int, ...]]:
+    """The tensors of dinov2_vit*_pretrain.pth: 5 + 14 a block + 2, one more with registers."""
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1370, width), "mask_token": (1, width)}
+    if registers:
+        shapes["register_tokens"] = (1, registers, width)
+    shapes |= {"patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,)}
+    for i in range(depth):
+        for name, rows, columns in [
+            ("attn.qkv", 3 * width, width),
+            ("attn.proj", width, width),
+            ("mlp.fc1", 4 * width, width),
+            ("mlp.fc2", width, 4 * width),
+        ]:
+            shapes |= {f"blocks.{i}.{name}.weight": (rows, columns), f"blocks.{i}.{name}.bias": (rows,)}
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"blocks.{i}.{norm}.weight": (width,), f"blocks.{i}.{norm}.bias": (width,)}
+        shapes |= {f"blocks.{i}.ls1.gamma": (width,), f"blocks.{i}.ls2.gamma": (width,)}
+    return shapes | {"norm.weight": (width,), "norm.bias": (width,)}
+
+
+def write_dinov2(
+    folder: Path,
+    width: int = 128,
+    depth: int = 5,
+    registers: int = 0,
+    layers: int = 4,
+    classes: int = 1000,
+    seed: int = 0,
+) -> tuple[Path, Path]:
+    """-> (backbone file, head file). ``layers``: 4 or 1, which of the two linear heads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone, head = folder / "pretrain.pth", folder / f"linear{layers}_head.pth"
+    torch.save(random_state(dinov2_shapes(width, depth, registers), seed, spread=0.2), backbone)
+    torch.save(random_state({"weight": (classes, (layers + 1) * width), "bias": (classes,)}, seed + 1), head)
+    return backbone, head
+
+
+def write_vae(folder: Path, channels: tuple[int, ...] = (8, 8, 8, 8), groups: int = 4, seed: int = 0) -> Path:
+    """A diffusers folder of stabilityai/sd-vae-ft-ema's layout: f = 8, 4 latent channels, no scaling factor named."""
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=channels,
+            layers_per_block=2,
+            latent_channels=4,
+            norm_num_groups=groups,
+            sample_size=256,
+        ).save_pretrained(folder)
+    return folder

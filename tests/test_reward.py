@@ -1,0 +1,256 @@
+"""The reward: DINOv2 against its official forward, gradients through decoder and classifier, micro-batches."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.conftest import flags, random_sit, refused
+from tests.standins import write_dinov2, write_vae
+from train_cc import distill, dmdr_refl
+from train_cc.errors import InputError
+from train_cc.models import DINOv2Classifier
+from train_cc.models.classifier import ImageClassifier
+from train_cc.models.latents import load_decoder
+from train_cc.models.reward import reward_gradient
+from train_cc.objectives import dmd_loss
+
+
+def official_logits(backbone, head, images):
+    """The forward of the official model and head, written from their description (224 pixels)."""
+    s, width = backbone, backbone["cls_token"].shape[-1]
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x = F.conv2d((images - mean) / std, s["patch_embed.proj.weight"], s["patch_embed.proj.bias"], stride=14)
+    x = x.flatten(2).transpose(1, 2)
+    grid = s["pos_embed"][:, 1:].view(1, 37, 37, width).permute(0, 3, 1, 2)
+    if "register_tokens" in s:
+        grid = F.interpolate(grid, size=(16, 16), mode="bicubic", antialias=True)
+    else:
+        grid = F.interpolate(grid, scale_factor=(16.1 / 37, 16.1 / 37), mode="bicubic", antialias=False)
+    position = torch.cat([s["pos_embed"][:, :1], grid.permute(0, 2, 3, 1).reshape(1, 256, width)], dim=1)
+    x = torch.cat([s["cls_token"].expand(len(x), -1, -1), x], dim=1) + position
+    prefix = 1
+    if "register_tokens" in s:
+        x = torch.cat([x[:, :1], s["register_tokens"].expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        prefix += s["register_tokens"].shape[1]
+    outputs = []
+    for i in range(1 + max(int(name.split(".")[1]) for name in s if name.startswith("blocks."))):
+        b = {name.removeprefix(f"blocks.{i}."): value for name, value in s.items() if name.startswith(f"blocks.{i}.")}
+        h = F.layer_norm(x, (width,), b["norm1.weight"], b["norm1.bias"], eps=1e-6)
+        qkv = F.linear(h, b["attn.qkv.weight"], b["attn.qkv.bias"])
+        q, k, v = qkv.view(len(x), -1, 3, width // 64, 64).permute(2, 0, 3, 1, 4)
+        h = ((q @ k.transpose(-1, -2)) / 8).softmax(dim=-1) @ v
+        h = F.linear(h.transpose(1, 2).flatten(2), b["attn.proj.weight"], b["attn.proj.bias"])
+        x = x + b["ls1.gamma"] * h
+        h = F.layer_norm(x, (width,), b["norm2.weight"], b["norm2.bias"], eps=1e-6)
+        h = F.linear(h, b["mlp.fc1.weight"], b["mlp.fc1.bias"])
+        x = x + b["ls2.gamma"] * F.linear(F.gelu(h), b["mlp.fc2.weight"], b["mlp.fc2.bias"])
+        outputs.append(F.layer_norm(x, (width,), s["norm.weight"], s["norm.bias"], eps=1e-6))
+    layers = head["weight"].shape[1] // width - 1
+    features = [output[:, 0] for output in outputs[-layers:]] + [outputs[-1][:, prefix:].mean(dim=1)]
+    return F.linear(torch.cat(features, dim=1), head["weight"], head["bias"])
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("layers", [4, 1])
+def test_dinov2_gives_the_official_logits(tmp_path, layers, registers):
+    backbone, head = write_dinov2(tmp_path, layers=layers, registers=registers)
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    expected = official_logits(torch.load(backbone), torch.load(head), images)
+    logits = DINOv2Classifier.from_official(backbone, head)(images)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large"])
+def test_dinov2_sizes_have_timms_own_shapes(size):
+    """What `from_official` reads off the tensors is the model that timm builds under the official name."""
+    import timm
+
+    from tests.standins import dinov2_shapes
+
+    width, depth = {"small": (384, 12), "base": (768, 12), "large": (1024, 24)}[size]
+    with torch.device("meta"):
+        model = timm.create_model(f"vit_{size}_patch14_dinov2", img_size=518, num_classes=0)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    official = dinov2_shapes(width, depth)
+    assert len(official) == 7 + 14 * depth
+    official.pop("mask_token")
+    assert shapes == official
+    assert model.blocks[0].attn.num_heads == width // 64
+
+
+DINOV2_DAMAGES = {
+    "backbone missing": "does not exist",
+    "head missing": "does not exist",
+    "backbone truncated": "cannot load|damaged",
+    "backbone key missing": r"blocks\.1\.ls1\.gamma",
+    "backbone key more": "surplus",
+    "head of another width": "5120|640",
+    "head with other keys": "linear",
+    "head and backbone swapped": "no DINOv2 backbone",
+    "backbone with code": "not run",
+    "nested": "no bare state dict",
+}
+
+
+@pytest.mark.parametrize("how", DINOV2_DAMAGES)
+def test_dinov2_files_that_do_not_fit_are_refused(tmp_path, how):
+    backbone, head = write_dinov2(tmp_path)
+    state = torch.load(backbone)
+    if how.endswith(" missing") and "key" not in how:
+        (backbone if "backbone" in how else head).unlink()
+    elif how == "backbone truncated":
+        backbone.write_bytes(backbone.read_bytes()[:10_000])
+    elif how == "backbone key missing":
+        del state["blocks.1.ls1.gamma"]
+        torch.save(state, backbone)
+    elif how == "backbone key more":
+        torch.save(state | {"surplus": torch.zeros(1)}, backbone)
+    elif how == "head of another width":
+        torch.save({"weight": torch.zeros(1000, 5120), "bias": torch.zeros(1000)}, head)
+    elif how == "head with other keys":
+        torch.save({"linear.weight": torch.zeros(1000, 640), "bias": torch.zeros(1000)}, head)
+    elif how == "head and backbone swapped":
+        backbone, head = head, backbone
+    elif how == "backbone with code":
+
+        class Code:
+            def __reduce__(self):
+                return (open, (str(tmp_path / "code-ran"), "w"))
+
+        backbone.write_bytes(pickle.dumps(Code()))
+    elif how == "nested":
+        torch.save({"model": state}, backbone)
+    with pytest.raises(InputError, match=DINOV2_DAMAGES[how]):
+        DINOv2Classifier.from_official(backbone, head)
+    assert not (tmp_path / "code-ran").exists()
+
+
+# The gradient
+
+
+@pytest.fixture(scope="module")
+def latent_reward(tmp_path_factory):
+    """(decoder, classifier, x0, y): a small VAE and a small DINOv2, both in the official layouts."""
+    folder = tmp_path_factory.mktemp("reward")
+    decode = load_decoder(str(write_vae(folder / "vae")))
+    classifier = DINOv2Classifier.from_official(*write_dinov2(folder, width=64, depth=4, classes=10))
+    x0 = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.2
+    return decode, classifier, x0, torch.arange(4)
+
+
+def plain_gradient(decode, classifier, x0, y):
+    x0 = x0.clone().requires_grad_()
+    loss = F.cross_entropy(classifier(decode(x0)), y)
+    return loss, torch.autograd.grad(loss, x0)[0]
+
+
+def test_the_gradient_reaches_x0_through_decoder_and_classifier(latent_reward):
+    decode, classifier, x0, y = latent_reward
+    loss, expected = plain_gradient(decode, classifier, x0, y)
+    result = reward_gradient(classifier, decode, x0, y)
+    assert (expected.abs().amax(dim=(1, 2, 3)) > 0).all()
+    torch.testing.assert_close(result.loss, loss.detach())
+    torch.testing.assert_close(result.gradient, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+    assert all(p.grad is None for p in [*decode.parameters(), *classifier.parameters()])
+
+
+def test_micro_batches_and_checkpointing_give_the_same_gradient(latent_reward):
+    decode, classifier, x0, y = latent_reward
+    # In float64, where what is left is a difference of method and not the rounding of other matrix sizes.
+    decode, classifier, x0 = copy.deepcopy(decode).double(), copy.deepcopy(classifier).double(), x0.double()
+    whole = reward_gradient(classifier, decode, x0, y)
+    tolerance = 1e-6 * whole.gradient.abs().max().item()
+    for micro_batch in (1, 2, 3):
+        parts = reward_gradient(classifier, decode, x0, y, micro_batch)
+        torch.testing.assert_close(parts.gradient, whole.gradient, rtol=1e-6, atol=tolerance)
+        torch.testing.assert_close(parts.loss, whole.loss)
+    decode.enable_gradient_checkpointing()
+    classifier.enable_gradient_checkpointing()
+    recomputed = reward_gradient(classifier, decode, x0, y, 2)
+    torch.testing.assert_close(recomputed.gradient, whole.gradient, rtol=1e-6, atol=tolerance)
+
+
+def test_images_are_not_clamped_again(tmp_path):
+    classifier = DINOv2Classifier.from_official(*write_dinov2(tmp_path, width=64, depth=4, classes=10))
+    images = torch.rand(1, 3, 32, 32)
+    assert not torch.equal(classifier(images * 2), classifier((images * 2).clamp(0, 1)))
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reward_classifier")
+    torch.manual_seed(0)
+    ImageClassifier("test_efficientnet", num_classes=10, in_channels=1, image_size=32).save_pretrained(folder)
+    return folder
+
+
+def rewarded(teacher, tmp_path, reward_folder, *more):
+    words = ["--encoder-type", "classifier", "--reward-classifier", reward_folder, "--reward-weight", 0.5]
+    return flags(teacher, tmp_path / "run", *words, *more)
+
+
+def test_the_generators_gradient_is_that_of_both_losses_on_one_graph(teacher, tmp_path, reward_folder, monkeypatch):
+    from train_cc.run.session import open_session
+
+    args = dmdr_refl.stage_parser().parse_args(rewarded(teacher, tmp_path, reward_folder))
+    run = distill.build(args, open_session("no"))
+    kept = {}
+
+    def keep(accelerator, model, optimizer, max_grad_norm):
+        kept.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        return torch.zeros(())
+
+    def direction_of(v_real, v_fake, x0, noise):
+        kept["direction"] = direction(v_real, v_fake, x0, noise)
+        return kept["direction"]
+
+    direction = distill.dmd_direction
+    monkeypatch.setattr(distill, "update", keep)
+    monkeypatch.setattr(distill, "dmd_direction", direction_of)
+    figures = distill.generator_turn(run, args, 0)
+
+    draws = distill.chunk_draws(run, args, distill.GENERATOR_TURN, 0, 0)
+    y = distill.labels_of(run, args, draws)
+    run.generator.zero_grad()
+    x0 = distill.generate(run, args, draws, y)
+    loss_reward = F.cross_entropy(run.judges["reward"](run.decode(x0)), y)
+    (dmd_loss(x0, kept["direction"]) + 0.5 * loss_reward).backward()
+    torch.testing.assert_close(figures["loss_reward"], loss_reward.detach())
+    for name, parameter in run.generator.named_parameters():
+        torch.testing.assert_close(kept[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    assert figures["grad_norm_reward_x0"] > 0 and -1 <= figures["grad_cosine_x0"] <= 1
+
+
+BAD_REWARDS = [
+    (["--reward-weight", -1], "--reward-weight is -1"),
+    (["--reward-micro-batch", 3], "does not divide --batch-size 4"),
+    (["--encoder-type", "clip"], "clip"),
+    (["--encoder-type", "dinov2", "--dinov2-backbone", "nowhere.pth"], "nowhere.pth does not exist"),
+    (["--reward-classifier", "no_such_model"], "no_such_model"),
+    (["--holdout-classifier", "no_such_model"], "no_such_model"),
+]
+
+
+@pytest.mark.parametrize("more,words", BAD_REWARDS, ids=lambda v: v if isinstance(v, str) else "")
+def test_bad_reward_input_is_refused(teacher, tmp_path, reward_folder, capsys, more, words):
+    from train_cc import cold_start
+
+    assert words in refused(cold_start.main, rewarded(teacher, tmp_path, reward_folder, *more), capsys=capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_classifier_of_other_classes_is_refused(tmp_path, reward_folder, capsys):
+    from train_cc import cold_start
+
+    random_sit(num_classes=7).save_pretrained(tmp_path / "seven")
+    message = refused(cold_start.main, rewarded(tmp_path / "seven", tmp_path, reward_folder), capsys=capsys)
+    assert "10 classes, the generator 7" in message
+
+
+def test_stage_two_needs_a_checkpoint(teacher, tmp_path, reward_folder, capsys):
+    message = refused(dmdr_refl.main, rewarded(teacher, tmp_path, reward_folder), capsys=capsys)
+    assert "--resume-ckpt is missing" in message

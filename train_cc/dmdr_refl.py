@@ -1,0 +1,35 @@
+"""Stage 2, DMDR (ReFL): distribution matching and a reward together (METHOD: reward), from a cold start's checkpoint.
+
+Run by `scripts/dmdr_sitxl_refl.sh` and `scripts/dmdr_digits_refl.sh`; the defaults are the SiT-XL/2 recipe.
+"""
+
+import argparse
+
+from train_cc.arguments import build_parser, validate
+from train_cc.distill import run_stage
+from train_cc.errors import exits_on_input_error
+
+
+def stage_parser() -> argparse.ArgumentParser:
+    parser = build_parser(__doc__)
+    parser.set_defaults(
+        encoder_type="dinov2",
+        max_train_steps=22_000,
+        batch_size=24,
+        learning_rate_generator=1e-5,
+        learning_rate_estimator=1e-5,
+        dynamic_steps=0,  # the dynamic phase belongs to the cold start, however short it was
+        checkpoint_steps=500,
+        sample_steps=50,
+    )
+    return parser
+
+
+@exits_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    args = stage_parser().parse_args(argv)
+    run_stage("dmdr_refl", args, validate(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The parts of a run, and how they are built from the command line."""
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from train_cc.errors import InputError
+from train_cc.models.classifier import ImageClassifier
+from train_cc.models.estimator import ScoreEstimator
+from train_cc.models.generator import build_generator
+from train_cc.models.latents import load_decoder
+from train_cc.models.reward import DINOv2Classifier, RewardResult, reward_gradient
+from train_cc.models.sit import SiT
+from train_cc.run.session import Session
+
+
+@dataclass
+class Run:
+    """Everything that the two turns need. ``generator`` and ``estimator`` are prepared by their accelerators."""
+
+    session: Session
+    generator: nn.Module
+    estimator: nn.Module
+    generator_optimizer: torch.optim.Optimizer
+    estimator_optimizer: torch.optim.Optimizer
+    ema: dict[str, Tensor] | None  # of the generator's trainable parameters, by plain name
+    decode: Callable[[Tensor], Tensor]  # x0 -> images in [0, 1]
+    model_config: dict
+    sample_shape: tuple[int, int, int]
+    num_classes: int
+    reward: Callable[[Tensor, Tensor], RewardResult] | None = None  # (x0, y) -> loss, accuracy, gradient at x0
+    judges: dict[str, nn.Module] = field(default_factory=dict)  # score the previews: the reward's, the held-out one
+    step: int = 0
+    samples_seen: int = 0  # by the generator, over all stages
+
+    @property
+    def plain_generator(self) -> SiT:
+        return self.session.generator.unwrap_model(self.generator)
+
+    @property
+    def plain_estimator(self) -> ScoreEstimator:
+        return self.session.estimator.unwrap_model(self.estimator)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contextlib.contextmanager
+def averaged_weights(run: Run) -> Iterator[None]:
+    """The generator with its EMA weights, where there is an EMA; the raw ones come back afterwards, bit for bit."""
+
+    def swap():
+        with torch.no_grad():
+            for name, p in trainable(run.plain_generator).items():
+                held = p.clone()
+                p.copy_(run.ema[name])
+                run.ema[name].copy_(held)
+
+    if run.ema is not None:
+        swap()
+    try:
+        yield
+    finally:
+        if run.ema is not None:
+            swap()
+
+
+def generator_lora_rank(args: argparse.Namespace) -> int | None:
+    return 2 * args.lora_rank if args.use_lora_gen else None
+
+
+def load_classifier(source: str) -> ImageClassifier:
+    """A folder of pretrain/classifier.py, or a timm name with published weights."""
+    return ImageClassifier.from_pretrained(source) if Path(source).exists() else ImageClassifier.from_timm(source)
+
+
+def load_judges(args: argparse.Namespace, num_classes: int, device: torch.device) -> dict[str, nn.Module]:
+    """ "reward": the classifier that rewards; "holdout": one that does not, and shows where the reward is hacked."""
+    judges = {}
+    if args.encoder_type == "dinov2":
+        judges["reward"] = DINOv2Classifier.from_official(args.dinov2_backbone, args.dinov2_head)
+    elif args.encoder_type == "classifier":
+        judges["reward"] = load_classifier(args.reward_classifier)
+    if args.holdout_classifier:
+        judges["holdout"] = load_classifier(args.holdout_classifier)
+    for name, judge in judges.items():
+        if judge.num_classes != num_classes:
+            raise InputError(f"the {name} classifier has {judge.num_classes} classes, the generator {num_classes}")
+        judge.to(device)
+    return judges
+
+
+def adamw(model: nn.Module, learning_rate: float, weight_decay: float, args: argparse.Namespace) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        trainable(model).values(),
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=weight_decay,
+    )
+
+
+def build(args: argparse.Namespace, session: Session) -> Run:
+    """Load the teacher twice: as the estimator's frozen base, and as the generator's start."""
+    teacher = SiT.from_pretrained(args.teacher)
+    config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
+    if args.num_classes not in (None, config["num_classes"]):
+        raise InputError(f"--num-classes is {args.num_classes}, but {args.teacher} has {config['num_classes']} classes")
+    judges = load_judges(args, config["num_classes"], session.device)
+    generator = build_generator(args.teacher, generator_lora_rank(args), args.seed)
+    estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
+    if args.gradient_checkpointing:
+        generator.enable_gradient_checkpointing()
+        estimator.network.enable_gradient_checkpointing()
+    generator.to(session.device)
+    estimator.to(session.device)
+    decode = load_decoder(None if args.vae == "none" else args.vae, session.device)
+    reward = None
+    if "reward" in judges:
+        if args.reward_checkpointing:
+            for model in (judges["reward"], decode):
+                if isinstance(model, nn.Module):  # pixel space has no decoder network
+                    model.enable_gradient_checkpointing()
+        options = {"micro_batch": args.reward_micro_batch, "autocast": session.generator.autocast}
+        reward = partial(reward_gradient, judges["reward"], decode, **options)
+    ema = {name: p.detach().clone() for name, p in trainable(generator).items()} if args.ema_decay else None
+    generator_optimizer = adamw(generator, args.learning_rate_generator, args.weight_decay_generator, args)
+    estimator_optimizer = adamw(estimator, args.learning_rate_estimator, args.weight_decay_estimator, args)
+    shape, num_classes = teacher.sample_shape, teacher.null_class
+    generator, generator_optimizer = session.generator.prepare(generator, generator_optimizer)
+    estimator, estimator_optimizer = session.estimator.prepare(estimator, estimator_optimizer)
+    return Run(
+        session=session,
+        generator=generator,
+        estimator=estimator,
+        generator_optimizer=generator_optimizer,
+        estimator_optimizer=estimator_optimizer,
+        ema=ema,
+        decode=decode,
+        model_config=config,
+        sample_shape=shape,
+        num_classes=num_classes,
+        reward=reward,
+        judges=judges,
+    )
