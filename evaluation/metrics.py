@@ -3,13 +3,11 @@
 Sources: Heusel et al. (FID), Salimans et al. (IS), Kynkaanniemi et al. (precision and recall, k = 3); ADM's choices.
 """
 
-from collections.abc import Callable, Iterable
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_prc import calculate_precision_recall_part
+from torch_fidelity.metric_prc import calc_cdist_part
 
 from train_cc.errors import InputError
 
@@ -44,17 +42,34 @@ def frechet_distance(
     return max(0.0, float(distance))  # rounding alone can make it negative
 
 
+def covered(centres: Tensor, points: Tensor, k: int = 3, batch: int = 2500) -> Tensor:
+    """Which ``points`` lie in a ball around some centre that reaches to that centre's k-th nearest other one. (N,)."""
+    centres, points = centres.float().cpu(), points.float().cpu()
+    radii = torch.cat(
+        [calc_cdist_part(part, centres, batch).kthvalue(k + 1).values for part in centres.split(batch)]
+    )  # k + 1: a centre is its own nearest neighbour
+    inside = [(calc_cdist_part(part, centres, batch) <= radii).any(dim=1) for part in points.split(batch)]
+    return torch.cat(inside)
+
+
 def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
     """(precision, recall): the share of generated samples inside a reference sample's ball, and the other way round.
 
-    A ball reaches to the k-th nearest neighbour, itself excluded; on the boundary counts (<=). fp32 distances.
+    On the boundary counts (<=). fp32 distances; ADM rounds them to fp16, up to 0.007 apart.
     """
-    for name, features in (("reference", reference), ("generated", generated)):
-        if len(features) <= k:
-            raise InputError(f"precision and recall need more than {k} {name} images, {len(features)} were given")
-        if not torch.isfinite(features).all():
-            raise InputError(f"the {name} features are not finite")
-    return calculate_precision_recall_part(generated.float().cpu(), reference.float().cpu(), k)
+    check_features(reference, "reference", k + 1)
+    check_features(generated, "generated", k + 1)
+    return (
+        covered(reference, generated, k).double().mean().item(),
+        covered(generated, reference, k).double().mean().item(),
+    )
+
+
+def check_features(features: Tensor, name: str, least: int = 2) -> None:
+    if len(features) < least:
+        raise InputError(f"{least} {name} images or more are needed, {len(features)} were given")
+    if not torch.isfinite(features).all():
+        raise InputError(f"the {name} features are not finite")
 
 
 def inception_score(logits: Tensor, chunk: int = 5000) -> float:
@@ -64,10 +79,3 @@ def inception_score(logits: Tensor, chunk: int = 5000) -> float:
         for part in logits.double().cpu().split(chunk)
     ]
     return float(np.mean(scores))
-
-
-@torch.no_grad()
-def extract(network: Callable[[Tensor], tuple[Tensor, Tensor]], images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Batches of images through ``network`` -> features (N, D) and logits (N, classes), on the CPU in fp32."""
-    features, logits = zip(*[[out.float().cpu() for out in network(batch)] for batch in images], strict=True)
-    return torch.cat(features), torch.cat(logits)

@@ -92,7 +92,7 @@ def test_inception_score_bounds():
 
 
 def test_too_few_or_not_finite_features():
-    with pytest.raises(InputError, match="more than 3"):
+    with pytest.raises(InputError, match="4 reference images or more"):
         precision_recall(features(3, 2), features(10, 2))
     with pytest.raises(InputError, match="not finite"):
         precision_recall(features(10, 2) * float("nan"), features(10, 2))

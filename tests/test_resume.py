@@ -230,23 +230,28 @@ def test_a_signal_ends_the_run_with_a_checkpoint(teacher, tmp_path, number):
     assert not (tmp_path / "run" / "generator").exists()
 
 
-def kill_and_resume(teacher, tmp_path, kills, steps=30):
+def kill_and_resume(teacher, tmp_path, kills, steps=60):
+    """-> how many updates each killed process had done, None where it died before its first."""
     more = ("--max-train-steps", steps, "--checkpoint-steps", 1, "--ema-decay", 0.9, "--sample-steps", 5)
     straight = tmp_path / "straight"
     assert start(teacher, straight, *more).wait() == 0
-    generator, run, survived = random.Random(0), tmp_path / "run", []
-    for _ in range(kills):
+    generator, run, moments = random.Random(0), tmp_path / "run", []
+    while len(moments) < kills:
+        began = time.time()
         process = start(teacher, run, *more, "--auto-resume", "--keep-checkpoints", 2)
-        # Anywhere from start-up to the last updates: counted from the first log row half of the time.
-        if generator.random() < 0.8:
-            wait_for(run / "args.json", process)
-            time.sleep(generator.uniform(4 if survived else 0, 7))
+        if generator.random() < 0.8:  # while it trains and writes; else anywhere, start-up included
+            while process.poll() is None and not (run / "log.txt").exists():
+                time.sleep(0.005)
+            while process.poll() is None and (run / "args.json").stat().st_mtime < began:
+                time.sleep(0.005)
+            time.sleep(generator.uniform(0, 1.0))
         else:
             time.sleep(generator.uniform(0, 6))
         process.kill()
         process.communicate()
-        survived.append(len(checkpoints.complete_steps(run / "checkpoints")))
-        if (run / "generator").exists():  # it was finished: once more from the beginning
+        done = checkpoints.complete_steps(run / "checkpoints")
+        moments.append(done[-1] if done else None)
+        if (run / "generator").exists():  # it had finished: once more from the beginning
             assert_same_run(straight, run, steps)
             shutil.rmtree(run)
     process = start(teacher, run, *more, "--auto-resume", "--keep-checkpoints", 2)
@@ -254,7 +259,7 @@ def kill_and_resume(teacher, tmp_path, kills, steps=30):
     assert process.returncode == 0, told[-2000:]
     assert_same_run(straight, run, steps)
     assert not list(run.rglob("*.tmp"))
-    return survived
+    return moments
 
 
 def test_a_killed_run_resumes(teacher, tmp_path):

@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(description: str) -> Parser:
-    """Every flag that both stages have; the defaults are the SiT-XL/2 cold start's (METHOD: recipes)."""
+    """Every flag that both stages have; the defaults are the SiT-XL/2 cold start's (DMDR paper)."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     run = parser.add_argument_group("run")
     run.add_argument("--output-dir", type=Path, required=True, help="the run's folder")

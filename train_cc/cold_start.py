@@ -1,4 +1,4 @@
-"""Stage 1, cold start: distribution matching with the two dynamic schedules (METHOD: one iteration, schedules).
+"""Stage 1, cold start: distribution matching with the two dynamic schedules (docs/method.md: one iteration, schedules).
 
 Run by `scripts/cold_start_sitxl.sh` and `scripts/cold_start_digits.sh`; the defaults are the SiT-XL/2 recipe.
 """

@@ -1,4 +1,4 @@
-"""Stage 2, DMDR (ReFL): distribution matching and a reward together (METHOD: reward), from a cold start's checkpoint.
+"""Stage 2, DMDR (ReFL): distribution matching and a reward together (docs/method.md: reward), from a checkpoint.
 
 Run by `scripts/dmdr_sitxl_refl.sh` and `scripts/dmdr_digits_refl.sh`; the defaults are the SiT-XL/2 recipe.
 """

@@ -1,4 +1,4 @@
-"""The straight path between data and noise (METHOD: symbols). t = 1 is noise, t = 0 is data.
+"""The straight path between data and noise (docs/method.md: symbols). t = 1 is noise, t = 0 is data.
 
 Shapes: x0, noise, x_t, v are (B, C, H, W); t is (B,).
 """

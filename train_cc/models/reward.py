@@ -1,4 +1,4 @@
-"""The reward (METHOD: ReFL): a frozen classifier behind the decoder, and its gradient at x0.
+"""The reward (docs/method.md: ReFL): a frozen classifier behind the decoder, and its gradient at x0.
 
 `DINOv2Classifier` is the official DINOv2 backbone with its official linear head, through timm; any other classifier is
 an `ImageClassifier`.
