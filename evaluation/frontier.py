@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
             future.result()
     rows = frontier.rows()
     count = next(iter(rows.values()))["images"]
-    text = f"{args.recipe}, {count} images a row (figures{count_suffix(count) or ''}):\n\n{table(rows, count)}\n"
+    text = f"{args.recipe}, {count} images a row:\n\n{table(rows, count)}\n"
     text += f"\nPublished, ImageNet 256, 50 000 images (arXiv 2511.13649):\n\n{published_table()}\n"
     write_atomically(args.output_dir / "frontier.md", text)
     write_atomically(args.output_dir / "frontier.json", json.dumps(rows, indent=2) + "\n")
