@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from evaluation.evaluate import METRICS, count_suffix, table
+from evaluation.evaluate import METRICS, table
 from train_cc.errors import InputError, exits_on_input_error
 from train_cc.run.logbook import write_atomically
 
