@@ -9,7 +9,7 @@ from scipy import stats
 from train_cc.draws import Draws
 from train_cc.flow import interpolate, velocity, x0_from_velocity
 from train_cc.objectives import dmd_direction, dmd_loss, dmd_normaliser, velocity_matching_loss
-from train_cc.samplers import euler_sample, few_step_input, few_step_sample, guide
+from train_cc.samplers import euler_sample, few_step_input, few_step_sample, guide, heun_sample
 from train_cc.schedules import annealing, beta_times, renoise_density, timestep_grid
 
 
@@ -138,6 +138,19 @@ def test_euler_recovers_the_gaussian():
     x0 = euler_sample(gaussian_velocity(mu, s), random(64, 1, 16, 16), torch.zeros(64), num_steps=200)
     assert x0.mean().item() == pytest.approx(mu, abs=0.01)
     assert x0.std().item() == pytest.approx(s, abs=0.01)
+
+
+def test_heun_is_of_second_order():
+    """Halving the step quarters Heun's error and halves Euler's. The exact flow maps noise z to mu + s z."""
+    mu, s = 0.7, 0.4
+    noise, y = random(8, 1, 8, 8).double(), torch.zeros(8)
+    errors = {
+        solver: [(solver(gaussian_velocity(mu, s), noise, y, n) - (mu + s * noise)).abs().max() for n in (20, 40)]
+        for solver in (euler_sample, heun_sample)
+    }
+    assert errors[euler_sample][0] / errors[euler_sample][1] == pytest.approx(2, rel=0.2)
+    assert errors[heun_sample][0] / errors[heun_sample][1] == pytest.approx(4, rel=0.2)
+    assert errors[heun_sample][1] < 0.1 * errors[euler_sample][1]
 
 
 def test_few_step_sampler_with_the_exact_velocity():

@@ -5,12 +5,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from evaluation import evaluate, generate
 from evaluation.metrics import frechet_distance, inception_score, precision_recall, statistics
-from tests.conftest import refused, run_cold_start
 from train_cc.errors import InputError
-from train_cc.models.classifier import ImageClassifier
-from train_cc.pretrain import data
 
 
 def features(count, size, seed=0, shift=0.0):
@@ -101,55 +97,3 @@ def test_too_few_or_not_finite_features():
 def test_frechet_distance_refuses_another_size():
     with pytest.raises(InputError, match="feature size"):
         frechet_distance(*statistics(features(10, 3)), *statistics(features(10, 4)))
-
-
-# From folder to table
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("classifier")
-    torch.manual_seed(0)
-    ImageClassifier("test_resnet", num_classes=10, in_channels=1, image_size=32).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def digits(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["data", "--output", str(tmp_path / "reference.npz")])
-    data.main()
-    return tmp_path / "reference.npz"
-
-
-def test_images_do_not_depend_on_the_batch_size(teacher, tmp_path):
-    for size in (3, 7):
-        arguments = ["--generator", teacher, "--output", tmp_path / f"{size}.npz", "--num-images", 10, "--num-steps", 2]
-        generate.main([str(a) for a in [*arguments, "--batch-size", size]])
-    a, b = (np.load(tmp_path / f"{size}.npz") for size in (3, 7))
-    assert np.array_equal(a["arr_1"], b["arr_1"]) and np.array_equal(a["arr_1"], np.arange(10))
-    assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
-    assert a["arr_0"].shape == (10, 8, 8, 1) and a["arr_0"].dtype == np.uint8
-
-
-def test_real_data_against_itself(digits, classifier, tmp_path, capsys):
-    evaluate.main([str(a) for a in [digits, digits, "--classifier", classifier, "--output", tmp_path / "o.json"]])
-    assert "| reference | 0.00 | 1.000 |" in capsys.readouterr().out
-
-
-def test_bad_evaluation_input(digits, classifier, tmp_path, capsys):
-    run = ["--classifier", str(classifier)]
-    content = np.load(digits)["arr_0"]
-    cases = {"wide": content.repeat(2, 2), "float": content.astype(float), "few": content[:3]}
-    for name, images in cases.items():
-        np.savez(tmp_path / f"{name}.npz", arr_0=images)
-        refused(evaluate.main, [str(tmp_path / f"{name}.npz"), str(digits), *run], capsys=capsys)
-    (tmp_path / "cut.npz").write_bytes(digits.read_bytes()[:1000])
-    assert "truncated" in refused(evaluate.main, [str(tmp_path / "cut.npz"), str(digits), *run], capsys=capsys)
-    assert "does not exist" in refused(evaluate.main, [str(tmp_path / "no.npz"), str(digits), *run], capsys=capsys)
-    refused(evaluate.main, [str(digits), str(digits), "--classifier", str(tmp_path)], capsys=capsys)
-
-
-def test_a_run_can_be_sampled(teacher, tmp_path):
-    run = run_cold_start(teacher, tmp_path / "run")
-    generate.main(["--generator", str(run / "generator"), "--output", str(tmp_path / "s.npz"), "--num-images", "4"])
-    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (4, 8, 8, 1)

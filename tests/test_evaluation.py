@@ -1,0 +1,311 @@
+"""From a model folder to samples, figures and the frontier: the commands, their files, and what they refuse."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation import evaluate, features, frontier, generate
+from evaluation.metrics import statistics
+from tests.conftest import refused, run_cold_start
+from tests.standins import write_vae
+from train_cc.models.classifier import ImageClassifier
+from train_cc.pretrain import data
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    ImageClassifier("test_resnet", num_classes=10, in_channels=1, image_size=32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def digits(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["data", "--output", str(tmp_path / "reference.npz")])
+    data.main()
+    return tmp_path / "reference.npz"
+
+
+def words(*arguments):
+    return [str(argument) for argument in arguments]
+
+
+def samples(source, output, *more):
+    generate.main(words("--generator", source, "--output", output, "--num-images", 10, *more))
+    with np.load(output) as file:
+        return {name: file[name] for name in file.files}
+
+
+# generate.py
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--num-steps", 2, "--timestep-shift", 2],
+        ["--sampler", "heun", "--num-steps", 3, "--guidance-scale", 1.5, "--guidance-interval", 0, 0.6],
+        ["--sampler", "euler", "--num-steps", 3, "--labels", "random", "--seed", 5],
+    ],
+)
+def test_images_depend_on_seed_and_index_alone(teacher, tmp_path, more):
+    a = samples(teacher, tmp_path / "a.npz", *more, "--batch-size", 3, "--shard-size", 4)
+    b = samples(teacher, tmp_path / "b.npz", *more, "--batch-size", 7)
+    assert np.array_equal(a["arr_1"], b["arr_1"])
+    assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
+    assert a["arr_0"].shape == (10, 8, 8, 1) and a["arr_0"].dtype == np.uint8 and a["arr_0"].std() > 5
+    if "random" not in more:
+        assert np.array_equal(a["arr_1"], np.arange(10))
+    assert not (tmp_path / "a.npz.shards").exists()
+
+
+def test_two_processes_give_the_same_images(teacher, tmp_path):
+    alone = samples(teacher, tmp_path / "one.npz")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--module"]
+    command += ["evaluation.generate", *words("--generator", teacher, "--output", tmp_path / "two.npz")]
+    command += ["--num-images", "10", "--shard-size", "3"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    with np.load(tmp_path / "two.npz") as two:
+        assert np.array_equal(two["arr_1"], alone["arr_1"])
+        assert np.abs(two["arr_0"].astype(int) - alone["arr_0"]).max() <= 1
+
+
+def test_generation_continues_from_its_shards(teacher, tmp_path, monkeypatch):
+    whole = samples(teacher, tmp_path / "whole.npz", "--shard-size", 4)
+    batch, made = generate.generate_batch, []
+
+    def stopped(model, decode, indices, args):
+        if indices[0] == 8 and len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(indices[0])
+        return batch(model, decode, indices, args)
+
+    monkeypatch.setattr(generate, "generate_batch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        samples(teacher, tmp_path / "cut.npz", "--shard-size", 4)
+    assert not (tmp_path / "cut.npz").exists()
+    made.append("again")
+    again = samples(teacher, tmp_path / "cut.npz", "--shard-size", 4)
+    assert made == [0, 4, "again", 8]
+    assert np.array_equal(again["arr_0"], whole["arr_0"])
+
+
+def test_shards_of_another_command_are_not_taken(teacher, tmp_path):
+    folder = tmp_path / "s.npz.shards"
+    folder.mkdir()
+    (folder / "provenance.json").write_text("{}")
+    np.savez(folder / "00000000.npz", arr_0=np.zeros((10, 8, 8, 1), np.uint8), arr_1=np.zeros(10))
+    assert samples(teacher, tmp_path / "s.npz")["arr_0"].std() > 5
+
+
+def test_a_checkpoint_is_sampled_as_its_export(teacher, tmp_path):
+    run = run_cold_start(teacher, tmp_path / "run", "--ema-decay", 0.9)
+    exported = samples(run / "generator", tmp_path / "a.npz", "--png-dir", tmp_path / "png")
+    kept = samples(run / "checkpoints/torch_units/step-3.pt", tmp_path / "b.npz")
+    assert np.array_equal(exported["arr_0"], kept["arr_0"])
+    assert len(list((tmp_path / "png").glob("*.png"))) == 10
+    assert json.loads(str(exported["provenance"]))["arguments"]["sampler"] == "few-step"
+
+
+def test_latents_are_decoded(tmp_path):
+    from tests.conftest import random_sit
+
+    random_sit(in_channels=4).save_pretrained(tmp_path / "latent")
+    vae = write_vae(tmp_path / "vae")
+    made = samples(tmp_path / "latent", tmp_path / "s.npz", "--vae", vae, "--dtype", "bf16", "--num-images", 3)
+    assert made["arr_0"].shape == (3, 64, 64, 3)
+
+
+def test_generate_refuses(teacher, tmp_path, capsys):
+    def told(*more):
+        return refused(
+            generate.main, words("--generator", teacher, "--output", tmp_path / "s.npz", *more), capsys=capsys
+        )
+
+    assert "--num-images is 0" in told("--num-images", 0)
+    assert "--vae none is needed" in told("--vae", "somewhere/vae", "--num-images", 2)
+    assert "does not exist" in told("--generator", tmp_path / "no")
+    (tmp_path / "s.npz").write_bytes(b"mine")
+    assert "exists" in told("--num-images", 2)
+    assert (tmp_path / "s.npz").read_bytes() == b"mine"
+
+
+# evaluate.py
+
+
+def test_real_data_against_itself(digits, classifier, tmp_path, capsys):
+    evaluate.main(words(digits, digits, "--classifier", classifier, "--output", tmp_path / "o.json"))
+    assert "| reference | 0.00 | 1.000 |" in capsys.readouterr().out
+    record = json.loads((tmp_path / "o.json").read_text())
+    assert record["rows"]["reference"]["images"] == 1797 and len(record["reference_sha256"]) == 64
+    assert "computed from the reference's 1797 images" in record["fid_reference"]
+
+
+def test_provenance_travels_with_the_figures(teacher, digits, classifier, tmp_path, capsys):
+    samples(teacher, tmp_path / "s.npz", "--seed", 7)
+    arguments = words(tmp_path / "s.npz", digits, "--classifier", classifier, "--bootstrap", 5)
+    evaluate.main([*arguments, "--output", str(tmp_path / "o.json"), "--picture", str(tmp_path / "p.png")])
+    assert "FID-0.01k" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "o.json").read_text())["rows"].values()
+    assert row["generation"]["arguments"]["seed"] == "7" and len(row["generation"]["generator_sha256"]) == 64
+    assert {"num_steps", "guidance_scale", "labels", "vae", "dtype"} <= row["generation"]["arguments"].keys()
+    for name, (low, high) in row["intervals"].items():
+        assert low <= high, name
+    assert (tmp_path / "p.png").stat().st_size > 0
+
+
+def test_stored_statistics_are_used(digits, classifier, tmp_path, capsys):
+    space = features.classifier_space(classifier)
+    images = np.load(digits)["arr_0"]
+    mu, sigma = statistics(space.of(images, 500)[0])
+    np.savez(tmp_path / "stored.npz", arr_0=images, mu=mu + 1, sigma=sigma)
+    evaluate.main(words(digits, tmp_path / "stored.npz", "--classifier", classifier))
+    printed = capsys.readouterr().out
+    assert f"| reference | {len(mu):.2f} |" in printed and "stored" in printed
+
+
+def test_count_suffix():
+    assert [evaluate.count_suffix(n) for n in (50_000, 60_000, 5_000, 1_800)] == ["", "", "-5k", "-1.8k"]
+
+
+def test_bootstrap_interval_holds_the_precision():
+    torch.manual_seed(0)
+    real, made = torch.randn(200, 4), torch.randn(200, 4) * 1.2
+    reference = evaluate.Reference.__new__(evaluate.Reference)
+    reference.features, reference.statistics = real, statistics(real)
+    figures = evaluate.figures(made, torch.randn(200, 5), None, reference)
+    intervals = evaluate.bootstrap(made, torch.randn(200, 5), reference, rounds=100)
+    for name in ("Precision", "Recall"):
+        low, high = intervals[name]
+        assert low < figures[name] < high and high - low < 0.25
+
+
+BAD_SAMPLES = {
+    "wide": "holds images",
+    "float": "arr_0 float64",
+    "few": "4 generated images or more",
+    "flat": "arr_0 uint8",
+    "nothing": "no arr_0",
+    "objects": "truncated or no .npz of plain arrays",
+    "cut": "truncated",
+    "missing": "does not exist",
+    "labels": "labels of shape",
+}
+
+
+@pytest.mark.parametrize("how", BAD_SAMPLES)
+def test_bad_samples_are_refused(digits, classifier, tmp_path, capsys, how):
+    images, path = np.load(digits)["arr_0"], tmp_path / f"{how}.npz"
+    content = {
+        "wide": {"arr_0": images.repeat(2, 2)},
+        "float": {"arr_0": images.astype(float)},
+        "few": {"arr_0": images[:3]},
+        "flat": {"arr_0": images[..., 0]},
+        "nothing": {"images": images},
+        "objects": {"arr_0": np.array([{}], dtype=object)},
+        "labels": {"arr_0": images, "arr_1": np.zeros(3)},
+    }
+    if how in content:
+        np.savez(path, **content[how])
+    elif how == "cut":
+        path.write_bytes(digits.read_bytes()[:1000])
+    run = words(path, digits, "--classifier", classifier)
+    assert BAD_SAMPLES[how] in refused(evaluate.main, run, capsys=capsys)
+
+
+def test_bad_references_and_spaces_are_refused(digits, classifier, tmp_path, capsys):
+    def told(reference, *space):
+        return refused(evaluate.main, words(digits, reference, *space), capsys=capsys)
+
+    images = np.load(digits)["arr_0"]
+    np.savez(tmp_path / "mu.npz", arr_0=images, mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
+    assert "features" in told(tmp_path / "mu.npz", "--classifier", classifier)
+    np.savez(tmp_path / "few.npz", arr_0=images[:2])
+    assert "4 reference images or more" in told(tmp_path / "few.npz", "--classifier", classifier)
+    assert "config.json does not exist" in told(digits, "--classifier", tmp_path)
+    weights = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
+    assert "do not exist" in told(digits, "--inception", weights)
+    weights.write_bytes(b"something else")
+    assert "SHA-256" in told(digits, "--inception", weights)
+    torch.manual_seed(0)
+    three = ImageClassifier("test_resnet", num_classes=10, in_channels=3, image_size=32)
+    three.save_pretrained(tmp_path / "three")
+    assert "3 channels, the images 1" in told(digits, "--classifier", tmp_path / "three")
+
+
+def test_features_that_are_not_finite_are_refused(digits, classifier, tmp_path, capsys):
+    model = ImageClassifier.from_pretrained(classifier)
+    with torch.no_grad():
+        next(model.network.parameters()).fill_(float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    message = refused(evaluate.main, words(digits, digits, "--classifier", tmp_path / "nan"), capsys=capsys)
+    assert "not finite" in message
+
+
+def test_inception_is_adm_compatible_in_form(digits, tmp_path, monkeypatch):
+    """Random weights: 2048 features, 1008 logits without bias; grey is shown as three equal channels."""
+    import hashlib
+
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    weights = tmp_path / "weights.pth"
+    torch.save({}, weights)
+    monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
+    space = features.inception_space(weights)
+    found, logits = space.of(np.load(digits)["arr_0"][:4], 2)
+    assert found.shape == (4, 2048) and logits.shape == (4, 1008)
+
+
+# frontier.py
+
+
+def test_frontier_rows_have_their_names_folders_and_picture(tmp_path):
+    names = [frontier.row_name(g, "teacher") for g in frontier.TEACHERS]
+    names += [frontier.row_name(g, s) for g, stages in frontier.SETTINGS.items() for s in ("cold start", *stages)]
+    assert len(names) == len(set(names)) == len({frontier.folder_name(name) for name in names}) == 14
+    assert set(frontier.PUBLISHED) <= set(names)
+    rows = {
+        name: {"figures": {"FID": 1.0, "Recall": 0.1 * i, "IS": 9.0, "Precision": 0.5}} for i, name in enumerate(names)
+    }
+    frontier.picture(rows, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_frontier_keeps_finished_rows_and_names_a_failed_one(teacher, tmp_path, monkeypatch, capsys):
+    """The launchers are replaced by a fake that writes what they would."""
+    launched = []
+
+    def launch(self, script, log, more, **variables):
+        launched.append(script)
+        if script == "evaluate":
+            row = Path(more[1])
+            row.mkdir(parents=True, exist_ok=True)
+            figures = {"FID": 1.0, "Recall": 0.5, "IS": 9.0, "Precision": 0.5}
+            record = {"rows": {"s": {"figures": figures, "images": 1800}}, "features": "f", "reference_sha256": "r"}
+            (row / "figures.json").write_text(json.dumps(record))
+        else:
+            (Path(variables["OUTPUT_DIR"]) / "generator").mkdir(parents=True)
+            (Path(variables["OUTPUT_DIR"]) / "generator" / "config.json").write_text("{}")
+
+    monkeypatch.setattr(frontier.Frontier, "launch", launch)
+    arguments = words("--recipe", "digits", "--output-dir", tmp_path, "--teacher", teacher)
+    arguments += ["--base-steps", "4", "--extra-steps", "2"]
+    frontier.main(arguments)
+    assert launched.count("evaluate") == 14 and launched.count("cold_start") == 6 and launched.count("dmdr") == 6
+    assert "guidance 1.5 + RL" in (tmp_path / "frontier.md").read_text()
+    launched.clear()
+    frontier.main(arguments)
+    assert not launched
+    monkeypatch.undo()
+    (tmp_path / "rows" / "teacher" / "figures.json").unlink()
+    message = refused(frontier.main, [*arguments, "--teacher", str(tmp_path / "no")], capsys=capsys)
+    assert "does not exist" in message or "exit code 2" in message
