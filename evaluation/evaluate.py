@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from evaluation.features import FeatureSpace, classifier_space, inception_space
-from evaluation.generate import sha256
 from evaluation.metrics import (
     check_features,
     covered,
@@ -30,7 +29,7 @@ from evaluation.metrics import (
 )
 from train_cc.draws import generator_of
 from train_cc.errors import InputError, exits_on_input_error
-from train_cc.run.logbook import library_versions, write_atomically
+from train_cc.run.logbook import library_versions, sha256, write_atomically
 from train_cc.run.previews import save_grid
 
 METRICS = ("FID", "Recall", "IS", "Precision", "accuracy")

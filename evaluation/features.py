@@ -1,6 +1,5 @@
 """The two feature spaces: Inception as ADM used it, or a classifier of ours."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from train_cc.errors import InputError
 from train_cc.models.classifier import ImageClassifier
+from train_cc.run.logbook import sha256
 
 # The start of the SHA-256 of torch-fidelity's weights file, from its name: weights-inception-2015-12-05-6726825d.pth
 INCEPTION_SHA256 = "6726825d"
@@ -59,7 +59,7 @@ def inception_space(weights: Path | None) -> FeatureSpace:
     if weights is not None:
         if not weights.is_file():
             raise InputError(f"the Inception weights {weights} do not exist")
-        found = hashlib.sha256(weights.read_bytes()).hexdigest()
+        found = sha256(weights)
         if not found.startswith(INCEPTION_SHA256):
             raise InputError(f"{weights} has SHA-256 {found[:8]}..., torch-fidelity's Inception {INCEPTION_SHA256}...")
     try:

@@ -9,7 +9,6 @@ are kept beside the output until it is whole: the same command continues where i
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ from train_cc.errors import InputError, exits_on_input_error
 from train_cc.models.latents import images_to_uint8, load_decoder
 from train_cc.models.sit import WEIGHTS_NAME, SiT
 from train_cc.run.checkpoint import open_checkpoint
-from train_cc.run.logbook import library_versions, write_atomically
+from train_cc.run.logbook import library_versions, sha256, write_atomically
 from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample
 
 IMAGES, RANDOM_LABEL = 11, 12  # first keys of the draws, after the seed
@@ -81,18 +80,6 @@ def load_model(source: Path) -> tuple[SiT, str]:
         checkpoint = open_checkpoint(source)
         return generator_of(checkpoint, "auto"), sha256(source)
     return SiT.from_pretrained(source), sha256(source / WEIGHTS_NAME)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:  # Python 3.10 has no file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 # Shards ------------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_flags_of_the_other_commands_exist(script, words):
     files = (words[0].replace(".", "/") + ".py", "train_cc/pretrain/data.py")
     source = "".join((ROOT / file).read_text() for file in files)
     for word in words[1:]:
-        if word.startswith("--"):
+        if word.startswith("--") and " " not in word:
             assert f'"{word}"' in source, f"{script}: {word}"
 
 

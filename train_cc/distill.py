@@ -298,6 +298,7 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
         if not continues:
             clear_output_dir(args.output_dir)
         record = {"stage": name, "command": sys.argv, "arguments": vars(args), "versions": library_versions()}
+        record["sha256"] = run.hashes
         write_atomically(args.output_dir / "args.json", json.dumps(record, indent=2, default=str) + "\n")
         log_to(args.output_dir)
         describe(run, args, name, source, continues)
@@ -326,6 +327,8 @@ def describe(run: Run, args: argparse.Namespace, name: str, source: Path | None,
         args.gradient_accumulation_steps,
         session.world_size,
     )
+    for flag, digest in run.hashes.items():
+        logger.info("%s %s: SHA-256 %s", flag, getattr(args, flag), digest)
     if source is not None:
         logger.info(
             "%s from %s at step %d: weights, optimizer moments%s and the step carry over; "

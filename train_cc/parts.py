@@ -8,15 +8,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from train_cc.errors import InputError
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.generator import build_generator
-from train_cc.models.latents import load_decoder
+from train_cc.models.latents import PINNED_REVISIONS, load_decoder
 from train_cc.models.reward import DINOv2Classifier, RewardResult, reward_gradient
-from train_cc.models.sit import SiT
+from train_cc.models.sit import WEIGHTS_NAME, SiT
+from train_cc.run.logbook import sha256
 from train_cc.run.session import Session
 
 
@@ -38,6 +40,7 @@ class Run:
     judges: dict[str, nn.Module] = field(default_factory=dict)  # score the previews: the reward's, the held-out one
     step: int = 0
     samples_seen: int = 0  # by the generator, over all stages
+    hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of what was loaded from outside
 
     @property
     def plain_generator(self) -> SiT:
@@ -97,6 +100,24 @@ def load_judges(args: argparse.Namespace, num_classes: int, device: torch.device
     return judges
 
 
+def input_hashes(args: argparse.Namespace) -> dict[str, str]:
+    """SHA-256 of every weights file that was loaded from outside, by the flag that named it."""
+    files = {"teacher": args.teacher / WEIGHTS_NAME}
+    if args.vae != "none":
+        name = WEIGHTS_NAME
+        cached = try_to_load_from_cache(args.vae, name, revision=PINNED_REVISIONS.get(args.vae, "main"))
+        files["vae"] = Path(args.vae) / name if Path(args.vae).is_dir() else cached
+    if args.encoder_type == "dinov2":
+        for flag in ("dinov2_backbone", "dinov2_head"):
+            source = getattr(args, flag)
+            downloaded = Path(torch.hub.get_dir()) / "checkpoints" / source.rsplit("/", 1)[-1]
+            files[flag] = downloaded if source.startswith("http") else Path(source)
+    for flag in ("reward_classifier", "holdout_classifier"):
+        if getattr(args, flag):
+            files[flag] = Path(getattr(args, flag)) / "model.safetensors"
+    return {flag: sha256(Path(path)) for flag, path in files.items() if path and Path(path).is_file()}
+
+
 def adamw(model: nn.Module, learning_rate: float, weight_decay: float, args: argparse.Namespace) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         trainable(model).values(),
@@ -149,4 +170,5 @@ def build(args: argparse.Namespace, session: Session) -> Run:
         num_classes=num_classes,
         reward=reward,
         judges=judges,
+        hashes=input_hashes(args),
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from train_cc.errors import InputError
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.generator import assemble_generator
 from train_cc.parts import Run, averaged_weights, generator_lora_rank, trainable
@@ -30,6 +31,7 @@ def save(run: Run, args: argparse.Namespace) -> Path:
     units = {
         "samples_seen": run.samples_seen,
         "model_config": run.model_config,
+        "teacher_sha256": run.hashes["teacher"],
         "arguments": json.loads(json.dumps(vars(args), default=str)),
         "scalers": [a.scaler and a.scaler.state_dict() for a in (run.session.generator, run.session.estimator)],
     }
@@ -49,6 +51,11 @@ def lora_state(estimator: ScoreEstimator) -> dict[str, Tensor]:
 def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     """Weights, moments, EMA, scaler and step. The draws need no state, and the learning rate is the command line's."""
     generator, estimator, source = run.plain_generator, run.plain_estimator, str(checkpoint.path)
+    theirs = checkpoint.units
+    if theirs["model_config"] != run.model_config:
+        raise InputError(f"{source} does not fit this run's model: {theirs['model_config']}, not {run.model_config}")
+    if theirs["teacher_sha256"] != run.hashes["teacher"]:
+        raise InputError(f"{source} was trained from other teacher weights: {theirs['arguments']['teacher']}")
     frozen_buffers = dict(estimator.named_buffers())
     checkpoints.restore_trained(generator, checkpoint.read("accelerator_1/generator.safetensors"), source)
     lora = checkpoint.read("accelerator_2/estimator_lora.safetensors")

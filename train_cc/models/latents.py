@@ -4,11 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from train_cc.errors import InputError
 
-# Its config.json names no scaling factor, so that the class default, 0.18215, applies.
+# A hub name stands for one state of its files.
+PINNED_REVISIONS = {"stabilityai/sd-vae-ft-ema": "f04b2c4b98319346dad8c65879f680b1997b204a"}
+# stabilityai/sd-vae-ft-ema: its config.json names no scaling factor, so that the class default, 0.18215, applies.
 
 
 def pixels_to_images(x0: Tensor) -> Tensor:
@@ -32,22 +35,27 @@ class VAEDecoder(nn.Module):
         return pixels_to_images(self.vae.decode(x0 / self.vae.config.scaling_factor).sample)
 
 
-def load_decoder(vae: str | None, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
-    """``vae``: None for pixel-space models, else a folder or a Hugging Face name of a diffusers `AutoencoderKL`."""
-    if vae is None:
-        return pixels_to_images
+def load_vae(vae: str) -> nn.Module:
+    """A diffusers `AutoencoderKL` from a folder or a Hugging Face name. Raises `InputError`."""
     from diffusers import AutoencoderKL
 
-    looks_local = vae.startswith((".", "/", "~")) or Path(vae).exists()
-    if looks_local and not (Path(vae) / "config.json").is_file():
-        raise InputError(
-            f"the VAE folder {vae} has no config.json; give a diffusers AutoencoderKL folder or a hub name"
-        )
+    folder = Path(vae)
+    if vae.startswith((".", "/", "~")) or folder.exists():
+        weights = [folder / f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "bin")]
+        if not (folder / "config.json").is_file() or not any(path.is_file() for path in weights):
+            raise InputError(
+                f"the VAE folder {vae} must hold config.json and diffusion_pytorch_model.safetensors; "
+                "a diffusers AutoencoderKL folder or a hub name is expected"
+            )
     try:
-        model = AutoencoderKL.from_pretrained(vae)
-    except (OSError, ValueError, RuntimeError) as error:
+        return AutoencoderKL.from_pretrained(vae, revision=PINNED_REVISIONS.get(vae))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load the VAE {vae!r}: {error}") from error
-    return VAEDecoder(model).to(device)
+
+
+def load_decoder(vae: str | None, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
+    """``vae``: None for pixel-space models, else what `load_vae` takes."""
+    return pixels_to_images if vae is None else VAEDecoder(load_vae(vae)).to(device)
 
 
 def images_to_uint8(images: Tensor) -> Tensor:

@@ -182,10 +182,9 @@ class SiT(ModelMixin, ConfigMixin):
         for name in ("config.json", WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise InputError(f"{folder / name} does not exist; a model folder holds config.json and {WEIGHTS_NAME}")
+        options = kwargs | {"output_loading_info": True, "local_files_only": True, "use_safetensors": True}
         try:
-            model, info = super().from_pretrained(
-                folder, output_loading_info=True, local_files_only=True, use_safetensors=True, **kwargs
-            )
+            model, info = super().from_pretrained(folder, **options)
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
             raise InputError(f"cannot read a SiT from {folder}: {error}") from error
         problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}

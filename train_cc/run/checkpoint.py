@@ -50,7 +50,7 @@ class Checkpoint:
         try:
             if path.suffix == ".safetensors":
                 return load_file(path)
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
 

@@ -1,5 +1,6 @@
 """What a run writes down: its arguments, its log, and one JSON object a line of losses."""
 
+import hashlib
 import json
 import logging
 import math
@@ -41,6 +42,15 @@ def clear_output_dir(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def library_versions() -> dict[str, str]:
