@@ -12,6 +12,7 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -79,9 +80,9 @@ def read_checkpoint(path: Path) -> object:
         raise InputError(f"{path} does not exist; a SiT checkpoint or a model folder is expected")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is damaged or a pickle that holds code; it was not run: {error}") from error
+        raise InputError(f"{path} is damaged or a pickle that holds code; it was not run") from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise InputError(f"{path} is truncated or no PyTorch file: {error}") from error
 

@@ -1,0 +1,346 @@
+"""Published checkpoints to model folders: every layout, against a plain reading of the format, and what is refused."""
+
+import argparse
+import http.server
+import json
+import math
+import pickle
+import shutil
+import threading
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from convert_weight import export_generator, sit_convert
+from convert_weight.state_dicts import reverse_time
+from evaluation.pipeline import DMDRPipeline
+from tests.conftest import refused, run_cold_start
+from tests.standins import authors_state, repa_state, sit_shapes, write_vae
+from train_cc.errors import InputError
+from train_cc.models import SiT
+from train_cc.models.latents import load_vae
+
+SMALL = {"depth": 3, "hidden": 64, "input_size": 8, "classes": 10}
+HEADS = 4
+
+
+def plain_velocity(s, x, t, y, heads=HEADS, patch=2, out_channels=4):
+    """A straightforward reading of the format, with functions alone."""
+    hidden = s["pos_embed"].shape[-1]
+    tokens = F.conv2d(x, s["x_embedder.proj.weight"], s["x_embedder.proj.bias"], stride=patch)
+    side = tokens.shape[-1]
+    tokens = tokens.flatten(2).transpose(1, 2) + s["pos_embed"]
+
+    def linear(name, value):
+        return F.linear(value, s[f"{name}.weight"], s[f"{name}.bias"])
+
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    angles = t[:, None] * frequencies
+    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
+    c = c + s["y_embedder.embedding_table.weight"][y]
+
+    def modulated(value, shift, scale):
+        return F.layer_norm(value, (hidden,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    for i in range(1 + max(int(name.split(".")[1]) for name in s if name.startswith("blocks."))):
+        modulation = linear(f"blocks.{i}.adaLN_modulation.1", F.silu(c)).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        qkv = linear(f"blocks.{i}.attn.qkv", modulated(tokens, shift_msa, scale_msa))
+        q, k, v = qkv.view(len(x), -1, 3, heads, hidden // heads).permute(2, 0, 3, 1, 4)
+        attended = ((q @ k.transpose(-1, -2)) / math.sqrt(hidden // heads)).softmax(-1) @ v
+        attended = attended.transpose(1, 2).flatten(2)
+        tokens = tokens + gate_msa[:, None] * linear(f"blocks.{i}.attn.proj", attended)
+        h = F.gelu(linear(f"blocks.{i}.mlp.fc1", modulated(tokens, shift_mlp, scale_mlp)), approximate="tanh")
+        tokens = tokens + gate_mlp[:, None] * linear(f"blocks.{i}.mlp.fc2", h)
+    shift, scale = linear("final_layer.adaLN_modulation.1", F.silu(c)).chunk(2, dim=1)
+    out = linear("final_layer.linear", modulated(tokens, shift, scale))
+    out = out.view(len(x), side, side, patch, patch, out_channels)
+    return torch.einsum("nhwpqc->nchpwq", out).reshape(len(x), out_channels, side * patch, side * patch)
+
+
+def inputs(batch=3):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(batch, 4, 8, 8, generator=generator), torch.tensor([0.1, 0.5, 1.0]), torch.tensor([0, 4, 10])
+
+
+def converted(state, **options):
+    return sit_convert.convert(state, num_heads=HEADS, **options)
+
+
+def test_repa_release_is_the_plain_reading():
+    state = repa_state(**SMALL, spread=0.2)
+    model, told = converted(state)
+    expected = plain_velocity(state, *inputs())
+    assert expected.std() > 0.05
+    torch.testing.assert_close(model(*inputs()), expected, rtol=1e-5, atol=1e-5)
+    assert any("6 tensors of REPA's projectors" in line for line in told)
+    assert torch.equal(model.pos_embed, state["pos_embed"])
+
+
+def test_the_authors_checkpoint_runs_the_other_way():
+    state = authors_state(**SMALL, spread=0.1)
+    model, told = converted(state)
+    x, t, y = inputs()
+    theirs = plain_velocity(state, x, 1 - t, y, out_channels=8)[:, :4]
+    assert theirs.std() > 0.05
+    torch.testing.assert_close(model(x, t, y), -theirs, rtol=1e-5, atol=1e-5)
+    assert any("folded" in line for line in told)
+
+
+def test_reversing_time_twice_is_the_identity():
+    state = {name: value.double() for name, value in repa_state(**SMALL).items()}
+    again = reverse_time(reverse_time(state))
+    for name, value in state.items():
+        torch.testing.assert_close(again[name], value)
+
+
+@pytest.mark.parametrize("layout", ["training checkpoint", "nested ema", "legacy", "half precision"])
+def test_layouts_of_one_model_convert_to_one_model(tmp_path, layout):
+    state = repa_state(**SMALL)
+    expected = converted(state)[0].state_dict()
+    path = tmp_path / "file.pt"
+    if layout == "training checkpoint":
+        other = {name: value + 1 for name, value in state.items()}
+        namespace = argparse.Namespace(model="SiT-XL/2", steps=4)
+        torch.save({"model": other, "ema": state, "opt": {}, "args": namespace, "steps": 4}, path)
+    elif layout == "nested ema":
+        torch.save({"ema": state}, path)
+    elif layout == "legacy":
+        renamed = {name.replace("blocks.2.", "decoder_blocks.0."): value for name, value in state.items()}
+        torch.save(renamed, path)
+    elif layout == "half precision":
+        torch.save({name: value.bfloat16() for name, value in state.items()}, path)
+        expected = {name: value.bfloat16().float() for name, value in expected.items()}
+    content = sit_convert.read_checkpoint(path)
+    found = converted(content, **({"encoder_depth": 2} if layout == "legacy" else {}))[0].state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "depth,hidden,patch,heads", [(12, 384, 4, 6), (12, 768, 8, 12), (24, 1024, 8, 16), (28, 1152, 2, 16)]
+)
+def test_sizes_are_read_off_the_tensors(depth, hidden, patch, heads):
+    from convert_weight.state_dicts import config_of
+
+    shapes = sit_shapes(depth=depth, hidden=hidden, patch=patch, classes=77)
+    config = config_of({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, None)
+    assert config == {
+        "depth": depth,
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "patch_size": patch,
+        "in_channels": 4,
+        "input_size": 32,
+        "num_classes": 77,
+        "mlp_ratio": 4.0,
+    }
+
+
+def test_repa_xl_layout_has_the_published_counts():
+    shapes = sit_shapes()
+    from tests.standins import repa_projectors
+
+    whole = shapes | repa_projectors(1152)
+    assert len(whole) == 298 and sum(math.prod(s) for s in whole.values()) == 683_242_512
+    assert len(shapes) == 292 and sum(math.prod(s) for s in shapes.values()) == 675_111_184
+
+
+def convert_file(content, tmp_path, *more):
+    torch.save(content, tmp_path / "last.pt")
+    words = ["--input", tmp_path / "last.pt", "--save-dir", tmp_path / "out", "--num-heads", HEADS, *more]
+    sit_convert.main([str(word) for word in words])
+
+
+def test_the_command_writes_a_model_folder_with_its_source(tmp_path, capsys):
+    state = repa_state(**SMALL)
+    convert_file(state, tmp_path)
+    assert "recognised" in capsys.readouterr().out
+    folder = tmp_path / "out" / "SiT-custom"
+    model = SiT.from_pretrained(folder)
+    torch.testing.assert_close(model(*inputs()), plain_velocity(state, *inputs()), rtol=1e-5, atol=1e-5)
+    source = json.loads((folder / "source.json").read_text())
+    assert len(source["sha256"]) == 64 and source["bytes"] == (tmp_path / "last.pt").stat().st_size
+    message = refused(convert_file, state, tmp_path, capsys=capsys)
+    assert "exists" in message
+    again = ["--input", str(folder), "--save-dir", str(tmp_path / "out"), "--name", "again"]
+    sit_convert.main(again)
+    other = SiT.from_pretrained(tmp_path / "out" / "again").state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in model.state_dict().items())
+
+
+class Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def spoiled(how, tmp_path):
+    state = repa_state(**SMALL)
+    if how == "missing key":
+        del state["blocks.1.attn.qkv.bias"]
+    elif how == "unexpected key":
+        state["surplus.weight"] = torch.zeros(1)
+    elif how == "missing block":
+        state = {name: value for name, value in state.items() if not name.startswith("blocks.1.")}
+    elif how == "other shape":
+        state["blocks.1.mlp.fc2.weight"] = torch.zeros(64, 3)
+    elif how == "nested wrongly":
+        return {"state": state}
+    elif how == "no model":
+        return {"weight": torch.zeros(2)}
+    elif how == "code":
+        return {"ema": state, "args": Code(tmp_path / "code-ran")}
+    return state
+
+
+SPOILED = {
+    "missing key": r"blocks\.1\.attn\.qkv\.bias",
+    "unexpected key": r"surplus\.weight",
+    "missing block": r"blocks \[1\] are missing",
+    "other shape": r"blocks\.1\.mlp\.fc2\.weight \(64, 3\)",
+    "nested wrongly": "no weights found",
+    "no model": "no SiT",
+    "code": "not run",
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_files_that_do_not_fit_are_refused(tmp_path, capsys, how):
+    import re
+
+    message = refused(convert_file, spoiled(how, tmp_path), tmp_path, capsys=capsys)
+    assert re.search(SPOILED[how], message), message
+    assert not (tmp_path / "out").exists() and not (tmp_path / "code-ran").exists()
+
+
+def test_damaged_files_and_unknown_sizes_are_refused(tmp_path, capsys, monkeypatch):
+    def told(*words):
+        arguments = ["--input", tmp_path / "f.pt", "--save-dir", tmp_path / "out", *words]
+        return refused(sit_convert.main, [str(word) for word in arguments], capsys=capsys)
+
+    assert "does not exist" in told()
+    torch.save(repa_state(**SMALL), tmp_path / "f.pt")
+    assert "--num-heads" in told()
+    assert "does not divide" in told("--num-heads", 7)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 10))
+    assert "nothing was written" in told("--num-heads", 4)
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "f.pt").write_bytes((tmp_path / "f.pt").read_bytes()[:5000])
+    assert "truncated" in told()
+    (tmp_path / "f.pt").write_bytes(pickle.dumps(Code(tmp_path / "code-ran")))
+    assert "not run" in told() and not (tmp_path / "code-ran").exists()
+
+
+# Sign and time direction
+
+
+def test_check_tells_right_from_wrong():
+    """On the exact velocity of class-dependent Gaussians, read rightly, negated, and reversed."""
+    from tests.test_math import gaussian_velocity
+
+    class Exact:
+        sample_shape, null_class = (1, 8, 8), 10
+
+        def __init__(self, sign, reverse):
+            self.sign, self.reverse = sign, reverse
+
+        def __call__(self, x, t, y):
+            mu = (y.view(-1, 1, 1, 1) - 4.5) / 5
+            t = 1 - t if self.reverse else t
+            return self.sign * gaussian_velocity(mu, 0.3)(x, t)
+
+    for sign in (1, -1):
+        for reverse in (False, True):
+            errors = sit_convert.check_denoising(Exact(sign, reverse), num_steps=20)
+            best = min(errors, key=errors.get)
+            assert sit_convert.HYPOTHESES[best] == (sign, reverse), errors
+
+
+# Downloads
+
+
+class Server:
+    """A local file server that understands ranges, or not, and can break off."""
+
+    def __init__(self, content, ranges=True, break_after=None):
+        outer = self
+        self.requests = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked = self.headers.get("Range")
+                outer.requests.append(asked)
+                start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and ranges else 0
+                if start >= len(content):
+                    self.send_error(416)
+                    return
+                self.send_response(206 if asked and ranges else 200)
+                self.send_header("Content-Length", str(len(content) - start))
+                self.end_headers()
+                cut = outer.break_after or len(content)
+                self.wfile.write(content[start : start + cut])
+
+            def log_message(self, *args):
+                pass
+
+        self.break_after = break_after
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/last.pt"
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_that_broke_off_continues(tmp_path, ranges):
+    content = bytes(range(256)) * 5000
+    server = Server(content, ranges, break_after=300_000)
+    with pytest.raises(InputError, match="continues"):
+        sit_convert.download(server.url, tmp_path / "last.pt")
+    assert not (tmp_path / "last.pt").exists()
+    assert (tmp_path / "last.pt.part").stat().st_size == 300_000
+    server.break_after = None
+    sit_convert.download(server.url, tmp_path / "last.pt")
+    assert (tmp_path / "last.pt").read_bytes() == content
+    assert server.requests == [None, "bytes=300000-"]
+    assert not (tmp_path / "last.pt.part").exists()
+
+
+def test_a_download_needs_a_server_and_space(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="--input"):
+        sit_convert.download("http://127.0.0.1:9/last.pt", tmp_path / "last.pt")
+    server = Server(b"x" * 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 10))
+    with pytest.raises(InputError, match="nothing was written"):
+        sit_convert.download(server.url, tmp_path / "last.pt")
+    assert not list(tmp_path.iterdir())
+
+
+# The pipeline
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+def test_pipeline_round_trip_is_bit_identical(tmp_path, pixels):
+    from tests.conftest import random_sit
+
+    vae = None if pixels else load_vae(str(write_vae(tmp_path / "vae")))
+    pipeline = DMDRPipeline(random_sit(in_channels=1 if pixels else 4), vae, timestep_shift=2.0)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    other = DMDRPipeline.from_pretrained(tmp_path / "pipeline")
+    images = [
+        p([2, 7], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+        for p in (pipeline, other)
+    ]
+    assert (images[0] == images[1]).all() and images[0].shape == ((2, 8, 8, 1) if pixels else (2, 64, 64, 3))
+    assert other.config.timestep_shift == 2.0
+    with pytest.raises(ValueError, match="0 to 9"):
+        other([10])
+
+
+def test_a_checkpoint_becomes_a_pipeline(teacher, tmp_path):
+    run = run_cold_start(teacher, tmp_path / "run")
+    words = ["--checkpoint", run / "checkpoints/torch_units/step-3.pt", "--pipeline", tmp_path / "pipeline"]
+    export_generator.main([str(word) for word in words])
+    image = DMDRPipeline.from_pretrained(tmp_path / "pipeline")(class_labels=[3], num_inference_steps=1).images[0]
+    assert image.size == (8, 8)
