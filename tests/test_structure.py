@@ -12,6 +12,7 @@ LEVELS = [
     (5, "train_cc.pretrain"),
     (4.2, "train_cc.distill"),
     (4.1, "train_cc.saving"),
+    (4.1, "train_cc.dry_run"),
     (4.0, "train_cc.parts"),
     (3, "train_cc.arguments"),
     (3, "train_cc.models"),

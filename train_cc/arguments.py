@@ -58,6 +58,7 @@ def build_parser(description: str) -> Parser:
     run = parser.add_argument_group("run")
     run.add_argument("--output-dir", type=Path, required=True, help="the run's folder")
     run.add_argument("--overwrite", action="store_true", help="delete an earlier run in --output-dir")
+    run.add_argument("--dry-run", action="store_true", help="print what would be done and the memory it needs, and end")
     run.add_argument("--resume-ckpt", type=Path, help="a torch_units/step-N.pt to start from, here or elsewhere")
     run.add_argument(
         "--auto-resume", action="store_true", help="continue from the newest checkpoint in --output-dir, if any"

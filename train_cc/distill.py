@@ -18,6 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from train_cc.draws import Draws
+from train_cc.dry_run import plan
 from train_cc.errors import InputError
 from train_cc.flow import interpolate, x0_from_velocity
 from train_cc.models.latents import images_to_uint8
@@ -285,6 +286,9 @@ def teacher_row(run: Run, args: argparse.Namespace, noise: Tensor, y: Tensor) ->
 
 def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
     """One stage from a validated command line: nothing is written before every input has been read."""
+    if args.dry_run:
+        print("\n".join([plan(name, args, int(os.environ.get("WORLD_SIZE", 1))), *notes]))
+        return
     source = find_checkpoint(args)
     if source is None and name == "dmdr_refl":
         raise InputError("--resume-ckpt is missing: this stage starts from a cold start's torch_units/step-N.pt")

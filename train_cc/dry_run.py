@@ -1,0 +1,182 @@
+"""What a command would do, without loading weights: arguments, images, checkpoints, parameters, memory (`--dry-run`).
+
+Weights, gradients and optimizer states are exact. Activations are measured: what autograd keeps for backward in models
+of depth 1 and 2 at the true width, extrapolated over depth and batch; reward at a quarter of the side, by area.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from train_cc.errors import InputError
+from train_cc.models.estimator import ScoreEstimator
+from train_cc.models.latents import VAEDecoder
+from train_cc.models.lora import GENERATOR_TARGETS, add_lora
+from train_cc.models.reward import IMAGE_SIZE, PATCH_SIZE
+from train_cc.models.sit import SiT
+from train_cc.parts import generator_lora_rank
+from train_cc.run.session import resolve_precision
+
+GIB = 2**30
+LATENT_CHANNELS = 4
+DINOV2_SIZES = {"vits14": (384, 12), "vitb14": (768, 12), "vitl14": (1024, 24)}  # width, depth
+
+
+def count(model: nn.Module, trainable: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], Tensor], autocast: AbstractContextManager) -> int:
+    """Bytes that autograd keeps for the backward of ``forward``, parameters apart."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        held = forward()  # kept alive until all addresses have been seen
+    total = sum(kept.values())
+    del held
+    return total
+
+
+def extrapolate(measure: Callable[[int, int], int], depth: int, batch: int) -> int:
+    """``measure(depth, batch)`` at depths and batches of 1 and 2 -> linear in both."""
+    one, deeper, wider, both = measure(1, 1), measure(2, 1), measure(1, 2), measure(2, 2)
+    per_block, per_sample = deeper - one, wider - one
+    per_both = both - deeper - wider + one
+    d, b = depth - 1, batch - 1
+    return one + d * per_block + b * per_sample + d * b * per_both
+
+
+def network_activations(config: dict, args: argparse.Namespace, role: str, dtype: torch.dtype | None) -> int:
+    """Of one training forward and backward of the generator or the estimator at ``--batch-size``."""
+
+    def measure(depth: int, batch: int) -> int:
+        model = SiT(**{**config, "depth": depth})
+        if role == "estimator":
+            model = ScoreEstimator(model, args.lora_rank, args.lora_init_spread)
+            network = model.network
+        elif args.use_lora_gen:
+            add_lora(model, 2 * args.lora_rank, GENERATOR_TARGETS, None, 0)
+            network = model
+        else:
+            network = model
+        if args.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        x, t, y = torch.zeros(batch, *network.sample_shape), torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
+        scale = (args.lora_scale_fake,) if role == "estimator" else ()
+        return kept_bytes(model, lambda: model(x, t, y, *scale), _autocast(dtype))
+
+    return extrapolate(measure, config["depth"], args.batch_size)
+
+
+def _autocast(dtype: torch.dtype | None) -> AbstractContextManager:
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
+
+def decoder_cost(config: dict, batch: int, dtype: torch.dtype | None) -> tuple[int, int]:
+    """(parameters, activation bytes) of sd-vae-ft-ema's decoder: measured at a quarter of the side, by area."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=LATENT_CHANNELS,
+    )
+    decoder = VAEDecoder(vae)
+    side = max(1, config["input_size"] // 4)
+    z = torch.zeros(1, LATENT_CHANNELS, side, side, requires_grad=True)
+    kept = kept_bytes(decoder, lambda: decoder(z), _autocast(dtype))
+    return count(decoder), kept * batch * (config["input_size"] // side) ** 2
+
+
+def dinov2_cost(args: argparse.Namespace, batch: int, dtype: torch.dtype | None) -> tuple[int, int]:
+    """(parameters, activation bytes) of the DINOv2 size that the backbone's name says; ViT-L where it says none."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    width, depth = next((size for name, size in DINOV2_SIZES.items() if name in args.dinov2_backbone), (1024, 24))
+
+    def build(depth: int) -> VisionTransformer:
+        options = {"embed_dim": width, "num_heads": width // 64, "init_values": 1e-5, "num_classes": 0}
+        return VisionTransformer(IMAGE_SIZE, PATCH_SIZE, depth=depth, **options).requires_grad_(False)
+
+    def measure(depth: int, batch: int) -> int:
+        model = build(depth)
+        images = torch.zeros(batch, 3, IMAGE_SIZE, IMAGE_SIZE, requires_grad=True)
+        return kept_bytes(model, lambda: model(images), _autocast(dtype))
+
+    with torch.device("meta"):
+        parameters = count(build(depth)) + 1000 * (5 * width + 1)
+    return parameters, extrapolate(measure, depth, batch)
+
+
+def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
+    """The text that `--dry-run` prints. Raises `InputError` where the teacher's config.json cannot be read."""
+    path = args.teacher / "config.json"
+    try:
+        config = {name: value for name, value in json.loads(path.read_text()).items() if not name.startswith("_")}
+        with torch.device("meta"):
+            generator, estimator = SiT(**config), ScoreEstimator(SiT(**config), args.lora_rank, None)
+            if args.use_lora_gen:
+                add_lora(generator, generator_lora_rank(args), GENERATOR_TARGETS, None, 0)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    precision = resolve_precision(args.mixed_precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    trained, lora = count(generator, trainable=True), count(estimator, trainable=True)
+    ema = trained if args.ema_decay else 0
+    generator_bytes = {
+        "generator weights": 4 * count(generator),
+        "generator gradients": 4 * trained,
+        "generator optimizer": 8 * trained,
+        "EMA": 4 * ema,
+        "estimator weights": 4 * count(estimator),
+        "estimator LoRA gradients and optimizer": 12 * lora,
+    }
+    turns = {
+        "estimator": network_activations(config, args, "estimator", dtype),
+        "generator": network_activations(config, args, "generator", dtype),
+    }
+    if args.vae != "none" and (args.num_previews or args.encoder_type != "none"):
+        micro = args.reward_micro_batch or args.batch_size
+        parameters, decoder = decoder_cost(config, micro, dtype)
+        generator_bytes["decoder weights"] = 4 * parameters
+        if args.encoder_type == "dinov2":
+            parameters, classifier = dinov2_cost(args, micro, dtype)
+            generator_bytes["classifier weights"] = 4 * parameters
+            told = " (an upper bound: --reward-checkpointing recomputes)" if args.reward_checkpointing else ""
+            turns[f"generator, reward{told}"] = turns["generator"] + decoder + classifier
+    fixed = sum(generator_bytes.values())
+    batch = args.batch_size * args.gradient_accumulation_steps * processes
+    saved = 4 * (trained + 2 * trained + ema + 3 * lora)
+    kept = -(-args.max_train_steps // args.checkpoint_steps)
+    kept = min(kept, args.keep_checkpoints) if args.keep_checkpoints else kept
+    lines = [f"{stage}, dry run: nothing is loaded or written", "", "arguments:"]
+    lines += [f"  --{name.replace('_', '-')} {value}" for name, value in vars(args).items() if name != "dry_run"]
+    lines += [
+        "",
+        f"effective batch: {batch} = {args.batch_size} a process x {args.gradient_accumulation_steps} accumulated "
+        f"x {processes} process(es), precision {precision}",
+        f"images that the generator is trained on, to step {args.max_train_steps}: {batch * args.max_train_steps:,}",
+        f"parameters: generator {trained:,} trained of {count(generator):,}; estimator {lora:,} trained, "
+        f"{count(estimator) - lora:,} frozen",
+        f"checkpoints kept: {kept} (every {args.checkpoint_steps} updates), {saved / GIB:.2f} GiB each, "
+        f"{kept * saved / GIB:.2f} GiB in all",
+        "",
+        "memory per process:",
+        *[f"  {name}: {value / GIB:.2f} GiB" for name, value in generator_bytes.items() if value],
+        *[f"  activations, {name} turn: {value / GIB:.2f} GiB" for name, value in turns.items()],
+        f"  peak, about: {(fixed + max(turns.values())) / GIB:.2f} GiB",
+    ]
+    return "\n".join(lines)
