@@ -267,21 +267,21 @@ def preview(run: Run, args: argparse.Namespace) -> dict[str, float]:
     return figures
 
 
-def teacher_row(run: Run, args: argparse.Namespace, noise: Tensor, y: Tensor) -> np.ndarray:
-    """The multi-step teacher on the previews' noise and labels: drawn once a run, kept in samples/teacher.npy."""
-    kept = args.output_dir / "samples" / "teacher.npy"
-    shape = (args.num_previews,)
-    exists = kept.exists() and np.load(kept).shape[:1] == shape
-    run.session.barrier()  # every process has seen whether there is one
-    if not exists:
+def teacher_row(run: Run, args: argparse.Namespace, noise: Tensor, y: Tensor) -> np.ndarray | None:
+    """The multi-step teacher on the previews' noise and labels: drawn once a run, kept in samples/teacher.npy.
+
+    The main process alone reads and writes it (-> None on others); all processes draw it, or none.
+    """
+    session, kept = run.session, args.output_dir / "samples" / "teacher.npy"
+    fits = session.is_main and kept.exists() and len(np.load(kept)) == args.num_previews
+    if session.mean(torch.tensor(float(fits), device=session.device)).item() == 0:
         x0 = euler_sample(partial(run.estimator, lora_scale=0.0), noise, y, args.teacher_preview_steps)
-        if run.session.is_main:
+        if session.is_main:
             kept.parent.mkdir(parents=True, exist_ok=True)
             temporary = kept.with_name("teacher.tmp.npy")
             np.save(temporary, images_to_uint8(run.decode(x0)).numpy())
             os.replace(temporary, kept)
-        run.session.barrier()
-    return np.load(kept)
+    return np.load(kept) if session.is_main else None
 
 
 def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
