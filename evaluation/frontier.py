@@ -18,6 +18,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from evaluation.evaluate import METRICS, table
 from train_cc.errors import InputError, exits_on_input_error
@@ -142,32 +144,46 @@ class Frontier:
 
 def picture(rows: dict[str, dict], path: Path) -> None:
     """Recall against precision, one labelled point a row, an arrow where RL moved it."""
-    figure, axes = plt.subplots(figsize=(9, 6.5))
+    figure, axes = plt.subplots(figsize=(10, 7))
     points = {name: (row["figures"]["Precision"], row["figures"]["Recall"]) for name, row in rows.items()}
     for name, (precision, recall) in points.items():
         kind = next(kind for kind in COLOURS if kind in name)
-        colour = COLOURS[kind]
-        axes.scatter(precision, recall, s=45, color=colour, marker="s" if kind == "teacher" else "o", zorder=3)
-        left = precision > 0.5 * (axes.get_xlim()[0] + axes.get_xlim()[1]) and precision > 0.85
-        axes.annotate(
-            name,
-            (precision, recall),
-            textcoords="offset points",
-            xytext=(-7 if left else 7, -11 if kind == "control" else 5),
-            ha="right" if left else "left",
-            fontsize=8,
-        )
+        axes.scatter(precision, recall, s=45, color=COLOURS[kind], marker="s" if kind == "teacher" else "o", zorder=3)
     for name, start in points.items():
         if f"{name} + RL" in points:
-            arrow = {"arrowstyle": "->", "color": "tab:red", "shrinkA": 6, "shrinkB": 6}
+            arrow = {"arrowstyle": "->", "color": COLOURS["RL"], "shrinkA": 6, "shrinkB": 6}
             axes.annotate("", points[f"{name} + RL"], start, arrowprops=arrow)
     axes.set_xlabel("precision (quality)")
     axes.set_ylabel("recall (diversity)")
-    axes.margins(0.12)
+    axes.margins(0.15)
     axes.grid(alpha=0.3)
     figure.tight_layout()
+    label_points(figure, axes, points)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def label_points(figure: plt.Figure, axes: plt.Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Each name at the nearest place beside its point where it covers no other name, no point and no border."""
+    figure.canvas.draw()
+    frame = axes.get_window_extent()
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(list(points.values()))]
+    places = sorted(
+        ((side * 9, step * 6, "left" if side > 0 else "right") for side in (1, -1) for step in range(-20, 21)),
+        key=lambda place: abs(place[1]),
+    )
+    for name, point in points.items():
+        colour = COLOURS[next(kind for kind in COLOURS if kind in name)]
+        for dx, dy, alignment in places:
+            style = {"textcoords": "offset points", "ha": alignment, "va": "center", "fontsize": 8, "color": colour}
+            leader = {"arrowstyle": "-", "color": "lightgray", "shrinkA": 0, "shrinkB": 3} if abs(dy) > 12 else None
+            text = axes.annotate(name, point, xytext=(dx, dy), arrowprops=leader, **style)
+            text.update_positions(figure.canvas.get_renderer())
+            words = Text.get_window_extent(text)  # without its leader
+            if frame.containsx(words.x0) and frame.containsx(words.x1) and words.count_overlaps(taken) == 0:
+                taken.append(words)
+                break
+            text.remove()
 
 
 def published_table() -> str:
