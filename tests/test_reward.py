@@ -225,6 +225,26 @@ def test_the_generators_gradient_is_that_of_both_losses_on_one_graph(teacher, tm
     assert figures["grad_norm_reward_x0"] > 0 and -1 <= figures["grad_cosine_x0"] <= 1
 
 
+def test_both_stages_in_latent_space_with_dinov2(tmp_path):
+    """The full-size path in small: VAE folder and official DINOv2 files, through both stages, hashes written down."""
+    import json
+
+    from tests.conftest import logged, run_cold_start
+
+    random_sit(in_channels=4).save_pretrained(tmp_path / "sit")
+    vae = write_vae(tmp_path / "vae")
+    backbone, head = write_dinov2(tmp_path / "dinov2", width=64, depth=4, classes=10)
+    cold = run_cold_start(tmp_path / "sit", tmp_path / "cold", "--vae", vae)
+    words = ["--vae", vae, "--encoder-type", "dinov2", "--dinov2-backbone", backbone, "--dinov2-head", head]
+    words += ["--resume-ckpt", cold / "checkpoints/torch_units/step-3.pt", "--max-train-steps", 5]
+    words += ["--reward-micro-batch", 2, "--reward-checkpointing"]
+    dmdr_refl.main(flags(tmp_path / "sit", tmp_path / "dmdr", *words))
+    assert logged(tmp_path / "dmdr")[-1]["grad_norm_reward_x0"] > 0
+    hashes = json.loads((tmp_path / "dmdr" / "args.json").read_text())["sha256"]
+    assert hashes.keys() == {"teacher", "vae", "dinov2_backbone", "dinov2_head"}
+    assert all(len(digest) == 64 for digest in hashes.values())
+
+
 BAD_REWARDS = [
     (["--reward-weight", -1], "--reward-weight is -1"),
     (["--reward-micro-batch", 3], "does not divide --batch-size 4"),

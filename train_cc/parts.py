@@ -104,9 +104,11 @@ def input_hashes(args: argparse.Namespace) -> dict[str, str]:
     """SHA-256 of every weights file that was loaded from outside, by the flag that named it."""
     files = {"teacher": args.teacher / WEIGHTS_NAME}
     if args.vae != "none":
-        name = WEIGHTS_NAME
-        cached = try_to_load_from_cache(args.vae, name, revision=PINNED_REVISIONS.get(args.vae, "main"))
-        files["vae"] = Path(args.vae) / name if Path(args.vae).is_dir() else cached
+        if Path(args.vae).is_dir():
+            files["vae"] = Path(args.vae) / WEIGHTS_NAME
+        else:
+            revision = PINNED_REVISIONS.get(args.vae, "main")
+            files["vae"] = try_to_load_from_cache(args.vae, WEIGHTS_NAME, revision=revision)
     if args.encoder_type == "dinov2":
         for flag in ("dinov2_backbone", "dinov2_head"):
             source = getattr(args, flag)
