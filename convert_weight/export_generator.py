@@ -15,9 +15,9 @@ from train_cc.draws import Draws
 from train_cc.errors import InputError, exits_on_input_error
 from train_cc.models.generator import assemble_generator
 from train_cc.models.latents import load_vae
-from train_cc.models.sit import SiT
+from train_cc.models.sit import WEIGHTS_NAME, SiT
 from train_cc.run.checkpoint import Checkpoint, open_checkpoint
-from train_cc.run.logbook import check_output_dir
+from train_cc.run.logbook import check_output_dir, sha256
 
 
 def generator_of(checkpoint: Checkpoint, weights: str, teacher: Path | None = None) -> SiT:
@@ -31,7 +31,12 @@ def generator_of(checkpoint: Checkpoint, weights: str, teacher: Path | None = No
             raise InputError(f"{checkpoint.path} has no EMA weights; --weights raw exports the others")
         state |= checkpoint.read("accelerator_1/ema.safetensors")
     lora_rank = 2 * recorded["lora_rank"] if recorded["use_lora_gen"] else None
-    return assemble_generator(checkpoint.units["model_config"], state, teacher or recorded["teacher"], lora_rank)
+    base = Path(teacher or recorded["teacher"])
+    if lora_rank is not None:
+        weights_file = base / WEIGHTS_NAME
+        if not weights_file.is_file() or sha256(weights_file) != checkpoint.units["teacher_sha256"]:
+            raise InputError(f"{base} is not the teacher that this LoRA generator was trained on; give it by --teacher")
+    return assemble_generator(checkpoint.units["model_config"], state, base, lora_rank)
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ def read_checkpoint(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is damaged or a pickle that holds code; it was not run") from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise InputError(f"{path} is truncated or no PyTorch file: {error}") from error
 
 

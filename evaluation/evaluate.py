@@ -177,6 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     names = args.names or [path.stem for path in args.samples]
     if len(names) != len(args.samples):
         raise InputError(f"--names gives {len(names)} names for {len(args.samples)} sample files")
+    if len(set(names)) != len(names):
+        raise InputError(f"two rows have one name in {', '.join(names)}; tell them apart by --names")
     if args.batch_size < 1 or args.bootstrap < 0:
         raise InputError(f"--batch-size {args.batch_size} must be at least 1, --bootstrap {args.bootstrap} at least 0")
     for path in (*args.samples, args.reference):
@@ -187,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     rows, pictures = {}, []
     for name, path in zip(names, args.samples, strict=True):
         rows[name], images = evaluate(path, reference, space, args.batch_size, args.bootstrap)
-        pictures.append(images[: args.picture_columns])
+        pictures.append(images[: args.picture_columns].copy())
     counts = {row["images"] for row in rows.values()}
     if len(counts) > 1:
         raise InputError(f"the sample files hold {sorted(counts)} images: figures of different counts do not compare")

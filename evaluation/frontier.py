@@ -125,7 +125,7 @@ class Frontier:
         if not (run / "generator" / "config.json").exists():
             flags = [*words, "--keep-checkpoints", "1", *self.args.train_flags.split()]
             log = self.folder / "logs" / f"{run.name}.txt"
-            self.launch(script, log, flags, OUTPUT_DIR=run.resolve(), **variables)
+            self.launch(script, log, flags, OUTPUT_DIR=run.resolve(), TEACHER=self.args.teacher, **variables)
 
     def rows(self) -> dict[str, dict]:
         """All rows in the table's order, each as evaluate.py wrote it."""

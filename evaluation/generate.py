@@ -10,6 +10,7 @@ are kept beside the output until it is whole: the same command continues where i
 
 import argparse
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -75,10 +76,11 @@ def generate_batch(model: SiT, decode, indices: range, args: argparse.Namespace)
 
 
 def load_model(source: Path) -> tuple[SiT, str]:
-    """A model folder, or a checkpoint's torch_units file (EMA where there is one). -> model, SHA-256 of its file."""
+    """A model folder, or a checkpoint's torch_units file (EMA where there is one). -> model, its weights' SHA-256."""
     if source.suffix == ".pt":
         checkpoint = open_checkpoint(source)
-        return generator_of(checkpoint, "auto"), sha256(source)
+        weights = "ema" if checkpoint.has("accelerator_1/ema.safetensors") else "generator"
+        return generator_of(checkpoint, "auto"), sha256(checkpoint.file(f"accelerator_1/{weights}.safetensors"))
     return SiT.from_pretrained(source), sha256(source / WEIGHTS_NAME)
 
 
@@ -161,6 +163,11 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("num_images", "batch_size", "num_steps", "shard_size"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: at least 1")
+    if not 0 <= args.seed < 2**63 or not args.timestep_shift > 0:
+        raise InputError(f"--seed {args.seed} must be 0 to 2^63 - 1, --timestep-shift {args.timestep_shift} above 0")
+    low, high = args.guidance_interval
+    if not 0 <= low < high <= 1 or not math.isfinite(args.guidance_scale):
+        raise InputError(f"guidance {args.guidance_scale} on {low} to {high}: a finite scale, 0 <= LOW < HIGH <= 1")
     if args.output.exists() and not args.overwrite:
         raise InputError(f"{args.output} exists; give another --output, or --overwrite")
     accelerator = Accelerator(cpu=not torch.cuda.is_available())

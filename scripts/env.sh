@@ -40,22 +40,27 @@ visible_gpus() {
 }
 
 # launch MODULE FLAGS...: one process a visible GPU, or one CPU process; NUM_PROCESSES and ACCELERATE_CONFIG override.
-# One process needs no launcher: it starts sooner, and its exit code stays its own.
+# One process needs no launcher: it starts sooner, and its exit code stays its own. `exec`: a signal to the script
+# reaches the run itself. A script that goes on afterwards calls it in parentheses.
 launch() {
     local gpus cores
     gpus=$(visible_gpus)
     cores=$(getconf _NPROCESSORS_ONLN)
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}" # to end the update and write a checkpoint
+    if [ -n "${ACCELERATE_CONFIG:-}" ]; then
+        exec accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" \
+            ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} --module "$@"
+    fi
     export NUM_PROCESSES="${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}"
     if [ "$gpus" -eq 0 ]; then
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > NUM_PROCESSES ? cores / NUM_PROCESSES : 1))}"
     fi
-    if [ -n "${ACCELERATE_CONFIG:-}" ]; then
-        accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" --num_processes "$NUM_PROCESSES" --module "$@"
-    elif [ "$NUM_PROCESSES" -eq 1 ]; then
-        python -m "$@"
+    if [ "$NUM_PROCESSES" -eq 1 ]; then
+        exec python -m "$@"
     elif [ "$gpus" -gt 0 ]; then
-        accelerate launch --quiet --config_file scripts/accelerate/ddp.yaml --num_processes "$NUM_PROCESSES" --module "$@"
+        exec accelerate launch --quiet --config_file scripts/accelerate/ddp.yaml \
+            --num_processes "$NUM_PROCESSES" --module "$@"
     else # without GPUs `accelerate launch` starts one process, whatever it is asked for, unless there is MPI
-        torchrun --standalone --nproc_per_node "$NUM_PROCESSES" --module "$@"
+        exec torchrun --standalone --nproc_per_node "$NUM_PROCESSES" --module "$@"
     fi
 }

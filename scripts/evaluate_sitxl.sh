@@ -5,7 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 GENERATOR="${1:?the generator folder is missing}" OUTPUT="${2:?the output folder is missing}"
 REFERENCE="${REFERENCE:-VIRTUAL_imagenet256_labeled.npz}"
 
-launch evaluation.generate \
+(launch evaluation.generate \
     --generator "$GENERATOR" \
     --output "$OUTPUT/samples.npz" \
     --overwrite \
@@ -13,7 +13,7 @@ launch evaluation.generate \
     --num-images 50000 \
     --batch-size 64 \
     --dtype bf16 \
-    "${@:3}"
+    "${@:3}")
 # INCEPTION: torch-fidelity's weights file, where it cannot be downloaded
 python -m evaluation.evaluate "$OUTPUT/samples.npz" "$REFERENCE" --inception ${INCEPTION:+"$INCEPTION"} \
     --output "$OUTPUT/figures.json"

@@ -8,7 +8,7 @@ bash scripts/pretrain_digits.sh
 cores=$(getconf _NPROCESSORS_ONLN)
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m evaluation.frontier \
     --recipe digits \
-    --teacher "$DIGITS/teacher" \
+    --teacher "${TEACHER:-$DIGITS/teacher}" \
     --output-dir "${OUTPUT_DIR:-$DIGITS/frontier}" \
     --base-steps 400 \
     --extra-steps 100 \

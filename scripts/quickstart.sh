@@ -5,10 +5,16 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export DIGITS="${DIGITS:-runs/digits}" SEED="${SEED:-30}"
 began=$SECONDS
 
+finished() { # a run that was asked to stop ends well, but is not finished
+    [ -f "$DIGITS/$1/generator/config.json" ] || { echo "$1 is not finished; the same command continues"; exit 1; }
+}
 bash scripts/pretrain_digits.sh
 bash scripts/cold_start_digits.sh
+finished cold_start
 bash scripts/dmdr_digits_refl.sh
+finished dmdr
 OUTPUT_DIR="$DIGITS/control" bash scripts/dmdr_digits_refl.sh --encoder-type none
+finished control
 
 generate() { # FILE FOLDER FLAGS...
     python -m evaluation.generate --output "$DIGITS/samples/$1.npz" --generator "$2" --num-images 1800 --seed 0 --overwrite "${@:3}"

@@ -92,7 +92,8 @@ def test_network_rows_of_the_two_scores(teacher, tmp_path, monkeypatch, scale, i
     forward = run.estimator.forward
     monkeypatch.setattr(run.estimator, "forward", lambda x, *a, **k: counted.append(len(x)) or forward(x, *a, **k))
     draws = Draws(0)
-    distill.scores(run, args, draws.noise(4, 1, 8, 8), torch.tensor([0.1, 0.4, 0.6, 0.9]), torch.arange(4), 1.0)
+    t = torch.tensor([0.1, 0.4, 0.6, 0.9])
+    distill.scores(run, args, draws.noise(4, 1, 8, 8), t, t, torch.arange(4), 1.0)
     assert sum(counted) == rows
 
 

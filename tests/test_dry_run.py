@@ -20,7 +20,7 @@ def test_nothing_is_loaded_or_written(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "SiT", **TINY}))
     text = planned(capsys, tmp_path, tmp_path / "run", "--gradient-accumulation-steps", 3)
     assert "effective batch: 12 = 4 a process x 3 accumulated x 1 process(es)" in text
-    assert "to step 3: 36" in text and "--batch-size 4" in text
+    assert "from step 0 to 3: 36" in text and "--batch-size 4" in text
     assert not (tmp_path / "run").exists()
 
 

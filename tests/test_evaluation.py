@@ -131,6 +131,9 @@ def test_generate_refuses(teacher, tmp_path, capsys):
         )
 
     assert "--num-images is 0" in told("--num-images", 0)
+    assert "--timestep-shift 0.0 above 0" in told("--timestep-shift", 0)
+    assert "--seed -1" in told("--seed", -1)
+    assert "0 <= LOW < HIGH <= 1" in told("--guidance-interval", 0.9, 0.1)
     assert "--vae none is needed" in told("--vae", "somewhere/vae", "--num-images", 2)
     assert "does not exist" in told("--generator", tmp_path / "no")
     (tmp_path / "s.npz").write_bytes(b"mine")
@@ -219,6 +222,11 @@ def test_bad_samples_are_refused(digits, classifier, tmp_path, capsys, how):
         path.write_bytes(digits.read_bytes()[:1000])
     run = words(path, digits, "--classifier", classifier)
     assert BAD_SAMPLES[how] in refused(evaluate.main, run, capsys=capsys)
+
+
+def test_two_files_of_one_name_need_names(digits, classifier, tmp_path, capsys):
+    message = refused(evaluate.main, words(digits, digits, digits, "--classifier", classifier), capsys=capsys)
+    assert "--names" in message
 
 
 def test_bad_references_and_spaces_are_refused(digits, classifier, tmp_path, capsys):

@@ -354,3 +354,83 @@ def test_a_damaged_newest_checkpoint_is_named(teacher, tmp_path, capsys):
     spoil(run, "truncated weights", tmp_path)
     message = refused(cold_start.main, flags(teacher, run, "--auto-resume", "--max-train-steps", 5), capsys=capsys)
     assert "step-3" in message
+
+
+# Folders that are shared, moved, linked, or not ours
+
+
+def test_going_back_in_a_folder_ends_what_came_after(teacher, tmp_path):
+    straight = run_cold_start(teacher, tmp_path / "a", "--max-train-steps", 4)
+    run = run_cold_start(teacher, tmp_path / "b", "--max-train-steps", 6)
+    more = ("--resume-ckpt", units(run, 2), "--keep-checkpoints", 1, "--max-train-steps", 4)
+    run_cold_start(teacher, run, *more)
+    assert checkpoints.complete_steps(run / "checkpoints") == [2, 4]  # 2 was named, and is kept
+    assert_same_run(straight, run, 4)
+
+
+def test_a_linked_checkpoints_folder_resumes(teacher, tmp_path):
+    straight = run_cold_start(teacher, tmp_path / "a")
+    run = run_cold_start(teacher, tmp_path / "b", "--max-train-steps", 2)
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    (run / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    run_cold_start(teacher, run, "--auto-resume")
+    assert_same_run(straight, run, 3)
+
+
+@pytest.mark.parametrize("how", ["strange checkpoints", "checkpoints moved away", "strange file"])
+def test_auto_resume_deletes_no_folder_that_is_not_a_killed_run(teacher, tmp_path, capsys, how):
+    run = tmp_path / "run"
+    if how == "strange checkpoints":
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "checkpoints" / "last.pt").write_bytes(b"mine")
+    else:
+        run_cold_start(teacher, run)
+        shutil.rmtree(run / "generator")
+        shutil.rmtree(run / "checkpoints")
+        if how == "strange file":
+            (run / "log.txt").unlink()
+            (run / "notes.md").write_text("mine")
+    before = sorted(run.rglob("*"))
+    assert "not empty" in refused(cold_start.main, flags(teacher, run, "--auto-resume"), capsys=capsys)
+    assert sorted(run.rglob("*")) == before
+
+
+def test_two_runs_do_not_write_one_folder(teacher, tmp_path, capsys):
+    from train_cc.run.logbook import lock_output_dir
+
+    run = run_cold_start(teacher, tmp_path / "run")
+    arguments = flags(teacher, run, "--auto-resume", "--max-train-steps", 4)
+    with lock_output_dir(run):
+        assert "another process writes" in refused(cold_start.main, arguments, capsys=capsys)
+    cold_start.main(arguments)
+    assert len(logged(run)) == 4
+
+
+def test_overwrite_does_not_delete_its_own_inputs(teacher, tmp_path, capsys):
+    run = run_cold_start(teacher, tmp_path / "run")
+    for more in (["--teacher", run / "generator"], ["--resume-ckpt", units(run, 1)]):
+        assert "would delete" in refused(cold_start.main, flags(teacher, run, "--overwrite", *more), capsys=capsys)
+    assert (run / "generator" / "config.json").exists() and units(run, 1).exists()
+
+
+def test_a_lora_generator_is_merged_into_its_own_teacher_alone(teacher, tmp_path, capsys):
+    from convert_weight import export_generator
+
+    run = run_cold_start(teacher, tmp_path / "run", "--use-lora-gen")
+    random_sit(seed=9).save_pretrained(tmp_path / "other")
+    words = ["--checkpoint", units(run, 3), "--output-dir", tmp_path / "out", "--teacher", tmp_path / "other"]
+    assert "is not the teacher" in refused(export_generator.main, [str(word) for word in words], capsys=capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_launcher_hands_signals_to_the_run(teacher, tmp_path):
+    environment = os.environ | {"TEACHER": str(teacher), "OUTPUT_DIR": str(tmp_path / "run"), "OMP_NUM_THREADS": "1"}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {"VIRTUAL_ENV": str(Path(sys.executable).parents[1])}
+    command = ["bash", str(ROOT / "scripts" / "cold_start_digits.sh"), "--lora-rank", "4", "--num-previews", "0"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "run" / "loss_logs" / "loss_gui_log.jsonl", process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped at step" in told, told[-2000:]

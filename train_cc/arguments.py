@@ -1,6 +1,7 @@
 """The command line of both stages: flags with the SiT-XL/2 recipe as defaults, validation before any loading."""
 
 import argparse
+import math
 from pathlib import Path
 
 from train_cc.errors import InputError
@@ -19,9 +20,11 @@ RANGES = {
     "checkpoint_steps": _AT_LEAST_1,
     "sample_steps": _AT_LEAST_1,
     "keep_checkpoints": _AT_LEAST_0,
-    "seed": _AT_LEAST_0,
+    "seed": (lambda v: 0 <= v < 2**63, "0 to 2^63 - 1"),
     "lora_rank": (lambda v: v >= 1, "at least 1: at rank 0 real and fake would be the same network, and learn nothing"),
     "lora_init_spread": _POSITIVE,
+    "lora_scale_fake": (lambda v: v > 0, "above 0: at 0 the fake score would be the teacher's, and learn nothing"),
+    "lora_scale_real": _AT_LEAST_0,
     "num_steps": _AT_LEAST_1,
     "timestep_shift": _POSITIVE,
     "ratio_update": _AT_LEAST_1,
@@ -150,17 +153,27 @@ def build_parser(description: str) -> Parser:
 
 def validate(args: argparse.Namespace) -> list[str]:
     """Raise `InputError` on an impossible value or a contradiction; -> one line for each flag that is set aside."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{name.replace('_', '-')} is {value}; a finite number is expected")
     for name, (allowed, words) in RANGES.items():
         value = getattr(args, name)
         if not allowed(value):  # NaN fails every comparison, and so is refused too
             shown = " ".join(map(str, value)) if isinstance(value, list) else value
             raise InputError(f"--{name.replace('_', '-')} is {shown}; allowed: {words}")
-    if (
-        args.resume_ckpt is not None
-        and args.overwrite
-        and args.output_dir.resolve() in args.resume_ckpt.resolve().parents
-    ):
-        raise InputError(f"--overwrite would delete --resume-ckpt {args.resume_ckpt}")
+    inputs = (
+        "teacher",
+        "resume_ckpt",
+        "vae",
+        "reward_classifier",
+        "holdout_classifier",
+        "dinov2_backbone",
+        "dinov2_head",
+    )
+    for name in inputs if args.overwrite else ():
+        path = getattr(args, name)
+        if path is not None and args.output_dir.resolve() in Path(path).resolve().parents:
+            raise InputError(f"--overwrite would delete --{name.replace('_', '-')} {path}")
     notes = []
     if args.auto_resume and args.overwrite:
         notes.append("--overwrite starts anew: --auto-resume is set aside")

@@ -4,6 +4,7 @@ Each cycle is ``ratio_update`` estimator turns and one generator turn; ``step`` 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -30,6 +31,7 @@ from train_cc.run.logbook import (
     JsonLines,
     clear_output_dir,
     library_versions,
+    lock_output_dir,
     log_to,
     logger,
     not_finite,
@@ -38,7 +40,7 @@ from train_cc.run.logbook import (
 from train_cc.run.previews import save_grid
 from train_cc.run.session import Session, StopSignal, open_session, synchronised
 from train_cc.samplers import euler_sample, few_step_input, few_step_sample, guide
-from train_cc.saving import export, find_checkpoint, restore, save
+from train_cc.saving import drop_later_checkpoints, export, find_checkpoint, restore, save
 from train_cc.schedules import annealing, beta_times, dynamic_guidance_scale, renoise_density
 
 # First key of every draw, after the seed: no two uses share random numbers.
@@ -62,11 +64,12 @@ def generate(run: Run, args: argparse.Namespace, draws: Draws, y: Tensor) -> Ten
     return x0_from_velocity(x_t, run.generator(x_t, t, y), t)
 
 
-def renoise(draws: Draws, x0: Tensor, c: float, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """DynaRS: t ~ p_k(t), fresh noise. -> (x_t, noise, t on the CPU)."""
+def renoise(draws: Draws, x0: Tensor, c: float, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """DynaRS: t ~ p_k(t), fresh noise. -> (x_t, noise, t on the CPU and on the device)."""
     t = beta_times(draws.uniform(len(x0)), *renoise_density(args.renoise_alpha, args.renoise_beta, c))
     noise = draws.noise_like(x0)
-    return interpolate(x0, noise, t.to(x0.device, non_blocking=True)), noise, t
+    t_device = t.to(x0.device, non_blocking=True)
+    return interpolate(x0, noise, t_device), noise, t, t_device
 
 
 def labels_of(run: Run, args: argparse.Namespace, draws: Draws) -> Tensor:
@@ -83,8 +86,8 @@ def estimator_turn(run: Run, args: argparse.Namespace, step: int, turn: int) -> 
         y = labels_of(run, args, draws)
         with torch.no_grad():
             x0 = generate(run, args, draws, y)
-        x_t, noise, t = renoise(draws, x0, c, args)
-        v_fake = run.estimator(x_t, t.to(x_t.device), y, lora_scale=args.lora_scale_fake)
+        x_t, noise, _, t = renoise(draws, x0, c, args)
+        v_fake = run.estimator(x_t, t, y, lora_scale=args.lora_scale_fake)
         loss = velocity_matching_loss(v_fake, x0, noise) / chunks
         accelerator.backward(loss)
         total += loss.detach()
@@ -93,12 +96,14 @@ def estimator_turn(run: Run, args: argparse.Namespace, step: int, turn: int) -> 
 
 
 @torch.no_grad()
-def scores(run: Run, args: argparse.Namespace, x_t: Tensor, t: Tensor, y: Tensor, c: float) -> tuple[Tensor, Tensor]:
-    """(v_fake, v_real) at x_t. Guidance applies to the real score alone. t (B,) on the CPU."""
-    v_fake = run.estimator(x_t, t.to(x_t.device), y, lora_scale=args.lora_scale_fake)
+def scores(
+    run: Run, args: argparse.Namespace, x_t: Tensor, t_cpu: Tensor, t: Tensor, y: Tensor, c: float
+) -> tuple[Tensor, Tensor]:
+    """(v_fake, v_real) at x_t. Guidance applies to the real score alone, and finds its rows in ``t_cpu``."""
+    v_fake = run.estimator(x_t, t, y, lora_scale=args.lora_scale_fake)
     real = partial(run.estimator, lora_scale=dynamic_guidance_scale(args.lora_scale_real, c))
     guided = guide(real, run.num_classes, args.real_guidance_scale, tuple(args.real_guidance_interval))
-    v_real = guided(x_t, t if args.real_guidance_scale > 1 else t.to(x_t.device), y)
+    v_real = guided(x_t, t_cpu if args.real_guidance_scale > 1 else t, y)
     return v_fake, v_real
 
 
@@ -111,8 +116,8 @@ def generator_turn(run: Run, args: argparse.Namespace, step: int) -> dict[str, T
         draws = chunk_draws(run, args, GENERATOR_TURN, step, chunk)
         y = labels_of(run, args, draws)
         x0 = generate(run, args, draws, y)
-        x_t, noise, t = renoise(draws, x0.detach(), c, args)
-        v_fake, v_real = scores(run, args, x_t, t, y, c)
+        x_t, noise, t_cpu, t = renoise(draws, x0.detach(), c, args)
+        v_fake, v_real = scores(run, args, x_t, t_cpu, t, y, c)
         direction = dmd_direction(v_real, v_fake, x0, noise)
         loss_dmd = dmd_loss(x0, direction)
         loss, reward_figures = loss_dmd, {}
@@ -268,11 +273,12 @@ def preview(run: Run, args: argparse.Namespace) -> dict[str, float]:
 
 
 def teacher_row(run: Run, args: argparse.Namespace, noise: Tensor, y: Tensor) -> np.ndarray | None:
-    """The multi-step teacher on the previews' noise and labels: drawn once a run, kept in samples/teacher.npy.
+    """The multi-step teacher on the previews' noise and labels: drawn once a run, kept in samples/.
 
     The main process alone reads and writes it (-> None on others); all processes draw it, or none.
     """
-    session, kept = run.session, args.output_dir / "samples" / "teacher.npy"
+    name = f"teacher-{args.teacher_preview_steps}-steps-seed-{args.seed}.npy"
+    session, kept = run.session, args.output_dir / "samples" / name
     fits = session.is_main and kept.exists() and len(np.load(kept)) == args.num_previews
     if session.mean(torch.tensor(float(fits), device=session.device)).item() == 0:
         x0 = euler_sample(partial(run.estimator, lora_scale=0.0), noise, y, args.teacher_preview_steps)
@@ -287,9 +293,10 @@ def teacher_row(run: Run, args: argparse.Namespace, noise: Tensor, y: Tensor) ->
 def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
     """One stage from a validated command line: nothing is written before every input has been read."""
     if args.dry_run:
-        print("\n".join([plan(name, args, int(os.environ.get("WORLD_SIZE", 1))), *notes]))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\n".join([plan(name, args, int(os.environ.get("WORLD_SIZE", 1))), *notes]))
         return
-    source = find_checkpoint(args)
+    source, continues = find_checkpoint(args)
     if source is None and name == "dmdr_refl":
         raise InputError("--resume-ckpt is missing: this stage starts from a cold start's torch_units/step-N.pt")
     checkpoint = checkpoints.open_checkpoint(source) if source is not None else None
@@ -297,7 +304,18 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
     run = build(args, session)
     if checkpoint is not None:
         restore(run, checkpoint)
-    continues = source is not None and args.output_dir.resolve() in source.resolve().parents
+    if not session.agree(run.step):
+        raise InputError(f"the processes found different checkpoints ({source} here): is --output-dir shared by all?")
+    with lock_output_dir(args.output_dir) if session.is_main else contextlib.nullcontext():
+        begin(name, args, run, source, continues, notes)
+        train(run, args)
+
+
+def begin(
+    name: str, args: argparse.Namespace, run: Run, source: Path | None, continues: bool, notes: list[str]
+) -> None:
+    """The first writing of a run: its folder, arguments and log."""
+    session = run.session
     if session.is_main:
         if not continues:
             clear_output_dir(args.output_dir)
@@ -308,10 +326,11 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
         describe(run, args, name, source, continues)
         for note in notes:
             logger.info(note)
+        if continues:
+            drop_later_checkpoints(args, run.step)
+        if run.step >= args.max_train_steps:
+            logger.info("step %d of --max-train-steps %d: nothing is left to train", run.step, args.max_train_steps)
     session.barrier()
-    if run.step >= args.max_train_steps:
-        logger.info("step %d of --max-train-steps %d: nothing is left to train", run.step, args.max_train_steps)
-    train(run, args)
 
 
 def describe(run: Run, args: argparse.Namespace, name: str, source: Path | None, continues: bool) -> None:

@@ -6,6 +6,7 @@ of depth 1 and 2 at the true width, extrapolated over depth and batch; reward at
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from train_cc.errors import InputError
 from train_cc.models.estimator import ScoreEstimator
-from train_cc.models.latents import VAEDecoder
+from train_cc.models.latents import LATENT_CHANNELS, VAEDecoder
 from train_cc.models.lora import GENERATOR_TARGETS, add_lora
 from train_cc.models.reward import IMAGE_SIZE, PATCH_SIZE
 from train_cc.models.sit import SiT
@@ -22,7 +23,6 @@ from train_cc.parts import generator_lora_rank
 from train_cc.run.session import resolve_precision
 
 GIB = 2**30
-LATENT_CHANNELS = 4
 DINOV2_SIZES = {"vits14": (384, 12), "vitb14": (768, 12), "vitl14": (1024, 24)}  # width, depth
 
 
@@ -130,7 +130,7 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
             generator, estimator = SiT(**config), ScoreEstimator(SiT(**config), args.lora_rank, None)
             if args.use_lora_gen:
                 add_lora(generator, generator_lora_rank(args), GENERATOR_TARGETS, None, 0)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     precision = resolve_precision(args.mixed_precision)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -160,7 +160,9 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
     fixed = sum(generator_bytes.values())
     batch = args.batch_size * args.gradient_accumulation_steps * processes
     saved = 4 * (trained + 2 * trained + ema + 3 * lora)
-    kept = -(-args.max_train_steps // args.checkpoint_steps)
+    named = re.fullmatch(r"step-(\d+)\.pt", args.resume_ckpt.name) if args.resume_ckpt else None
+    begin = int(named[1]) if named else 0
+    kept = -(-(args.max_train_steps - begin) // args.checkpoint_steps)
     kept = min(kept, args.keep_checkpoints) if args.keep_checkpoints else kept
     lines = [f"{stage}, dry run: nothing is loaded or written", "", "arguments:"]
     lines += [f"  --{name.replace('_', '-')} {value}" for name, value in vars(args).items() if name != "dry_run"]
@@ -168,7 +170,8 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
         "",
         f"effective batch: {batch} = {args.batch_size} a process x {args.gradient_accumulation_steps} accumulated "
         f"x {processes} process(es), precision {precision}",
-        f"images that the generator is trained on, to step {args.max_train_steps}: {batch * args.max_train_steps:,}",
+        f"images that the generator is trained on, from step {begin} to {args.max_train_steps}: "
+        f"{batch * (args.max_train_steps - begin):,}",
         f"parameters: generator {trained:,} trained of {count(generator):,}; estimator {lora:,} trained, "
         f"{count(estimator) - lora:,} frozen",
         f"checkpoints kept: {kept} (every {args.checkpoint_steps} updates), {saved / GIB:.2f} GiB each, "

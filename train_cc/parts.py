@@ -15,7 +15,7 @@ from train_cc.errors import InputError
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.generator import build_generator
-from train_cc.models.latents import PINNED_REVISIONS, load_decoder
+from train_cc.models.latents import LATENT_CHANNELS, PINNED_REVISIONS, load_decoder
 from train_cc.models.reward import DINOv2Classifier, RewardResult, reward_gradient
 from train_cc.models.sit import WEIGHTS_NAME, SiT
 from train_cc.run.logbook import sha256
@@ -84,7 +84,14 @@ def load_classifier(source: str) -> ImageClassifier:
     return ImageClassifier.from_pretrained(source) if Path(source).exists() else ImageClassifier.from_timm(source)
 
 
-def load_judges(args: argparse.Namespace, num_classes: int, device: torch.device) -> dict[str, nn.Module]:
+def require_channels(channels: int, args: argparse.Namespace) -> None:
+    """Latents have 4 channels and need a VAE; pixels have 1 or 3 and need none."""
+    if (channels == LATENT_CHANNELS) == (args.vae == "none"):
+        kind = "latents: a VAE is needed" if channels == LATENT_CHANNELS else "pixels: --vae none is needed"
+        raise InputError(f"--vae is {args.vae}, but {args.teacher} has {channels} channels, that is {kind}")
+
+
+def load_judges(args: argparse.Namespace, config: dict, device: torch.device) -> dict[str, nn.Module]:
     """ "reward": the classifier that rewards; "holdout": one that does not, and shows where the reward is hacked."""
     judges = {}
     if args.encoder_type == "dinov2":
@@ -93,9 +100,13 @@ def load_judges(args: argparse.Namespace, num_classes: int, device: torch.device
         judges["reward"] = load_classifier(args.reward_classifier)
     if args.holdout_classifier:
         judges["holdout"] = load_classifier(args.holdout_classifier)
+    shown = 3 if config["in_channels"] == LATENT_CHANNELS else config["in_channels"]
     for name, judge in judges.items():
-        if judge.num_classes != num_classes:
-            raise InputError(f"the {name} classifier has {judge.num_classes} classes, the generator {num_classes}")
+        if judge.num_classes != config["num_classes"]:
+            told = f"{judge.num_classes} classes, the generator {config['num_classes']}"
+            raise InputError(f"the {name} classifier has {told}")
+        if judge.in_channels != shown:
+            raise InputError(f"the {name} classifier takes {judge.in_channels} channels, the images have {shown}")
         judge.to(device)
     return judges
 
@@ -136,7 +147,8 @@ def build(args: argparse.Namespace, session: Session) -> Run:
     config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
     if args.num_classes not in (None, config["num_classes"]):
         raise InputError(f"--num-classes is {args.num_classes}, but {args.teacher} has {config['num_classes']} classes")
-    judges = load_judges(args, config["num_classes"], session.device)
+    require_channels(config["in_channels"], args)
+    judges = load_judges(args, config, session.device)
     generator = build_generator(args.teacher, generator_lora_rank(args), args.seed)
     estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
     if args.gradient_checkpointing:

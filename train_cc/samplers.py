@@ -71,7 +71,9 @@ def few_step_input(
     The published code re-noises the x0_hat of step i itself; here the input at t_i is the re-noised x0_hat of step
     i - 1, exactly as at inference. For one step both are pure noise.
     """
-    times = noise.new_tensor(timestep_grid(num_steps, shift)) if num_steps > 1 else noise.new_ones(2)
+    if num_steps == 1:
+        return noise, noise.new_ones(len(noise))
+    times = noise.new_tensor(timestep_grid(num_steps, shift))
     x_t = noise
     for step in range(num_steps - 1):
         rows = (index > step).nonzero().flatten().to(noise.device)

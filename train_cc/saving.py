@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -99,19 +100,43 @@ def export(run: Run, args: argparse.Namespace) -> None:
 def died_early(folder: Path) -> bool:
     """Whether a run was killed here before its first checkpoint: nothing to resume, and the same command starts again.
 
-    A folder with anything in it that such a run does not leave, an exported generator above all, is none.
+    A folder with anything in it that such a run does not leave is none: an exported generator, a stranger's file, a
+    checkpoint (or the log of one that is gone).
     """
-    left = {"args.json.tmp"} | set(RUN_CONTENT) - {"generator"}
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= left
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    if "args.json" not in names:  # it is written first
+        return names <= {"args.json.tmp", ".lock"}
+    if not names <= {"args.json.tmp", *RUN_CONTENT} - {"generator"}:
+        return False
+    parts = {path.name for path in (folder / "checkpoints").glob("*")}
+    if not parts <= {"accelerator_1", "accelerator_2", "torch_units"}:
+        return False
+    logged = (folder / "log.txt").read_text() if "log.txt" in names else ""
+    return not re.search(r"^\S+ \S+ checkpoint ", logged, re.MULTILINE)
 
 
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """What the run starts from; refuses an output folder that holds a run which this one would not continue."""
+def find_checkpoint(args: argparse.Namespace) -> tuple[Path | None, bool]:
+    """-> what the run starts from, and whether it continues its own output folder.
+
+    Raises `InputError` for an output folder that holds something which this run would neither continue nor replace.
+    """
     own = args.output_dir / "checkpoints"
     newest = checkpoints.newest_checkpoint(own) if args.auto_resume else None
     if newest is not None:
-        return newest
-    resumed_here = args.resume_ckpt is not None and own.resolve() in args.resume_ckpt.resolve().parents
-    if not (resumed_here or (args.auto_resume and died_early(args.output_dir))):
+        return newest, True
+    if args.resume_ckpt is not None and own.resolve() in args.resume_ckpt.resolve().parents:
+        return args.resume_ckpt, True
+    if not (args.auto_resume and died_early(args.output_dir)):
         check_output_dir(args.output_dir, args.overwrite)
-    return args.resume_ckpt
+    return args.resume_ckpt, False
+
+
+def drop_later_checkpoints(args: argparse.Namespace, step: int) -> None:
+    """Going back to ``step`` in a folder ends what came after it there: the log's rows, and the checkpoints too."""
+    root = args.output_dir / "checkpoints"
+    for later in checkpoints.complete_steps(root):
+        if later > step:
+            checkpoints.delete_checkpoint(root, later)
+            logger.info("deleted the checkpoint of step %d: the run went back to step %d", later, step)

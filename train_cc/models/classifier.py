@@ -40,14 +40,20 @@ class ImageClassifier(nn.Module):
         }
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
-        options = {"img_size": image_size} if "vit" in architecture else {}
-        self.network = timm.create_model(
-            architecture, pretrained=pretrained, in_chans=in_channels, num_classes=num_classes, **options
-        )
+        # Vision transformers are built for one size; other architectures know no such argument.
+        options = {"in_chans": in_channels, "num_classes": num_classes, "pretrained": pretrained}
+        try:
+            self.network = timm.create_model(architecture, img_size=image_size, **options)
+        except TypeError:
+            self.network = timm.create_model(architecture, **options)
 
     @property
     def num_classes(self) -> int:
         return self.config["num_classes"]
+
+    @property
+    def in_channels(self) -> int:
+        return self.config["in_channels"]
 
     def _preprocess(self, images: Tensor) -> Tensor:
         size = (self.config["image_size"],) * 2
@@ -75,7 +81,7 @@ class ImageClassifier(nn.Module):
     @classmethod
     def from_timm(cls, name: str) -> "ImageClassifier":
         """A timm model with its published weights and preprocessing, frozen and in eval mode. Raises `InputError`."""
-        published = timm.get_pretrained_cfg(name)
+        published = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
         if published is None:
             raise InputError(f"timm has no weights for {name!r}; give such a name or a classifier folder")
         channels, image_size, _ = published.input_size
@@ -83,7 +89,7 @@ class ImageClassifier(nn.Module):
             model = cls(
                 name, published.num_classes, channels, image_size, published.mean, published.std, pretrained=True
             )
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, TypeError) as error:
             raise InputError(f"cannot load timm's weights of {name!r}: {error}") from error
         return model.requires_grad_(False).eval()
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from train_cc.errors import InputError
 
+LATENT_CHANNELS = 4
 # A hub name stands for one state of its files.
 PINNED_REVISIONS = {"stabilityai/sd-vae-ft-ema": "f04b2c4b98319346dad8c65879f680b1997b204a"}
 # stabilityai/sd-vae-ft-ema: its config.json names no scaling factor, so that the class default, 0.18215, applies.

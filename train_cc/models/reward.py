@@ -88,6 +88,8 @@ class DINOv2Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
+    in_channels = 3
+
     @property
     def num_classes(self) -> int:
         return self.head.out_features

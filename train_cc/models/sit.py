@@ -21,6 +21,18 @@ SIT_SIZES = {
     for size, depth, hidden, heads in [("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16)]
     for patch in (2, 4, 8)
 }
+# What a config.json or a weights file that does not fit raises, one way or another.
+LOADING_ERRORS = (
+    SafetensorError,
+    OSError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    AssertionError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+)
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
@@ -185,7 +197,7 @@ class SiT(ModelMixin, ConfigMixin):
         options = kwargs | {"output_loading_info": True, "local_files_only": True, "use_safetensors": True}
         try:
             model, info = super().from_pretrained(folder, **options)
-        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        except LOADING_ERRORS as error:
             raise InputError(f"cannot read a SiT from {folder}: {error}") from error
         problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
         if problems:

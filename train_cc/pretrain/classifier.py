@@ -14,7 +14,7 @@ from tqdm import tqdm
 from train_cc.draws import Draws
 from train_cc.errors import exits_on_input_error
 from train_cc.models.classifier import ImageClassifier, accuracy
-from train_cc.pretrain.data import add_data_arguments, load_dataset
+from train_cc.pretrain.data import add_data_arguments, load_dataset, require_positive
 from train_cc.pretrain.teacher import cosine_decay
 from train_cc.run.logbook import check_output_dir
 
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=30)
     args = parser.parse_args()
+    require_positive(args, "image_size", "max_train_steps", "batch_size", "learning_rate")
 
     images, labels = load_dataset(args.dataset, args.data_dir)
     torch.manual_seed(args.seed)

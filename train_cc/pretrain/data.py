@@ -69,6 +69,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", help="folder of Fashion-MNIST's idx files; without it torchvision downloads them")
 
 
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raise `InputError` where one of these arguments is not above 0."""
+    for name in names:
+        if not getattr(args, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
+
+
 @exits_on_input_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)

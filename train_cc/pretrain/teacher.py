@@ -17,7 +17,7 @@ from train_cc.errors import InputError, exits_on_input_error
 from train_cc.flow import interpolate
 from train_cc.models.sit import SiT
 from train_cc.objectives import velocity_matching_loss
-from train_cc.pretrain.data import add_data_arguments, load_dataset
+from train_cc.pretrain.data import add_data_arguments, load_dataset, require_positive
 from train_cc.run.logbook import check_output_dir
 from train_cc.schedules import logit_normal_times
 
@@ -83,6 +83,8 @@ def main() -> None:
     parser.add_argument("--ema-decay", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=30)
     args = parser.parse_args()
+    sizes = ("hidden_size", "depth", "num_heads", "patch_size")
+    require_positive(args, *sizes, "max_train_steps", "batch_size", "learning_rate")
 
     images, labels = load_dataset(args.dataset, args.data_dir)
     if images.shape[-1] % args.patch_size or args.hidden_size % (4 * args.num_heads):

@@ -7,7 +7,7 @@
 Tensors are saved unsharded under their plain names, so that a checkpoint does not know how many processes wrote it.
 """
 
-import contextlib
+import errno
 import os
 import pickle
 import re
@@ -43,10 +43,14 @@ class Checkpoint:
     def step(self) -> int:
         return self.units["step"]
 
+    def file(self, name: str) -> Path:
+        """Where "accelerator_1/optimizer.pt" and the like lie."""
+        accelerator, file = name.split("/")
+        return self.path.parent.parent / accelerator / f"step-{self.step}" / file
+
     def read(self, name: str) -> dict:
         """The content of one file, such as "accelerator_1/optimizer.pt"."""
-        accelerator, file = name.split("/")
-        path = self.path.parent.parent / accelerator / f"step-{self.step}" / file
+        path = self.file(name)
         try:
             if path.suffix == ".safetensors":
                 return load_file(path)
@@ -69,9 +73,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise InputError(
             f"the checkpoint {path} is damaged or a pickle of more than plain values; it was not run. {expected}"
         ) from error
-    except (OSError, RuntimeError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise InputError(f"the checkpoint {path} is truncated or no checkpoint ({error}); {expected}") from error
-    if not isinstance(units, dict) or "format_version" not in units:
+    if not isinstance(units, dict) or not {"format_version", "step", "files"} <= units.keys():
         raise InputError(f"{path} is not a checkpoint of this project; {expected}")
     if units["format_version"] > FORMAT_VERSION:
         raise InputError(
@@ -80,8 +84,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     checkpoint = Checkpoint(path, units)
     for name, size in units["files"].items():
-        accelerator, file_name = name.split("/")
-        file = path.parent.parent / accelerator / f"step-{units['step']}" / file_name
+        file = checkpoint.file(name)
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             told = "is missing" if found is None else f"has {found} bytes"
@@ -110,6 +113,7 @@ def write_checkpoint(root: Path, step: int, parts: dict[str, dict], units: dict)
 
     Every folder and file is written under a temporary name, flushed to the disk and renamed.
     """
+    units_path(root, step).unlink(missing_ok=True)  # an older checkpoint of this step ends before its files change
     sizes = {}
     for accelerator in sorted({name.split("/")[0] for name in parts}):
         folder = root / accelerator / f"step-{step}"
@@ -124,28 +128,40 @@ def write_checkpoint(root: Path, step: int, parts: dict[str, dict], units: dict)
                 _flush(path)
                 sizes[name] = path.stat().st_size
         temporary.rename(folder)
+        _flush(folder.parent)
     target = units_path(root, step)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".tmp")
     torch.save(units | {"format_version": FORMAT_VERSION, "step": step, "files": sizes}, temporary)
     _flush(temporary)
     os.replace(temporary, target)
+    _flush(target.parent)
     return target
 
 
 def rotate_checkpoints(root: Path, keep: int, protected: Path | None) -> None:
     """Delete all but the ``keep`` newest complete checkpoints (0: none is deleted), and never ``protected``."""
     for step in complete_steps(root)[:-keep] if keep else []:
-        units = units_path(root, step)
-        if protected is None or units.resolve() != protected.resolve():
-            units.unlink()  # first: what is left is not taken for a checkpoint
-            for folder in root.glob(f"accelerator_*/step-{step}"):
-                shutil.rmtree(folder)
+        if protected is None or units_path(root, step).resolve() != protected.resolve():
+            delete_checkpoint(root, step)
+
+
+def delete_checkpoint(root: Path, step: int) -> None:
+    units_path(root, step).unlink()  # first: what is left is not taken for a checkpoint
+    for folder in root.glob(f"accelerator_*/step-{step}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
-    with path.open("rb") as file, contextlib.suppress(OSError):  # some network file systems refuse
-        os.fsync(file.fileno())
+    """Make a file or folder durable. A full disk may show only here: then the error stops the checkpoint."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know no fsync
+            raise
+    finally:
+        os.close(descriptor)
 
 
 # States of networks and optimizers, whole and on the CPU, whatever wraps or shards them. Collective: every rank calls.

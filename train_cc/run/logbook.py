@@ -1,5 +1,7 @@
 """What a run writes down: its arguments, its log, and one JSON object a line of losses."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -8,7 +10,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +22,7 @@ LIBRARIES = ("torch", "torchvision", "accelerate", "timm", "peft", "diffusers", 
 logger = logging.getLogger("train_cc")
 
 
-RUN_CONTENT = ("checkpoints", "generator", "loss_logs", "samples", "args.json", "log.txt")
+RUN_CONTENT = (".lock", "checkpoints", "generator", "loss_logs", "samples", "args.json", "log.txt")
 
 
 def check_output_dir(folder: Path, overwrite: bool = False) -> None:
@@ -34,10 +36,24 @@ def check_output_dir(folder: Path, overwrite: bool = False) -> None:
         )
 
 
-def clear_output_dir(folder: Path) -> None:
-    """Make ``folder``, and delete an earlier run in it; what no run writes stays."""
+@contextlib.contextmanager
+def lock_output_dir(folder: Path) -> Iterator[None]:
+    """Two runs must not write one folder: a restarted job may meet its predecessor, still alive."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (folder / name for name in RUN_CONTENT):
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process writes to {folder}; stop it, or choose another --output-dir") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def clear_output_dir(folder: Path) -> None:
+    """Delete an earlier run in ``folder``; what no run writes stays, and the lock that this run holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (folder / name for name in RUN_CONTENT if name != ".lock"):
         if path.is_dir():
             shutil.rmtree(path)
         else:

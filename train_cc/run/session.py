@@ -41,6 +41,10 @@ class Session:
         """The mean over processes of ``figures``, any shape."""
         return self.generator.reduce(figures, reduction="mean")
 
+    def agree(self, number: int) -> bool:
+        """Whether all processes hold the same ``number``."""
+        return len(set(self.generator.gather(torch.tensor([number], device=self.device)).tolist())) == 1
+
     def barrier(self) -> None:
         self.generator.wait_for_everyone()
 
