@@ -8,6 +8,7 @@ import torch
 
 from train_cc import cold_start
 from train_cc.models import SiT
+from train_cc.models.classifier import ImageClassifier
 
 torch.set_num_threads(2)
 TINY = {"input_size": 8, "in_channels": 1, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
@@ -27,6 +28,15 @@ def random_sit(seed: int = 0, spread: float = 0.1, **config) -> SiT:
 def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     random_sit().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_folder(tmp_path_factory) -> Path:
+    """A classifier with random weights, as pretrain/classifier.py writes one."""
+    folder = tmp_path_factory.mktemp("reward_classifier")
+    torch.manual_seed(0)
+    ImageClassifier("test_efficientnet", num_classes=10, in_channels=1, image_size=32).save_pretrained(folder)
     return folder
 
 

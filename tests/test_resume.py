@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from tests.conftest import flags, logged, random_sit, refused, run_cold_start
 from train_cc import cold_start, dmdr_refl
-from train_cc.models.classifier import ImageClassifier
 from train_cc.run import checkpoint as checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,14 +32,6 @@ MODES = {
     "guidance": ["--real-guidance-scale", 1.5, "--real-guidance-interval", 0, 0.4],
 }
 EVERYDAY = {"plain", "everything", "lora"}
-
-
-@pytest.fixture(scope="module")
-def reward_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reward_classifier")
-    torch.manual_seed(0)
-    ImageClassifier("test_efficientnet", num_classes=10, in_channels=1, image_size=32).save_pretrained(folder)
-    return folder
 
 
 def mode_flags(mode, reward_folder):
@@ -354,6 +345,15 @@ def test_a_damaged_newest_checkpoint_is_named(teacher, tmp_path, capsys):
     spoil(run, "truncated weights", tmp_path)
     message = refused(cold_start.main, flags(teacher, run, "--auto-resume", "--max-train-steps", 5), capsys=capsys)
     assert "step-3" in message
+
+
+def test_a_full_disk_stops_with_a_message_and_keeps_the_last_checkpoint(teacher, tmp_path, capsys, monkeypatch):
+    run = run_cold_start(teacher, tmp_path / "run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 1000))
+    arguments = flags(teacher, run, "--auto-resume", "--max-train-steps", 5)
+    assert "GB free" in refused(cold_start.main, arguments, capsys=capsys)
+    assert checkpoints.complete_steps(run / "checkpoints") == [1, 2, 3]
+    assert not list(run.rglob("*.tmp"))
 
 
 # Folders that are shared, moved, linked, or not ours

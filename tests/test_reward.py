@@ -12,7 +12,6 @@ from tests.standins import write_dinov2, write_vae
 from train_cc import distill, dmdr_refl
 from train_cc.errors import InputError
 from train_cc.models import DINOv2Classifier
-from train_cc.models.classifier import ImageClassifier
 from train_cc.models.latents import load_decoder
 from train_cc.models.reward import reward_gradient
 from train_cc.objectives import dmd_loss
@@ -180,14 +179,6 @@ def test_images_are_not_clamped_again(tmp_path):
     assert not torch.equal(classifier(images * 2), classifier((images * 2).clamp(0, 1)))
 
 
-@pytest.fixture(scope="module")
-def reward_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reward_classifier")
-    torch.manual_seed(0)
-    ImageClassifier("test_efficientnet", num_classes=10, in_channels=1, image_size=32).save_pretrained(folder)
-    return folder
-
-
 def rewarded(teacher, tmp_path, reward_folder, *more):
     words = ["--encoder-type", "classifier", "--reward-classifier", reward_folder, "--reward-weight", 0.5]
     return flags(teacher, tmp_path / "run", *words, *more)
@@ -243,6 +234,14 @@ def test_both_stages_in_latent_space_with_dinov2(tmp_path):
     hashes = json.loads((tmp_path / "dmdr" / "args.json").read_text())["sha256"]
     assert hashes.keys() == {"teacher", "vae", "dinov2_backbone", "dinov2_head"}
     assert all(len(digest) == 64 for digest in hashes.values())
+
+
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors"])
+def test_a_vae_folder_with_missing_files_is_refused(tmp_path, name):
+    folder = write_vae(tmp_path / "vae")
+    (folder / name).unlink()
+    with pytest.raises(InputError, match="must hold"):
+        load_decoder(str(folder))
 
 
 BAD_REWARDS = [

@@ -111,8 +111,16 @@ def newest_checkpoint(root: Path) -> Path | None:
 def write_checkpoint(root: Path, step: int, parts: dict[str, dict], units: dict) -> Path:
     """Write ``parts`` ("accelerator_1/optimizer.pt" -> content) and then the torch_units file. -> its path.
 
-    Every folder and file is written under a temporary name, flushed to the disk and renamed.
+    Every folder and file is written under a temporary name, flushed to the disk and renamed. Raises `InputError` where
+    the disk is too small, before anything is written.
     """
+    root.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(_bytes(content) for content in parts.values()), shutil.disk_usage(root).free
+    if free < needed:
+        raise InputError(
+            f"{root} has {free / 1e9:.2f} GB free, the checkpoint of step {step} needs {needed / 1e9:.2f} GB; "
+            "stopped, the last checkpoint is kept (--keep-checkpoints N deletes older ones)"
+        )
     units_path(root, step).unlink(missing_ok=True)  # an older checkpoint of this step ends before its files change
     sizes = {}
     for accelerator in sorted({name.split("/")[0] for name in parts}):
@@ -137,6 +145,12 @@ def write_checkpoint(root: Path, step: int, parts: dict[str, dict], units: dict)
     os.replace(temporary, target)
     _flush(target.parent)
     return target
+
+
+def _bytes(content: dict) -> int:
+    """Of all tensors in a nested dict."""
+    values = [_bytes(value) if isinstance(value, dict) else getattr(value, "nbytes", 0) for value in content.values()]
+    return sum(values)
 
 
 def rotate_checkpoints(root: Path, keep: int, protected: Path | None) -> None:
