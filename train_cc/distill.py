@@ -261,7 +261,7 @@ def preview(run: Run, args: argparse.Namespace) -> dict[str, float]:
     rows = [teacher_row(run, args, noise, y)] if args.teacher_preview_steps else []
     with averaged_weights(run), run.session.generator.autocast():
         x0 = few_step_sample(run.generator, noise, y, args.num_steps, args.timestep_shift, draws.noise_like)
-        images = run.decode(x0.float()).float()
+        images = decode_all(run, x0)
     figures = {}
     for name, judge in run.judges.items():
         losses, hits = classifier_loss(judge, images, y)
@@ -270,6 +270,11 @@ def preview(run: Run, args: argparse.Namespace) -> dict[str, float]:
         rows.append(images_to_uint8(images).numpy())
         save_grid(rows, args.output_dir / "samples" / f"step-{run.step}" / "grid.png")
     return figures
+
+
+def decode_all(run: Run, x0: Tensor) -> Tensor:
+    """Images in [0, 1], fp32, a few at a time: at 256 pixels the decoder's activations are large."""
+    return torch.cat([run.decode(part.float()).float() for part in x0.split(4)])
 
 
 def teacher_row(run: Run, args: argparse.Namespace, noise: Tensor, y: Tensor) -> np.ndarray | None:
@@ -285,7 +290,7 @@ def teacher_row(run: Run, args: argparse.Namespace, noise: Tensor, y: Tensor) ->
         if session.is_main:
             kept.parent.mkdir(parents=True, exist_ok=True)
             temporary = kept.with_name("teacher.tmp.npy")
-            np.save(temporary, images_to_uint8(run.decode(x0)).numpy())
+            np.save(temporary, images_to_uint8(decode_all(run, x0)).numpy())
             os.replace(temporary, kept)
     return np.load(kept) if session.is_main else None
 
