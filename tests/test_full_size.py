@@ -1,6 +1,6 @@
 """SiT-XL/2 at full size, from files in the official layouts to images, on a CPU: the launchers as a user types them.
 
-`python -m pytest -m slow -s tests/test_full_size.py` takes about 20 minutes and 20 GB, and prints time and peak memory.
+`python -m pytest -m slow -s tests/test_full_size.py` takes 6 minutes and 20 GB, and prints time and peak memory.
 """
 
 import os
