@@ -13,7 +13,7 @@ import torch
 
 from train_cc.draws import Draws
 from train_cc.errors import InputError, exits_on_input_error
-from train_cc.models.generator import assemble_generator
+from train_cc.models.generator import assemble_generator, generator_lora_rank
 from train_cc.models.latents import load_vae
 from train_cc.models.sit import WEIGHTS_NAME, SiT
 from train_cc.run.checkpoint import Checkpoint, open_checkpoint
@@ -30,7 +30,7 @@ def generator_of(checkpoint: Checkpoint, weights: str, teacher: Path | None = No
         if not checkpoint.has("accelerator_1/ema.safetensors"):
             raise InputError(f"{checkpoint.path} has no EMA weights; --weights raw exports the others")
         state |= checkpoint.read("accelerator_1/ema.safetensors")
-    lora_rank = 2 * recorded["lora_rank"] if recorded["use_lora_gen"] else None
+    lora_rank = generator_lora_rank(recorded["use_lora_gen"], recorded["lora_rank"])
     base = Path(teacher or recorded["teacher"])
     if lora_rank is not None:
         weights_file = base / WEIGHTS_NAME

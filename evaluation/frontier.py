@@ -65,6 +65,11 @@ PUBLISHED = {
     "guidance off + RL": (6.95, 0.40, 416.01, 0.90),
     "guidance 1.5 + RL": (13.43, 0.24, 494.43, 0.93),
 }
+LAUNCHERS = {
+    "cold_start": "scripts/cold_start_{}.sh",
+    "dmdr": "scripts/dmdr_{}_refl.sh",
+    "evaluate": "scripts/evaluate_{}.sh",
+}
 # The kind of a row by a word in its name, and the colour of its point.
 COLOURS = {"teacher": "tab:green", "RL": "tab:red", "control": "tab:gray", "": "tab:blue"}
 
@@ -89,9 +94,7 @@ class Frontier:
         environment = os.environ | {name: str(value) for name, value in variables.items()}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
-            command = ["bash", f"scripts/{script}_{self.args.recipe}.sh", *words]
-            if script == "dmdr":
-                command[1] = f"scripts/dmdr_{self.args.recipe}_refl.sh"
+            command = ["bash", LAUNCHERS[script].format(self.args.recipe), *words]
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file).returncode
         if code:
             told = "".join(log.read_text().splitlines(keepends=True)[-3:]).strip()

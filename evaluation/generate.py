@@ -27,7 +27,7 @@ from tqdm import tqdm
 from convert_weight.export_generator import generator_of
 from train_cc.draws import Draws
 from train_cc.errors import InputError, exits_on_input_error
-from train_cc.models.latents import images_to_uint8, load_decoder
+from train_cc.models.latents import images_to_uint8, load_decoder, require_decoder_kind
 from train_cc.models.sit import WEIGHTS_NAME, SiT
 from train_cc.run.checkpoint import open_checkpoint
 from train_cc.run.logbook import library_versions, sha256, write_atomically
@@ -174,10 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     model, digest = load_model(args.generator)
     dtype = DTYPES[args.dtype]
     model = model.to(accelerator.device, dtype).eval()
-    latent = model.config.in_channels == 4
-    if latent == (args.vae == "none"):
-        wanted = "--vae is needed: the model samples latents" if latent else "--vae none is needed: it samples pixels"
-        raise InputError(f"{args.generator} has {model.config.in_channels} channels; {wanted}")
+    require_decoder_kind(model.config.in_channels, args.vae, args.generator)
     decode = load_decoder(None if args.vae == "none" else args.vae, accelerator.device)
     if isinstance(decode, torch.nn.Module):
         network = decode.to(dtype)

@@ -25,7 +25,7 @@ from train_cc.flow import interpolate, x0_from_velocity
 from train_cc.models.latents import images_to_uint8
 from train_cc.models.reward import RewardResult, classifier_loss
 from train_cc.objectives import dmd_direction, dmd_loss, dmd_normaliser, velocity_matching_loss
-from train_cc.parts import Run, averaged_weights, build, trainable
+from train_cc.parts import Run, averaged_weights, build, effective_batch, trainable
 from train_cc.run import checkpoint as checkpoints
 from train_cc.run.logbook import (
     JsonLines,
@@ -166,7 +166,7 @@ def update(accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_
 def train(run: Run, args: argparse.Namespace) -> None:
     """From ``run.step`` to ``max_train_steps`` generator turns; writes logs, previews, checkpoints and the export."""
     session = run.session
-    batch = args.batch_size * args.gradient_accumulation_steps * session.world_size
+    batch = effective_batch(args, session.world_size)
     logs = open_logs(run, args) if session.is_main else None
     progress = tqdm(
         desc="generator updates",
@@ -340,7 +340,7 @@ def begin(
 
 def describe(run: Run, args: argparse.Namespace, name: str, source: Path | None, continues: bool) -> None:
     session = run.session
-    batch = args.batch_size * args.gradient_accumulation_steps * session.world_size
+    batch = effective_batch(args, session.world_size)
     for role, model in (("generator", run.plain_generator), ("estimator", run.plain_estimator)):
         trained = sum(p.numel() for p in trainable(model).values())
         logger.info("%s: %d parameters trained of %d", role, trained, sum(p.numel() for p in model.parameters()))

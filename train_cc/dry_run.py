@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from train_cc.errors import InputError
 from train_cc.models.estimator import ScoreEstimator
+from train_cc.models.generator import generator_lora_rank
 from train_cc.models.latents import LATENT_CHANNELS, VAEDecoder
 from train_cc.models.lora import GENERATOR_TARGETS, add_lora
 from train_cc.models.reward import IMAGE_SIZE, PATCH_SIZE
 from train_cc.models.sit import SiT
-from train_cc.parts import generator_lora_rank
+from train_cc.parts import effective_batch
 from train_cc.run.session import resolve_precision
 
 GIB = 2**30
@@ -66,7 +67,7 @@ def network_activations(config: dict, args: argparse.Namespace, role: str, dtype
             model = ScoreEstimator(model, args.lora_rank, args.lora_init_spread)
             network = model.network
         elif args.use_lora_gen:
-            add_lora(model, 2 * args.lora_rank, GENERATOR_TARGETS, None, 0)
+            add_lora(model, generator_lora_rank(True, args.lora_rank), GENERATOR_TARGETS, None, 0)
             network = model
         else:
             network = model
@@ -129,7 +130,7 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
         with torch.device("meta"):
             generator, estimator = SiT(**config), ScoreEstimator(SiT(**config), args.lora_rank, None)
             if args.use_lora_gen:
-                add_lora(generator, generator_lora_rank(args), GENERATOR_TARGETS, None, 0)
+                add_lora(generator, generator_lora_rank(True, args.lora_rank), GENERATOR_TARGETS, None, 0)
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     precision = resolve_precision(args.mixed_precision)
@@ -158,7 +159,7 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
             told = " (an upper bound: --reward-checkpointing recomputes)" if args.reward_checkpointing else ""
             turns[f"generator, reward{told}"] = turns["generator"] + decoder + classifier
     fixed = sum(generator_bytes.values())
-    batch = args.batch_size * args.gradient_accumulation_steps * processes
+    batch = effective_batch(args, processes)
     saved = 4 * (trained + 2 * trained + ema + 3 * lora)
     named = re.fullmatch(r"step-(\d+)\.pt", args.resume_ckpt.name) if args.resume_ckpt else None
     begin = int(named[1]) if named else 0

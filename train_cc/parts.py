@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from train_cc.errors import InputError
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.estimator import ScoreEstimator
-from train_cc.models.generator import build_generator
-from train_cc.models.latents import LATENT_CHANNELS, PINNED_REVISIONS, load_decoder
+from train_cc.models.generator import build_generator, generator_lora_rank
+from train_cc.models.latents import LATENT_CHANNELS, PINNED_REVISIONS, load_decoder, require_decoder_kind
 from train_cc.models.reward import DINOv2Classifier, RewardResult, reward_gradient
 from train_cc.models.sit import WEIGHTS_NAME, SiT
 from train_cc.run.logbook import sha256
@@ -75,20 +75,14 @@ def averaged_weights(run: Run) -> Iterator[None]:
             swap()
 
 
-def generator_lora_rank(args: argparse.Namespace) -> int | None:
-    return 2 * args.lora_rank if args.use_lora_gen else None
+def effective_batch(args: argparse.Namespace, processes: int) -> int:
+    """Samples of one update, over accumulation and processes."""
+    return args.batch_size * args.gradient_accumulation_steps * processes
 
 
 def load_classifier(source: str) -> ImageClassifier:
     """A folder of pretrain/classifier.py, or a timm name with published weights."""
     return ImageClassifier.from_pretrained(source) if Path(source).exists() else ImageClassifier.from_timm(source)
-
-
-def require_channels(channels: int, args: argparse.Namespace) -> None:
-    """Latents have 4 channels and need a VAE; pixels have 1 or 3 and need none."""
-    if (channels == LATENT_CHANNELS) == (args.vae == "none"):
-        kind = "latents: a VAE is needed" if channels == LATENT_CHANNELS else "pixels: --vae none is needed"
-        raise InputError(f"--vae is {args.vae}, but {args.teacher} has {channels} channels, that is {kind}")
 
 
 def load_judges(args: argparse.Namespace, config: dict, device: torch.device) -> dict[str, nn.Module]:
@@ -147,9 +141,9 @@ def build(args: argparse.Namespace, session: Session) -> Run:
     config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
     if args.num_classes not in (None, config["num_classes"]):
         raise InputError(f"--num-classes is {args.num_classes}, but {args.teacher} has {config['num_classes']} classes")
-    require_channels(config["in_channels"], args)
+    require_decoder_kind(config["in_channels"], args.vae, args.teacher)
     judges = load_judges(args, config, session.device)
-    generator = build_generator(args.teacher, generator_lora_rank(args), args.seed)
+    generator = build_generator(args.teacher, generator_lora_rank(args.use_lora_gen, args.lora_rank), args.seed)
     estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
     if args.gradient_checkpointing:
         generator.enable_gradient_checkpointing()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from train_cc.errors import InputError
 from train_cc.models.estimator import ScoreEstimator
-from train_cc.models.generator import assemble_generator
-from train_cc.parts import Run, averaged_weights, generator_lora_rank, trainable
+from train_cc.models.generator import assemble_generator, generator_lora_rank
+from train_cc.parts import Run, averaged_weights, trainable
 from train_cc.run import checkpoint as checkpoints
 from train_cc.run.logbook import RUN_CONTENT, check_output_dir, logger
 
@@ -86,7 +86,8 @@ def export(run: Run, args: argparse.Namespace) -> None:
         # On a CPU the state shares the parameters' memory: it is used up before the raw weights come back.
         state = checkpoints.trained_state(run.plain_generator)
         if run.session.is_main:
-            generator = assemble_generator(run.model_config, state, args.teacher, generator_lora_rank(args))
+            rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
+            generator = assemble_generator(run.model_config, state, args.teacher, rank)
     if run.session.is_main:
         target = args.output_dir / "generator"
         temporary = target.with_name("generator.tmp")

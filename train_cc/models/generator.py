@@ -9,6 +9,11 @@ from train_cc.models.lora import GENERATOR_TARGETS, add_lora, merge_lora
 from train_cc.models.sit import SiT
 
 
+def generator_lora_rank(use_lora_gen: bool, lora_rank: int) -> int | None:
+    """Twice the estimator's rank; None where the whole generator is trained."""
+    return 2 * lora_rank if use_lora_gen else None
+
+
 def build_generator(teacher: str | Path, lora_rank: int | None, seed: int = 0) -> SiT:
     """The trainable generator: every parameter, or LoRA of ``lora_rank`` with peft's default spread."""
     generator = SiT.from_pretrained(teacher)

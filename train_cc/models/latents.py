@@ -54,6 +54,13 @@ def load_vae(vae: str) -> nn.Module:
         raise InputError(f"cannot load the VAE {vae!r}: {error}") from error
 
 
+def require_decoder_kind(channels: int, vae: str, source: str | Path) -> None:
+    """Latents have 4 channels and need a VAE; pixels have 1 or 3 and need none (--vae none). Raises `InputError`."""
+    if (channels == LATENT_CHANNELS) == (vae == "none"):
+        kind = "latents: a VAE is needed" if channels == LATENT_CHANNELS else "pixels: --vae none is needed"
+        raise InputError(f"--vae is {vae}, but {source} has {channels} channels, that is {kind}")
+
+
 def load_decoder(vae: str | None, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
     """``vae``: None for pixel-space models, else what `load_vae` takes."""
     return pixels_to_images if vae is None else VAEDecoder(load_vae(vae)).to(device)

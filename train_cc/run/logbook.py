@@ -112,9 +112,6 @@ class JsonLines:
         self._file.write("".join(json.dumps(row) + "\n" for row in rows))
         self._file.flush()
 
-    def close(self) -> None:
-        self._file.close()
-
 
 def read_json_lines(path: Path) -> list[dict]:
     """All whole rows of ``path``; a line that a kill tore is left out."""
