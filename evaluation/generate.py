@@ -188,16 +188,17 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()
     starts = range(0, args.num_images, args.shard_size)
     shards = {start: shards_folder / f"{start:08d}.npz" for start in starts}
-    mine = [start for start in starts[accelerator.process_index :: accelerator.num_processes]]
-    progress = tqdm(desc="images", total=len(mine) * args.shard_size, disable=not accelerator.is_main_process)
-    for start in mine:
-        stop = min(start + args.shard_size, args.num_images)
+    mine = starts[accelerator.process_index :: accelerator.num_processes]
+    stops = {start: min(start + args.shard_size, args.num_images) for start in mine}
+    total = sum(stop - start for start, stop in stops.items())
+    progress = tqdm(desc="images", total=total, disable=not accelerator.is_main_process)
+    for start, stop in stops.items():
         if not shards[start].exists():
             firsts = range(start, stop, args.batch_size)
             ranges = [range(first, min(first + args.batch_size, stop)) for first in firsts]
             batches = [generate_batch(model, decode, indices, args) for indices in ranges]
             write_shard(shards[start], *(np.concatenate(parts) for parts in zip(*batches, strict=True)))
-        progress.update(args.shard_size)
+        progress.update(stop - start)
     progress.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -291,6 +291,9 @@ def spoil(run, how, tmp_path):
     elif how == "newer format":
         content = copy.deepcopy(torch.load(path, weights_only=True))
         torch.save(content | {"format_version": 99}, path)
+    elif how == "a key missing":
+        content = torch.load(path, weights_only=True)
+        torch.save({name: value for name, value in content.items() if name != "teacher_sha256"}, path)
     elif how == "another file":
         torch.save({"weight": torch.zeros(2)}, path)
     elif how == "a folder":
@@ -306,6 +309,7 @@ BAD_CHECKPOINTS = {
     "pickle with code": "not run",
     "torch file with code": "not run",
     "newer format": "format version 99",
+    "a key missing": "it lacks .'teacher_sha256'.",
     "another file": "not a checkpoint",
     "a folder": "torch_units",
 }

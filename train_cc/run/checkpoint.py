@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
 from train_cc.errors import InputError
 
 FORMAT_VERSION = 1
+# What every torch_units file holds.
+UNITS = {"step", "files", "samples_seen", "model_config", "teacher_sha256", "arguments", "scalers"}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -75,12 +77,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ) from error
     except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise InputError(f"the checkpoint {path} is truncated or no checkpoint ({error}); {expected}") from error
-    if not isinstance(units, dict) or not {"format_version", "step", "files"} <= units.keys():
+    if not isinstance(units, dict) or "format_version" not in units:
         raise InputError(f"{path} is not a checkpoint of this project; {expected}")
     if units["format_version"] > FORMAT_VERSION:
         raise InputError(
             f"{path} has format version {units['format_version']}, "
             f"this code reads up to {FORMAT_VERSION}; update the code"
+        )
+    if UNITS - units.keys():
+        raise InputError(
+            f"{path} is not a checkpoint of this project, it lacks {sorted(UNITS - units.keys())}; {expected}"
         )
     checkpoint = Checkpoint(path, units)
     for name, size in units["files"].items():
