@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from convert_weight import export_generator, sit_convert
 from convert_weight.state_dicts import reverse_time
 from evaluation.pipeline import DMDRPipeline
+from evaluation.standins import authors_state, repa_state, sit_shapes, write_vae
 from tests.conftest import refused, run_cold_start
-from tests.standins import authors_state, repa_state, sit_shapes, write_vae
 from train_cc.errors import InputError
 from train_cc.models import SiT
 from train_cc.models.latents import load_vae
@@ -139,7 +139,7 @@ def test_sizes_are_read_off_the_tensors(depth, hidden, patch, heads):
 
 def test_repa_xl_layout_has_the_published_counts():
     shapes = sit_shapes()
-    from tests.standins import repa_projectors
+    from evaluation.standins import repa_projectors
 
     whole = shapes | repa_projectors(1152)
     assert len(whole) == 298 and sum(math.prod(s) for s in whole.values()) == 683_242_512

@@ -52,9 +52,10 @@ def test_accumulating_two_batches_gives_the_gradients_of_one(teacher, tmp_path, 
         monkeypatch.setattr(distill, "chunk_draws", draws_of)
         more = ("--batch-size", 8 // chunks, "--gradient-accumulation-steps", chunks, "--num-steps", num_steps)
         run, args = tiny_run(teacher, tmp_path, *more)
-        for name, turn in (("estimator", distill.estimator_turn), ("generator", distill.generator_turn)):
-            key = (name, chunks)
-            turn(run, args, 1, *([0] if name == "estimator" else []))
+        key = ("estimator", chunks)
+        distill.estimator_turn(run, args, 1, distill.estimator_batches(run, args, 1)[0])
+        key = ("generator", chunks)
+        distill.generator_turn(run, args, 1)
     for name in ("estimator", "generator"):
         one, two = gradients[name, 1], gradients[name, 2]
         assert one.keys() == two.keys() and one
@@ -72,7 +73,7 @@ def test_estimator_turn_trains_lora_alone_and_generator_turn_the_generator_alone
         return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
 
     generator, estimator = snapshot(run.generator), snapshot(run.estimator)
-    distill.estimator_turn(run, args, 0, 0)
+    distill.estimator_turn(run, args, 0, distill.estimator_batches(run, args, 0)[0])
     assert not changed(run.generator, generator)
     moved = changed(run.estimator, estimator)
     assert moved and all("lora_" in name for name in moved)

@@ -41,7 +41,7 @@ def test_parameters_and_checkpoint_size_are_the_real_ones(teacher, tmp_path, cap
 def test_extrapolated_activations_are_those_of_the_whole_network(teacher, tmp_path):
     args = cold_start.stage_parser().parse_args(flags(teacher, tmp_path))
     config = {**TINY, "patch_size": 2, "mlp_ratio": 4.0, "depth": 5}
-    estimate = network_activations(config, args, "generator", None)
+    estimate = network_activations(config, args, "generator", torch.float32)
     model = random_sit(depth=5)
     x, t, y = torch.zeros(4, 1, 8, 8), torch.zeros(4), torch.zeros(4, dtype=torch.long)
     whole = kept_bytes(model, lambda: model(x, t, y), torch.enable_grad())

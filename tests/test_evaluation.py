@@ -12,8 +12,8 @@ import torch
 
 from evaluation import evaluate, features, frontier, generate
 from evaluation.metrics import statistics
+from evaluation.standins import write_vae
 from tests.conftest import refused, run_cold_start
-from tests.standins import write_vae
 from train_cc.models.classifier import ImageClassifier
 from train_cc.pretrain import data
 

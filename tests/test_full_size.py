@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.standins import repa_state, write_dinov2, write_vae
+from evaluation.standins import repa_state, write_dinov2, write_vae
 from train_cc.models import SiT
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from evaluation.standins import write_dinov2, write_vae
 from tests.conftest import flags, random_sit, refused
-from tests.standins import write_dinov2, write_vae
 from train_cc import distill, dmdr_refl
 from train_cc.errors import InputError
 from train_cc.models import DINOv2Classifier
@@ -68,7 +68,7 @@ def test_dinov2_sizes_have_timms_own_shapes(size):
     """What `from_official` reads off the tensors is the model that timm builds under the official name."""
     import timm
 
-    from tests.standins import dinov2_shapes
+    from evaluation.standins import dinov2_shapes
 
     width, depth = {"small": (384, 12), "base": (768, 12), "large": (1024, 24)}[size]
     with torch.device("meta"):
@@ -207,7 +207,7 @@ def test_the_generators_gradient_is_that_of_both_losses_on_one_graph(teacher, tm
     draws = distill.chunk_draws(run, args, distill.GENERATOR_TURN, 0, 0)
     y = distill.labels_of(run, args, draws)
     run.generator.zero_grad()
-    x0 = distill.generate(run, args, draws, y)
+    x0 = distill.generate(run, args, [draws], y)
     loss_reward = F.cross_entropy(run.judges["reward"](run.decode(x0)), y)
     (dmd_loss(x0, kept["direction"]) + 0.5 * loss_reward).backward()
     torch.testing.assert_close(figures["loss_reward"], loss_reward.detach())

@@ -1,6 +1,7 @@
 """The command line of both stages: flags with the SiT-XL/2 recipe as defaults, validation before any loading."""
 
 import argparse
+import importlib.util
 import math
 from pathlib import Path
 
@@ -110,6 +111,12 @@ def build_parser(description: str) -> Parser:
     optimisation.add_argument("--gradient-accumulation-steps", type=int, default=1)
     optimisation.add_argument("--learning-rate-generator", type=float, default=2e-5)
     optimisation.add_argument("--learning-rate-estimator", type=float, default=2e-5)
+    optimisation.add_argument(
+        "--optimizer",
+        default="adamw",
+        choices=["adamw", "adamw8bit"],
+        help="adamw8bit: torchao's, both moments in 8 bits",
+    )
     optimisation.add_argument("--adam-beta1", type=float, default=0.9)
     optimisation.add_argument("--adam-beta2", type=float, default=0.999)
     optimisation.add_argument("--adam-epsilon", type=float, default=1e-8)
@@ -148,6 +155,7 @@ def build_parser(description: str) -> Parser:
         help="auto: bf16 on a GPU that has it, fp16 on another GPU, no on a CPU",
     )
     hardware.add_argument("--gradient-checkpointing", action="store_true", help="of both networks' blocks")
+    hardware.add_argument("--compile", action="store_true", help="torch.compile of both networks' blocks")
     return parser
 
 
@@ -174,6 +182,8 @@ def validate(args: argparse.Namespace) -> list[str]:
         path = getattr(args, name)
         if path is not None and args.output_dir.resolve() in Path(path).resolve().parents:
             raise InputError(f"--overwrite would delete --{name.replace('_', '-')} {path}")
+    if args.optimizer == "adamw8bit" and not importlib.util.find_spec("torchao"):
+        raise InputError("--optimizer adamw8bit needs torchao, which is not installed: pip install torchao")
     notes = []
     if args.auto_resume and args.overwrite:
         notes.append("--overwrite starts anew: --auto-resume is set aside")

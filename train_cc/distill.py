@@ -38,8 +38,8 @@ from train_cc.run.logbook import (
     write_atomically,
 )
 from train_cc.run.previews import save_grid
-from train_cc.run.session import Session, StopSignal, open_session, synchronised
-from train_cc.samplers import euler_sample, few_step_input, few_step_sample, guide
+from train_cc.run.session import Session, StopSignal, open_session, require_compiler, synchronised
+from train_cc.samplers import apply_guidance, euler_sample, few_step_input, few_step_sample, guided_rows
 from train_cc.saving import drop_later_checkpoints, export, find_checkpoint, restore, save
 from train_cc.schedules import annealing, beta_times, dynamic_guidance_scale, renoise_density
 
@@ -56,11 +56,18 @@ def chunk_draws(run: Run, args: argparse.Namespace, turn: int, iteration: int, c
     return Draws(args.seed, turn, iteration, number, device=run.session.device)
 
 
-def generate(run: Run, args: argparse.Namespace, draws: Draws, y: Tensor) -> Tensor:
-    """x0 of the generator at a uniformly drawn one of its steps (backward simulation), with gradient if enabled."""
-    noise = draws.noise(len(y), *run.sample_shape)
-    index = draws.integers(args.num_steps, len(y))
-    x_t, t = few_step_input(run.generator, noise, y, index, args.num_steps, args.timestep_shift, draws.noise_like)
+def generate(run: Run, args: argparse.Namespace, draws: list[Draws], y: Tensor) -> Tensor:
+    """x0 of the generator at a uniformly drawn one of its steps (backward simulation), with gradient if enabled.
+
+    One network call for all batches; each of ``draws`` gives one batch its noise. y and x0: the batches in a row.
+    """
+
+    def noise(_: Tensor | None = None) -> Tensor:
+        return torch.cat([each.noise(args.batch_size, *run.sample_shape) for each in draws])
+
+    first = noise()
+    index = torch.cat([each.integers(args.num_steps, args.batch_size) for each in draws])
+    x_t, t = few_step_input(run.generator, first, y, index, args.num_steps, args.timestep_shift, noise)
     return x0_from_velocity(x_t, run.generator(x_t, t, y), t)
 
 
@@ -76,16 +83,30 @@ def labels_of(run: Run, args: argparse.Namespace, draws: Draws) -> Tensor:
     return draws.integers(run.num_classes, args.batch_size).to(run.session.device, non_blocking=True)
 
 
-def estimator_turn(run: Run, args: argparse.Namespace, step: int, turn: int) -> dict[str, Tensor]:
+@torch.no_grad()
+def estimator_batches(run: Run, args: argparse.Namespace, step: int) -> list[list[tuple[Draws, Tensor, Tensor]]]:
+    """(draws, y, x0) of each estimator turn of a cycle, chunk by chunk.
+
+    The generator does not change between its updates, so that one call of it serves a chunk of all the turns.
+    """
+    turns: list[list] = [[] for _ in range(args.ratio_update)]
+    for chunk in range(args.gradient_accumulation_steps):
+        first = step * args.ratio_update
+        draws = [chunk_draws(run, args, ESTIMATOR_TURN, first + turn, chunk) for turn in range(args.ratio_update)]
+        labels = [labels_of(run, args, each) for each in draws]
+        x0 = generate(run, args, draws, torch.cat(labels)).split(args.batch_size)
+        for turn, batch in zip(turns, zip(draws, labels, x0, strict=True), strict=True):
+            turn.append(batch)
+    return turns
+
+
+def estimator_turn(run: Run, args: argparse.Namespace, step: int, batches: list) -> dict[str, Tensor]:
     """One update of the fake score on what the generator makes now. -> figures as 0-d tensors on the device."""
     accelerator, chunks = run.session.estimator, args.gradient_accumulation_steps
     c = annealing(step, args.dynamic_steps)
     total = torch.zeros((), device=run.session.device)
     for chunk in synchronised(accelerator, run.estimator, chunks):
-        draws = chunk_draws(run, args, ESTIMATOR_TURN, step * args.ratio_update + turn, chunk)
-        y = labels_of(run, args, draws)
-        with torch.no_grad():
-            x0 = generate(run, args, draws, y)
+        draws, y, x0 = batches[chunk]
         x_t, noise, _, t = renoise(draws, x0, c, args)
         v_fake = run.estimator(x_t, t, y, lora_scale=args.lora_scale_fake)
         loss = velocity_matching_loss(v_fake, x0, noise) / chunks
@@ -99,12 +120,20 @@ def estimator_turn(run: Run, args: argparse.Namespace, step: int, turn: int) -> 
 def scores(
     run: Run, args: argparse.Namespace, x_t: Tensor, t_cpu: Tensor, t: Tensor, y: Tensor, c: float
 ) -> tuple[Tensor, Tensor]:
-    """(v_fake, v_real) at x_t. Guidance applies to the real score alone, and finds its rows in ``t_cpu``."""
-    v_fake = run.estimator(x_t, t, y, lora_scale=args.lora_scale_fake)
-    real = partial(run.estimator, lora_scale=dynamic_guidance_scale(args.lora_scale_real, c))
-    guided = guide(real, run.num_classes, args.real_guidance_scale, tuple(args.real_guidance_interval))
-    v_real = guided(x_t, t_cpu if args.real_guidance_scale > 1 else t, y)
-    return v_fake, v_real
+    """(v_fake, v_real) at x_t by one network call, each row at its own LoRA scale.
+
+    Guidance applies to the real score alone, and finds its rows in ``t_cpu``.
+    """
+    weight, batch = args.real_guidance_scale, len(x_t)
+    rows = guided_rows(t_cpu, weight, args.real_guidance_interval)
+    scale_real = dynamic_guidance_scale(args.lora_scale_real, c)
+    lora_scale = torch.tensor([args.lora_scale_fake] * batch + [scale_real] * (batch + len(rows)))
+    rows = rows.to(x_t.device, non_blocking=True)
+    null = torch.full_like(rows, run.num_classes)
+    x_t, t = (torch.cat([each, each, each[rows]]) for each in (x_t, t))
+    v = run.estimator(x_t, t, torch.cat([y, y, null]), lora_scale=lora_scale)
+    v_fake, v_real, v_null = v.split([batch, batch, len(rows)])
+    return v_fake, apply_guidance(v_real, v_null, rows, weight)
 
 
 def generator_turn(run: Run, args: argparse.Namespace, step: int) -> dict[str, Tensor]:
@@ -115,7 +144,7 @@ def generator_turn(run: Run, args: argparse.Namespace, step: int) -> dict[str, T
     for chunk in synchronised(accelerator, run.generator, chunks):
         draws = chunk_draws(run, args, GENERATOR_TURN, step, chunk)
         y = labels_of(run, args, draws)
-        x0 = generate(run, args, draws, y)
+        x0 = generate(run, args, [draws], y)
         x_t, noise, t_cpu, t = renoise(draws, x0.detach(), c, args)
         v_fake, v_real = scores(run, args, x_t, t_cpu, t, y, c)
         direction = dmd_direction(v_real, v_fake, x0, noise)
@@ -178,11 +207,8 @@ def train(run: Run, args: argparse.Namespace) -> None:
     with progress, StopSignal() as stop:
         for step in range(run.step, args.max_train_steps):
             began = time.monotonic()
-            estimator_figures = [estimator_turn(run, args, step, turn) for turn in range(args.ratio_update)]
-            generator_figures = generator_turn(run, args, step)
+            estimator_rows, row, stopping = cycle(run, args, step, bool(stop.name))
             run.step, run.samples_seen = step + 1, run.samples_seen + batch
-
-            estimator_rows, row, stopping = fetch(session, estimator_figures, generator_figures, bool(stop.name))
             seconds = round(time.monotonic() - began, 4)
             scale = dynamic_guidance_scale(args.lora_scale_real, annealing(step, args.dynamic_steps))
             row = {"step": run.step} | row | {"lora_scale_real": scale, "samples_seen": run.samples_seen}
@@ -216,6 +242,12 @@ def train(run: Run, args: argparse.Namespace) -> None:
                 )
                 return
     export(run, args)
+
+
+def cycle(run: Run, args: argparse.Namespace, step: int, stopping: bool = False) -> tuple[list[dict], dict, bool]:
+    """``ratio_update`` estimator turns and a generator turn. -> what `fetch` returns."""
+    estimator_figures = [estimator_turn(run, args, step, batches) for batches in estimator_batches(run, args, step)]
+    return fetch(run.session, estimator_figures, generator_turn(run, args, step), stopping)
 
 
 def open_logs(run: Run, args: argparse.Namespace) -> list[JsonLines]:
@@ -305,6 +337,12 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
     if source is None and name == "dmdr_refl":
         raise InputError("--resume-ckpt is missing: this stage starts from a cold start's torch_units/step-N.pt")
     checkpoint = checkpoints.open_checkpoint(source) if source is not None else None
+    if checkpoint is not None:
+        moments = checkpoint.units["arguments"].get("optimizer", "adamw")
+        if moments != args.optimizer:
+            raise InputError(f"--optimizer is {args.optimizer}, but {source} holds the moments of {moments}")
+    if args.compile:
+        require_compiler()
     session = open_session(args.mixed_precision)
     run = build(args, session)
     if checkpoint is not None:

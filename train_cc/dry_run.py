@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from train_cc.errors import InputError
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.generator import generator_lora_rank
-from train_cc.models.latents import LATENT_CHANNELS, VAEDecoder
-from train_cc.models.lora import GENERATOR_TARGETS, add_lora
+from train_cc.models.latents import LATENT_CHANNELS, VAEDecoder, new_vae
+from train_cc.models.lora import GENERATOR_TARGETS, add_lora, hold_frozen_in
 from train_cc.models.reward import IMAGE_SIZE, PATCH_SIZE
 from train_cc.models.sit import SiT
-from train_cc.parts import effective_batch
-from train_cc.run.session import resolve_precision
+from train_cc.parts import choose_attention, effective_batch
+from train_cc.run.session import COMPUTE_DTYPES, resolve_precision
 
 GIB = 2**30
 DINOV2_SIZES = {"vits14": (384, 12), "vitb14": (768, 12), "vitl14": (1024, 24)}  # width, depth
@@ -29,6 +29,10 @@ DINOV2_SIZES = {"vits14": (384, 12), "vitb14": (768, 12), "vitl14": (1024, 24)} 
 
 def count(model: nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters())
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[], Tensor], autocast: AbstractContextManager) -> int:
@@ -58,7 +62,7 @@ def extrapolate(measure: Callable[[int, int], int], depth: int, batch: int) -> i
     return one + d * per_block + b * per_sample + d * b * per_both
 
 
-def network_activations(config: dict, args: argparse.Namespace, role: str, dtype: torch.dtype | None) -> int:
+def network_activations(config: dict, args: argparse.Namespace, role: str, dtype: torch.dtype) -> int:
     """Of one training forward and backward of the generator or the estimator at ``--batch-size``."""
 
     def measure(depth: int, batch: int) -> int:
@@ -73,6 +77,8 @@ def network_activations(config: dict, args: argparse.Namespace, role: str, dtype
             network = model
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        hold_frozen_in(model, dtype)
+        choose_attention(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), dtype)
         x, t, y = torch.zeros(batch, *network.sample_shape), torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
         scale = (args.lora_scale_fake,) if role == "estimator" else ()
         return kept_bytes(model, lambda: model(x, t, y, *scale), _autocast(dtype))
@@ -80,29 +86,25 @@ def network_activations(config: dict, args: argparse.Namespace, role: str, dtype
     return extrapolate(measure, config["depth"], args.batch_size)
 
 
-def _autocast(dtype: torch.dtype | None) -> AbstractContextManager:
-    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+def _autocast(dtype: torch.dtype) -> AbstractContextManager:
+    return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
 
 
-def decoder_cost(config: dict, batch: int, dtype: torch.dtype | None) -> tuple[int, int]:
+def like(dtype: torch.dtype) -> torch.dtype:
+    """A dtype of the same size whose convolutions a CPU has."""
+    return torch.bfloat16 if dtype.itemsize == 2 else torch.float32
+
+
+def decoder_cost(config: dict, batch: int, dtype: torch.dtype) -> tuple[int, int]:
     """(parameters, activation bytes) of sd-vae-ft-ema's decoder: measured at a quarter of the side, by area."""
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=LATENT_CHANNELS,
-    )
-    decoder = VAEDecoder(vae)
+    decoder = VAEDecoder(new_vae()).to(like(dtype))
     side = max(1, config["input_size"] // 4)
     z = torch.zeros(1, LATENT_CHANNELS, side, side, requires_grad=True)
-    kept = kept_bytes(decoder, lambda: decoder(z), _autocast(dtype))
+    kept = kept_bytes(decoder, lambda: decoder(z), nullcontext())
     return count(decoder), kept * batch * (config["input_size"] // side) ** 2
 
 
-def dinov2_cost(args: argparse.Namespace, batch: int, dtype: torch.dtype | None) -> tuple[int, int]:
+def dinov2_cost(args: argparse.Namespace, batch: int, dtype: torch.dtype) -> tuple[int, int]:
     """(parameters, activation bytes) of the DINOv2 size that the backbone's name says; ViT-L where it says none."""
     from timm.models.vision_transformer import VisionTransformer
 
@@ -110,12 +112,13 @@ def dinov2_cost(args: argparse.Namespace, batch: int, dtype: torch.dtype | None)
 
     def build(depth: int) -> VisionTransformer:
         options = {"embed_dim": width, "num_heads": width // 64, "init_values": 1e-5, "num_classes": 0}
-        return VisionTransformer(IMAGE_SIZE, PATCH_SIZE, depth=depth, **options).requires_grad_(False)
+        model = VisionTransformer(IMAGE_SIZE, PATCH_SIZE, depth=depth, **options)
+        return model.requires_grad_(False).to(like(dtype))
 
     def measure(depth: int, batch: int) -> int:
         model = build(depth)
-        images = torch.zeros(batch, 3, IMAGE_SIZE, IMAGE_SIZE, requires_grad=True)
-        return kept_bytes(model, lambda: model(images), _autocast(dtype))
+        images = torch.zeros(batch, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=like(dtype), requires_grad=True)
+        return kept_bytes(model, lambda: model(images), nullcontext())
 
     with torch.device("meta"):
         parameters = count(build(depth)) + 1000 * (5 * width + 1)
@@ -124,6 +127,8 @@ def dinov2_cost(args: argparse.Namespace, batch: int, dtype: torch.dtype | None)
 
 def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
     """The text that `--dry-run` prints. Raises `InputError` where the teacher's config.json cannot be read."""
+    precision = resolve_precision(args.mixed_precision)
+    dtype = COMPUTE_DTYPES[precision]
     path = args.teacher / "config.json"
     try:
         config = {name: value for name, value in json.loads(path.read_text()).items() if not name.startswith("_")}
@@ -131,18 +136,19 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
             generator, estimator = SiT(**config), ScoreEstimator(SiT(**config), args.lora_rank, None)
             if args.use_lora_gen:
                 add_lora(generator, generator_lora_rank(True, args.lora_rank), GENERATOR_TARGETS, None, 0)
+        hold_frozen_in(generator, dtype)
+        hold_frozen_in(estimator, dtype)
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
-    precision = resolve_precision(args.mixed_precision)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     trained, lora = count(generator, trainable=True), count(estimator, trainable=True)
     ema = trained if args.ema_decay else 0
+    moments = 2 if args.optimizer == "adamw8bit" else 8
     generator_bytes = {
-        "generator weights": 4 * count(generator),
+        "generator weights": weight_bytes(generator),
         "generator gradients": 4 * trained,
-        "generator optimizer": 8 * trained,
+        "generator optimizer": moments * trained,
         "EMA": 4 * ema,
-        "estimator weights": 4 * count(estimator),
+        "estimator weights": weight_bytes(estimator),
         "estimator LoRA gradients and optimizer": 12 * lora,
     }
     turns = {
@@ -152,10 +158,10 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
     if args.vae != "none" and (args.num_previews or args.encoder_type != "none"):
         micro = args.reward_micro_batch or args.batch_size
         parameters, decoder = decoder_cost(config, micro, dtype)
-        generator_bytes["decoder weights"] = 4 * parameters
+        generator_bytes["decoder weights"] = dtype.itemsize * parameters
         if args.encoder_type == "dinov2":
             parameters, classifier = dinov2_cost(args, micro, dtype)
-            generator_bytes["classifier weights"] = 4 * parameters
+            generator_bytes["classifier weights"] = dtype.itemsize * parameters
             told = " (an upper bound: --reward-checkpointing recomputes)" if args.reward_checkpointing else ""
             turns[f"generator, reward{told}"] = turns["generator"] + decoder + classifier
     fixed = sum(generator_bytes.values())

@@ -12,24 +12,34 @@ from train_cc.schedules import timestep_grid
 VelocityModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def guided_rows(t: Tensor, scale: float, interval: tuple[float, float]) -> Tensor:
+    """The rows that guidance acts on and that cost a second one, for the null class; none at any scale <= 1.
+
+    With t given on the CPU they are found without asking the device.
+    """
+    low, high = interval
+    return ((t >= low) & (t <= high) & (scale > 1)).nonzero().flatten()
+
+
+def apply_guidance(v: Tensor, v_null: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """v_null + w (v - v_null) at ``rows``, v elsewhere; ``v_null`` holds these rows alone."""
+    return v.index_copy(0, rows, v_null + scale * (v[rows] - v_null))
+
+
 def guide(model: VelocityModel, null_class: int, scale: float, interval: tuple[float, float] = (0, 1)) -> VelocityModel:
     """Classifier-free guidance: v = v_null + w (v_cond - v_null) where t lies in ``interval``, v_cond elsewhere.
 
     Any scale <= 1 means off and returns the model itself. Otherwise every call passes the conditional batch and the
     null rows of the samples inside the interval through the network at once: a sample outside costs one row, not two.
-    With t given on the CPU the rows are found without asking the device.
     """
     if scale <= 1:
         return model
-    low, high = interval
 
     def guided(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        inside = ((t >= low) & (t <= high)).nonzero().flatten()
-        t, rows = t.to(x.device, non_blocking=True), inside.to(x.device, non_blocking=True)
-        null = y.new_full((len(inside),), null_class)
-        v = model(torch.cat([x, x[rows]]), torch.cat([t, t[rows]]), torch.cat([y, null]))
-        v, v_null = v[: len(x)], v[len(x) :]
-        return v.index_copy(0, rows, v_null + scale * (v[rows] - v_null))
+        rows = guided_rows(t, scale, interval)
+        v = model(torch.cat([x, x[rows]]), torch.cat([t, t[rows]]), torch.cat([y, torch.full_like(rows, null_class)]))
+        v, v_null = v.split([len(x), len(rows)])
+        return apply_guidance(v, v_null, rows, scale)
 
     return guided
 

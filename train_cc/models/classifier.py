@@ -58,8 +58,8 @@ class ImageClassifier(nn.Module):
     def _preprocess(self, images: Tensor) -> Tensor:
         size = (self.config["image_size"],) * 2
         if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bicubic", antialias=True)
-        return (images - self.mean) / self.std
+            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
+        return ((images - self.mean) / self.std).to(next(self.network.parameters()).dtype)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(self._preprocess(images))

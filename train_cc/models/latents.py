@@ -1,11 +1,13 @@
 """From what the networks sample to images: pixels as they are, or latents through a frozen VAE decoder."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from train_cc.errors import InputError
 
@@ -28,12 +30,36 @@ class VAEDecoder(nn.Module):
         self.vae = vae
         self.vae.encoder = None  # never used here: a third of the parameters
         self.requires_grad_(False).eval()
+        self.to(memory_format=torch.channels_last)  # what convolutions in half precision are fast in
 
     def enable_gradient_checkpointing(self) -> None:
-        self.vae.enable_gradient_checkpointing()
+        """Recompute each residual block in backward: its input is all that is kept (diffusers' own: whole stages)."""
+        from diffusers.models.attention_processor import Attention
+        from diffusers.models.resnet import ResnetBlock2D
+        from diffusers.models.upsampling import Upsample2D
+
+        for module in self.vae.decoder.modules():
+            if isinstance(module, ResnetBlock2D | Attention | Upsample2D):
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
     def forward(self, x0: Tensor) -> Tensor:
-        return pixels_to_images(self.vae.decode(x0 / self.vae.config.scaling_factor).sample)
+        latents = (x0 / self.vae.config.scaling_factor).to(self.vae.dtype, memory_format=torch.channels_last)
+        return pixels_to_images(self.vae.decode(latents).sample.float())
+
+
+def new_vae(channels: tuple[int, ...] = (128, 256, 512, 512), groups: int = 32) -> nn.Module:
+    """An `AutoencoderKL` of sd-vae-ft-ema's layout, untrained: f = 8, 4 latent channels."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=channels,
+        layers_per_block=2,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=groups,
+        sample_size=256,
+    )
 
 
 def load_vae(vae: str) -> nn.Module:
@@ -61,9 +87,11 @@ def require_decoder_kind(channels: int, vae: str, source: str | Path) -> None:
         raise InputError(f"--vae is {vae}, but {source} has {channels} channels, that is {kind}")
 
 
-def load_decoder(vae: str | None, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
-    """``vae``: None for pixel-space models, else what `load_vae` takes."""
-    return pixels_to_images if vae is None else VAEDecoder(load_vae(vae)).to(device)
+def load_decoder(
+    vae: str | None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[Tensor], Tensor]:
+    """``vae``: None for pixel-space models, else what `load_vae` takes; it computes in ``dtype``."""
+    return pixels_to_images if vae is None else VAEDecoder(load_vae(vae)).to(device, dtype)
 
 
 def images_to_uint8(images: Tensor) -> Tensor:

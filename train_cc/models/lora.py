@@ -32,6 +32,7 @@ def add_lora(model: nn.Module, rank: int, targets: list[str], spread: float | No
         if spread is not None:
             with torch.no_grad():
                 a.copy_(torch.randn(a.shape, generator=generator) * spread)
+        layer.cast_input_dtype_enabled = False  # autocast casts the input; peft would first cast it up to A's fp32
         layer.lora_A[ADAPTER].requires_grad_(True)
         layer.lora_B[ADAPTER].requires_grad_(True)
     expected = sum(rank * (layer.in_features + layer.out_features) for layer in lora_layers(model))
@@ -48,6 +49,19 @@ def set_lora_scale(layers: list[LoraLayer], scale: Tensor) -> None:
     """``scale``: a tensor that broadcasts over a layer's output (B, N, D); a tensor, since a float would recompile."""
     for layer in layers:
         layer.scaling[ADAPTER] = scale
+
+
+def hold_frozen_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast, once, the frozen weights that autocast would cast at every call: those of linear layers and convolutions.
+
+    What autocast leaves in fp32 stays so, and the results are the same bits. Autocast caches its casts of trained
+    weights within a call, but never those of frozen ones.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
 
 
 def merge_lora(model: nn.Module) -> None:

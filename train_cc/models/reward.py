@@ -7,7 +7,6 @@ an `ImageClassifier`.
 import math
 import pickle
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,9 +133,10 @@ class DINOv2Classifier(nn.Module):
         self.backbone.set_grad_checkpointing(True)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = (images - self.mean) / self.std
+        x = (images.float() - self.mean) / self.std
         if x.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             x = F.interpolate(x, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True)
+        x = x.to(self.head.weight.dtype)
         layers = self.backbone.forward_intermediates(
             x, indices=self.layers, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
         )
@@ -173,7 +173,6 @@ def reward_gradient(
     x0: Tensor,
     y: Tensor,
     micro_batch: int = 0,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> RewardResult:
     """loss_reward = mean cross_entropy(classifier(decode(x0)), y) and its gradient at x0.
 
@@ -183,7 +182,7 @@ def reward_gradient(
     gradients, losses, hits = [], [], []
     for part, labels in zip(x0.detach().split(micro_batch or len(x0)), y.split(micro_batch or len(y)), strict=True):
         part = part.clone().requires_grad_()
-        with torch.enable_grad(), autocast():
+        with torch.enable_grad():
             loss, hit = classifier_loss(classifier, decode(part), labels)
         (gradient,) = torch.autograd.grad(loss.sum() * (GRADIENT_SCALE / len(x0)), part)
         gradients.append(gradient / GRADIENT_SCALE)

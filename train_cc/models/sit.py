@@ -203,4 +203,8 @@ class SiT(ModelMixin, ConfigMixin):
         if problems:
             told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:8])}" for kind, keys in problems.items())
             raise InputError(f"{folder / WEIGHTS_NAME} does not fit its config.json: {told}")
+        # What was loaded are views of the mapped file, and one of them left would keep all of it in memory.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        model.pos_embed = model.pos_embed.clone()
         return model

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from train_cc.errors import InputError
 
+COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # what autocast computes in
+
 
 @dataclass
 class Session:
@@ -93,6 +95,20 @@ def open_session(mixed_precision: str) -> Session:
     if wanted != session.world_size:
         raise InputError(f"NUM_PROCESSES is {wanted}, but {session.world_size} process(es) were started")
     return session
+
+
+def require_compiler() -> None:
+    """Raises `InputError` where `torch.compile` finds no compiler for this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # whatever the missing piece raises
+        missing = "Triton" if device == "cuda" else "a C++ compiler such as g++"
+        told = str(error).strip().splitlines()
+        raise InputError(
+            f"--compile found no working compiler on this machine: {missing} is needed. Install it, or leave "
+            f"--compile away ({type(error).__name__}: {told[0] if told else ''})"
+        ) from error
 
 
 def synchronised(accelerator: Accelerator, model: torch.nn.Module, chunks: int) -> Iterable[int]:

@@ -1,9 +1,11 @@
-"""External files in their official layouts, with random weights from a seed, at any size."""
+"""External files in their official layouts, with random weights from a seed, at any size: for benchmarks and tests."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from train_cc.models.latents import new_vae
 
 
 def random_state(shapes: dict[str, tuple[int, ...]], seed: int = 0, spread: float = 0.05) -> dict[str, Tensor]:
@@ -50,19 +52,9 @@ def write_dinov2(
 
 def write_vae(folder: Path, channels: tuple[int, ...] = (8, 8, 8, 8), groups: int = 4, seed: int = 0) -> Path:
     """A diffusers folder of stabilityai/sd-vae-ft-ema's layout: f = 8, 4 latent channels, no scaling factor named."""
-    from diffusers import AutoencoderKL
-
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=channels,
-            layers_per_block=2,
-            latent_channels=4,
-            norm_num_groups=groups,
-            sample_size=256,
-        ).save_pretrained(folder)
+        new_vae(channels, groups).save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,285 @@
+"""What makes a cycle fast or small keeps its mathematics: each measure against the plain form that it replaces."""
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evaluation import benchmark
+from evaluation.standins import write_vae
+from tests.conftest import flags, logged, random_sit, refused, run_cold_start
+from train_cc import cold_start, distill
+from train_cc.arguments import build_parser, validate
+from train_cc.errors import InputError
+from train_cc.flow import x0_from_velocity
+from train_cc.models.estimator import ScoreEstimator
+from train_cc.models.latents import load_decoder
+from train_cc.models.lora import hold_frozen_in
+from train_cc.models.reward import reward_gradient
+from train_cc.parts import build_optimizer, choose_attention
+from train_cc.run.session import open_session
+
+
+def tiny_run(teacher, tmp_path, *more):
+    args = cold_start.stage_parser().parse_args(flags(teacher, tmp_path / "run", *more))
+    return distill.build(args, open_session(args.mixed_precision)), args
+
+
+def estimator_of(seed: int = 0) -> ScoreEstimator:
+    """With a LoRA whose B is not zero, so that both its factors have gradients."""
+    model = ScoreEstimator(random_sit(), 4, 0.3, seed)
+    spread_lora_b(model)
+    return model
+
+
+@torch.no_grad()
+def spread_lora_b(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def inputs(batch: int = 4):
+    generator = torch.Generator().manual_seed(1)
+    x, t = torch.randn(batch, 1, 8, 8, generator=generator), torch.rand(batch, generator=generator)
+    return x, t, torch.arange(batch)
+
+
+def test_frozen_weights_held_in_half_precision_give_the_bits_of_autocast():
+    results = []
+    for held in (False, True):
+        model = estimator_of()
+        if held:
+            hold_frozen_in(model, torch.bfloat16)
+            assert model.network.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            v = model(*inputs(), lora_scale=2.0)
+        v.float().square().mean().backward()
+        results.append([v] + [p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(plain, fast) for plain, fast in zip(*results, strict=True))
+    assert all(gradient.dtype == torch.float32 and gradient.abs().sum() > 0 for gradient in results[1][1:])
+
+
+def test_half_precision_is_within_its_rounding_of_fp32(teacher, tmp_path):
+    """One cycle in bf16 against fp32, from the same draws: losses to a percent."""
+    rows = {}
+    for precision in ("bf16", "no"):
+        AcceleratorState._reset_state(True)  # a process has one precision
+        run, args = tiny_run(teacher, tmp_path, "--mixed-precision", precision)
+        spread_lora_b(run.estimator)  # at B = 0 real and fake are one, and their gap all rounding
+        estimator_rows, row, _ = distill.cycle(run, args, 0)
+        rows[precision] = [row["loss_fake"] for row in estimator_rows] + [row["loss_dmd"], row["normaliser"]]
+    assert rows["no"] != rows["bf16"]
+    assert rows["bf16"] == pytest.approx(rows["no"], rel=0.01)
+
+
+def test_plain_attention_is_the_fused_one():
+    model = estimator_of()
+    fused = model(*inputs(), lora_scale=2.0)
+    choose_attention(model, torch.device("cpu"), torch.bfloat16)
+    assert not model.network.blocks[0].attn.fused_attn
+    torch.testing.assert_close(model(*inputs(), lora_scale=2.0), fused, rtol=1e-4, atol=1e-5)
+    choose_attention(model, torch.device("cuda"), torch.bfloat16)
+    assert model.network.blocks[0].attn.fused_attn
+
+
+@pytest.mark.parametrize("scale,interval", [(1.0, (0, 1)), (2.0, (0, 0.5))])
+def test_fake_and_real_in_one_call_are_those_of_two(teacher, tmp_path, scale, interval):
+    run, args = tiny_run(teacher, tmp_path, "--real-guidance-scale", scale, "--real-guidance-interval", *interval)
+    spread_lora_b(run.estimator)
+    (x, t, y), c = inputs(), 0.6
+    v_fake, v_real = distill.scores(run, args, x, t, t, y, c)
+    real = 0.75 * c
+    with torch.no_grad():
+        torch.testing.assert_close(v_fake, run.estimator(x, t, y, 2.0), rtol=1e-4, atol=1e-5)
+        v = run.estimator(x, t, y, real)
+        if scale > 1:
+            v_null = run.estimator(x, t, torch.full_like(y, 10), real)
+            v = torch.where((t <= 0.5)[:, None, None, None], v_null + scale * (v - v_null), v)
+            assert (t <= 0.5).any() and (t > 0.5).any()
+        torch.testing.assert_close(v_real, v, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(v_fake, v_real, atol=1e-2)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_the_samples_of_all_estimator_turns_in_one_call_are_those_of_one_call_each(teacher, tmp_path, num_steps):
+    run, args = tiny_run(teacher, tmp_path, "--num-steps", num_steps, "--gradient-accumulation-steps", 2)
+    turns = distill.estimator_batches(run, args, 3)
+    assert len(turns) == 2 and len(turns[0]) == 2
+    for turn, batches in enumerate(turns):
+        for chunk, (_, y, x0) in enumerate(batches):
+            draws = distill.chunk_draws(run, args, distill.ESTIMATOR_TURN, 3 * 2 + turn, chunk)
+            assert torch.equal(y, distill.labels_of(run, args, draws))
+            with torch.no_grad():
+                expected = distill.generate(run, args, [draws], y)
+            torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_adamw_is_the_loop():
+    args = build_parser("").parse_args(["--teacher", "-", "--output-dir", "-"])
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(64, 64)
+        optimizer = build_optimizer(model, 1e-3, 0.1, args)
+        assert optimizer.defaults["fused"]
+        if not fused:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False, fused=False)
+        for _ in range(10):
+            model(torch.randn(8, 64)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model.weight.detach())
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+class Judge(nn.Module):
+    """A linear classifier of the mean colour: smooth, so that gradients of two precisions can be compared."""
+
+    def forward(self, images):
+        return torch.stack([images.mean(dim=(1, 2, 3)), images[:, 0].mean(dim=(1, 2))], dim=1) * 10
+
+
+def test_decoder_in_half_precision_and_checkpointed(tmp_path):
+    """Checkpointing changes no bit of the gradient and keeps less; bf16 keeps its direction."""
+    vae = str(write_vae(tmp_path / "vae", channels=(16, 16, 16, 16)))
+    x0, y = torch.randn(2, 4, 8, 8), torch.tensor([0, 1])
+
+    def gradient(decode):
+        kept = 0
+
+        def pack(tensor):
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = reward_gradient(Judge(), decode, x0, y)
+        return result.gradient, kept
+
+    plain, kept_plain = gradient(load_decoder(vae))
+    decode = load_decoder(vae)
+    decode.enable_gradient_checkpointing()
+    checkpointed, kept_checkpointed = gradient(decode)
+    assert torch.equal(plain, checkpointed) and plain.abs().sum() > 0
+    half, _ = gradient(load_decoder(vae, dtype=torch.bfloat16))
+    assert half.dtype == torch.float32
+    assert torch.cosine_similarity(half.flatten(), plain.flatten(), dim=0) > 0.99
+    assert kept_plain > 0 and kept_checkpointed > 0
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses what makes a CPU wait for a GPU: reading a number out of a tensor."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a tensor's value was read")
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_turns_never_read_a_tensor(teacher, tmp_path, reward_folder):
+    more = ["--encoder-type", "classifier", "--reward-classifier", reward_folder, "--real-guidance-scale", 1.5]
+    run, args = tiny_run(teacher, tmp_path, *more, "--ema-decay", 0.9)
+    distill.cycle(run, args, 0)
+    with NoReading():
+        for batches in distill.estimator_batches(run, args, 1):
+            distill.estimator_turn(run, args, 1, batches)
+        figures = distill.generator_turn(run, args, 1)
+        with pytest.raises(AssertionError, match="was read"):
+            figures["loss_dmd"].item()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(teacher, tmp_path):
+    plain = logged(run_cold_start(teacher, tmp_path / "a"))
+    torch._dynamo.utils.counters.clear()
+    compiled = logged(run_cold_start(teacher, tmp_path / "b", "--compile"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for one, other in zip(plain, compiled, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+def test_compile_without_a_compiler_is_refused(teacher, tmp_path, capsys, monkeypatch):
+    def broken(call):
+        raise RuntimeError("no g++")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    message = refused(cold_start.main, flags(teacher, tmp_path / "run", "--compile"), capsys=capsys)
+    assert "--compile" in message and "no g++" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_without_its_library_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    args = build_parser("").parse_args(["--teacher", "-", "--output-dir", "-", "--optimizer", "adamw8bit"])
+    with pytest.raises(InputError, match="pip install torchao"):
+        validate(args)
+
+
+def test_moments_of_another_optimizer_are_refused(teacher, tmp_path, capsys, monkeypatch):
+    units = run_cold_start(teacher, tmp_path / "a") / "checkpoints" / "torch_units" / "step-3.pt"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    more = ["--resume-ckpt", units, "--optimizer", "adamw8bit", "--max-train-steps", 4]
+    message = refused(cold_start.main, flags(teacher, tmp_path / "b", *more), capsys=capsys)
+    assert "adamw8bit" in message and "moments of adamw" in message
+
+
+@pytest.mark.slow
+def test_eight_bit_moments_train_and_resume(teacher, tmp_path):
+    """torchao compiles its step, on a CPU too; moments of small tensors stay fp32, hence the wider teacher."""
+    pytest.importorskip("torchao")
+    random_sit(hidden_size=64).save_pretrained(tmp_path / "sit")
+    more = ["--optimizer", "adamw8bit", "--lora-rank", 64, "--max-train-steps"]
+    whole = run_cold_start(tmp_path / "sit", tmp_path / "a", *more, 3)
+    run_cold_start(tmp_path / "sit", tmp_path / "b", *more, 2)
+    resumed = run_cold_start(tmp_path / "sit", tmp_path / "b", *more, 3, "--auto-resume")
+    assert logged(whole) == logged(resumed)
+    plain = run_cold_start(tmp_path / "sit", tmp_path / "c", "--lora-rank", 64)
+    assert logged(whole)[0]["loss_dmd"] == logged(plain)[0]["loss_dmd"]
+    assert logged(whole)[2] != logged(plain)[2]
+
+
+def test_benchmark_measures_and_compares(tmp_path, capsys):
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file, batch in zip(files, (1, 2), strict=True):
+        words = ["--size", "SiT-S/8", "--cycles", "1", "--batch-size", batch, "--ratio-update", 2, "--output", file]
+        benchmark.main([str(word) for word in words])
+    small, large = (json.loads(file.read_text())["figures"] for file in files)
+    assert large["tflop_per_cycle"] == pytest.approx(2 * small["tflop_per_cycle"], rel=0.05)
+    assert small["seconds_by_phase"].keys() >= {"sampling", "scoring", "estimator backward", "optimizer"}
+    assert sum(small["seconds_by_phase"].values()) == pytest.approx(small["seconds_per_cycle"])
+    assert 0 < small["utilisation"] < 1.5 and small["peak_memory_gib"] > 0
+    capsys.readouterr()
+    benchmark.main(["--compare", *map(str, files)])
+    assert "samples_per_second" in capsys.readouterr().out
+    files[1].write_text("{}")
+    assert "cannot be read" in refused(benchmark.main, ["--compare", *map(str, files)], capsys=capsys)
+    assert "--cycles is 0" in refused(benchmark.main, ["--cycles", "0"], capsys=capsys)
+
+
+def test_flop_of_a_forward_are_those_counted_by_hand():
+    """A linear layer's 2 x rows x in x out, forward, and twice that backward; and both attention kernels'."""
+    layer, x = nn.Linear(8, 16), torch.randn(4, 8, requires_grad=True)
+    with benchmark.FlopCounter() as counter:
+        layer(x).sum().backward()
+    assert counter.total == 3 * 2 * 4 * 8 * 16
+    q, k, v = (torch.randn(2, 3, 16, 8) for _ in range(3))
+    with benchmark.FlopCounter() as counter:
+        nn.functional.scaled_dot_product_attention(q, k, v)
+    assert counter.total == 2 * 2 * (2 * 3 * 16 * 16 * 8)
+
+
+def test_few_flop_are_wasted():
+    """A cycle of R = 5 is 20 forward-equivalents: 5 samples, 5 x 2 estimator, 3 generator, 2 scores."""
+    model = random_sit()
+    with benchmark.FlopCounter() as forward:
+        model(*inputs(4))
+    assert forward.total > 0
+    x, t, y = inputs(4)
+    with benchmark.FlopCounter() as backward:
+        x0_from_velocity(x, model(x, t, y), t).sum().backward()
+    assert backward.total == pytest.approx(3 * forward.total, rel=0.05)
