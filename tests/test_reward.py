@@ -207,7 +207,7 @@ def test_the_generators_gradient_is_that_of_both_losses_on_one_graph(teacher, tm
     draws = distill.chunk_draws(run, args, distill.GENERATOR_TURN, 0, 0)
     y = distill.labels_of(run, args, draws)
     run.generator.zero_grad()
-    x0 = distill.generate(run, args, [draws], y)
+    x0 = distill.generate(run, args, draws, y)
     loss_reward = F.cross_entropy(run.judges["reward"](run.decode(x0)), y)
     (dmd_loss(x0, kept["direction"]) + 0.5 * loss_reward).backward()
     torch.testing.assert_close(figures["loss_reward"], loss_reward.detach())

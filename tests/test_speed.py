@@ -106,7 +106,7 @@ def test_fake_and_real_in_one_call_are_those_of_two(teacher, tmp_path, scale, in
 
 
 @pytest.mark.parametrize("num_steps", [1, 2])
-def test_the_samples_of_all_estimator_turns_in_one_call_are_those_of_one_call_each(teacher, tmp_path, num_steps):
+def test_the_samples_of_all_estimator_turns_under_one_autocast_are_those_of_one_each(teacher, tmp_path, num_steps):
     run, args = tiny_run(teacher, tmp_path, "--num-steps", num_steps, "--gradient-accumulation-steps", 2)
     turns = distill.estimator_batches(run, args, 3)
     assert len(turns) == 2 and len(turns[0]) == 2
@@ -115,7 +115,7 @@ def test_the_samples_of_all_estimator_turns_in_one_call_are_those_of_one_call_ea
             draws = distill.chunk_draws(run, args, distill.ESTIMATOR_TURN, 3 * 2 + turn, chunk)
             assert torch.equal(y, distill.labels_of(run, args, draws))
             with torch.no_grad():
-                expected = distill.generate(run, args, [draws], y)
+                expected = distill.generate(run, args, draws, y)
             torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -56,18 +56,11 @@ def chunk_draws(run: Run, args: argparse.Namespace, turn: int, iteration: int, c
     return Draws(args.seed, turn, iteration, number, device=run.session.device)
 
 
-def generate(run: Run, args: argparse.Namespace, draws: list[Draws], y: Tensor) -> Tensor:
-    """x0 of the generator at a uniformly drawn one of its steps (backward simulation), with gradient if enabled.
-
-    One network call for all batches; each of ``draws`` gives one batch its noise. y and x0: the batches in a row.
-    """
-
-    def noise(_: Tensor | None = None) -> Tensor:
-        return torch.cat([each.noise(args.batch_size, *run.sample_shape) for each in draws])
-
-    first = noise()
-    index = torch.cat([each.integers(args.num_steps, args.batch_size) for each in draws])
-    x_t, t = few_step_input(run.generator, first, y, index, args.num_steps, args.timestep_shift, noise)
+def generate(run: Run, args: argparse.Namespace, draws: Draws, y: Tensor) -> Tensor:
+    """x0 of the generator at a uniformly drawn one of its steps (backward simulation), with gradient if enabled."""
+    noise = draws.noise(len(y), *run.sample_shape)
+    index = draws.integers(args.num_steps, len(y))
+    x_t, t = few_step_input(run.generator, noise, y, index, args.num_steps, args.timestep_shift, draws.noise_like)
     return x0_from_velocity(x_t, run.generator(x_t, t, y), t)
 
 
@@ -87,17 +80,19 @@ def labels_of(run: Run, args: argparse.Namespace, draws: Draws) -> Tensor:
 def estimator_batches(run: Run, args: argparse.Namespace, step: int) -> list[list[tuple[Draws, Tensor, Tensor]]]:
     """(draws, y, x0) of each estimator turn of a cycle, chunk by chunk.
 
-    The generator does not change between its updates, so that one call of it serves a chunk of all the turns.
+    The generator does not change between its updates: all samples are drawn under one autocast, which casts its fp32
+    weights once and not at every call.
     """
-    turns: list[list] = [[] for _ in range(args.ratio_update)]
-    for chunk in range(args.gradient_accumulation_steps):
-        first = step * args.ratio_update
-        draws = [chunk_draws(run, args, ESTIMATOR_TURN, first + turn, chunk) for turn in range(args.ratio_update)]
-        labels = [labels_of(run, args, each) for each in draws]
-        x0 = generate(run, args, draws, torch.cat(labels)).split(args.batch_size)
-        for turn, batch in zip(turns, zip(draws, labels, x0, strict=True), strict=True):
-            turn.append(batch)
-    return turns
+    batches = []
+    with run.session.generator.autocast():
+        for turn in range(args.ratio_update):
+            iteration = step * args.ratio_update + turn
+            chunks = range(args.gradient_accumulation_steps)
+            draws = [chunk_draws(run, args, ESTIMATOR_TURN, iteration, chunk) for chunk in chunks]
+            labels = [labels_of(run, args, each) for each in draws]
+            x0 = [generate(run, args, *each) for each in zip(draws, labels, strict=True)]
+            batches.append(list(zip(draws, labels, x0, strict=True)))
+    return batches
 
 
 def estimator_turn(run: Run, args: argparse.Namespace, step: int, batches: list) -> dict[str, Tensor]:
@@ -144,7 +139,7 @@ def generator_turn(run: Run, args: argparse.Namespace, step: int) -> dict[str, T
     for chunk in synchronised(accelerator, run.generator, chunks):
         draws = chunk_draws(run, args, GENERATOR_TURN, step, chunk)
         y = labels_of(run, args, draws)
-        x0 = generate(run, args, [draws], y)
+        x0 = generate(run, args, draws, y)
         x_t, noise, t_cpu, t = renoise(draws, x0.detach(), c, args)
         v_fake, v_real = scores(run, args, x_t, t_cpu, t, y, c)
         direction = dmd_direction(v_real, v_fake, x0, noise)

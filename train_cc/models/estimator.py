@@ -23,7 +23,10 @@ class ScoreEstimator(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, lora_scale: float | Tensor) -> Tensor:
         """x (B, C, H, W), t (B,), y (B,), lora_scale a number or one a sample (B,) -> v (B, C, H, W)."""
         if isinstance(lora_scale, Tensor):
-            scale = lora_scale.to(x.device, non_blocking=True).view(-1, 1, 1)
+            # In the dtype of the layers' outputs: an fp32 one would lift them all to fp32.
+            autocast = torch.is_autocast_enabled(x.device.type)
+            dtype = torch.get_autocast_dtype(x.device.type) if autocast else lora_scale.dtype
+            scale = lora_scale.to(x.device, dtype, non_blocking=True).view(-1, 1, 1)
         else:
             scale = torch.full((), lora_scale, device=x.device)
         set_lora_scale(self._layers, scale)
