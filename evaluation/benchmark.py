@@ -11,6 +11,7 @@ is reported. Utilisation = FLOP / (seconds x the matmul peak that this process m
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import gc
 import json
@@ -156,6 +157,7 @@ class PeakMemory:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed, but kept for reuse, would hide what is needed next
         Path("/proc/self/clear_refs").write_text("5")
         return self._read("VmRSS")
 
@@ -197,6 +199,8 @@ def measure(run: Run, args: argparse.Namespace, cycles: int) -> dict:
     """One warm-up cycle with the FLOP counted, then ``cycles`` timed ones."""
     device, memory = run.session.device, PeakMemory(run.session.device)
     figures: dict = {"peak_memory_loading_gib": memory.peak() / GIB}
+    if run.reward is not None:
+        figures |= measure_reward(run, args, memory)
     memory.reset()
     with FlopCounter() as counter:
         distill.cycle(run, args, 0)
@@ -220,8 +224,6 @@ def measure(run: Run, args: argparse.Namespace, cycles: int) -> dict:
         "matmul_peak_tflops": peak / 1e12,
         "utilisation": figures["tflop_per_cycle"] * 1e12 / (seconds * peak),
     }
-    if run.reward is not None:
-        figures |= measure_reward(run, args, memory)
     return figures
 
 
@@ -236,7 +238,7 @@ def measure_reward(run: Run, args: argparse.Namespace, memory: PeakMemory) -> di
             run.reward(x0, y)
         seconds.append(stopwatch.seconds["reward"])
         above.append(memory.peak() - before)
-    return {"reward_seconds": min(seconds), "reward_memory_gib": max(above[1:]) / GIB}
+    return {"reward_seconds": min(seconds), "reward_memory_gib": max(above) / GIB}
 
 
 def compare(before: Path, after: Path) -> str:

@@ -40,18 +40,39 @@ visible_gpus() {
 }
 
 # launch MODULE FLAGS...: one process a visible GPU, or one CPU process; NUM_PROCESSES and ACCELERATE_CONFIG override.
+# With several nodes: NUM_NODES, NODE_RANK, MAIN_ADDRESS, MAIN_PORT; NUM_PROCESSES counts those of all nodes.
 # One process needs no launcher: it starts sooner, and its exit code stays its own. `exec`: a signal to the script
 # reaches the run itself. A script that goes on afterwards calls it in parentheses.
 launch() {
-    local gpus cores
+    local gpus cores config nodes word
     gpus=$(visible_gpus)
     cores=$(getconf _NPROCESSORS_ONLN)
-    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}" # to end the update and write a checkpoint
-    if [ -n "${ACCELERATE_CONFIG:-}" ]; then
-        exec accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" \
-            ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} --module "$@"
+    nodes="${NUM_NODES:-1}"
+    config="${ACCELERATE_CONFIG:-}"
+    if [ -n "$config" ] && [ ! -f "$config" ]; then
+        echo "error: ACCELERATE_CONFIG is $config, which does not exist; there are: $(echo scripts/accelerate/*.yaml)" >&2
+        exit 2
     fi
-    export NUM_PROCESSES="${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}"
+    if [ -n "$config" ] && [ "$gpus" -eq 0 ]; then # a GPU config asks for GPUs: without them for CPU processes
+        export NUM_PROCESSES="${NUM_PROCESSES:-1}"
+    elif [ -n "$config" ] && [ -z "${NUM_PROCESSES:-}" ]; then
+        NUM_PROCESSES=$(sed -n 's/^num_processes: *//p' "$config")
+        export NUM_PROCESSES
+    fi
+    export NUM_PROCESSES="${NUM_PROCESSES:-$((gpus > 0 ? gpus * nodes : 1))}"
+    if [ -n "$config" ]; then # what accelerate's own launcher would hand on, for the other ways to start
+        ACCELERATE_MIXED_PRECISION=$(sed -n "s/^mixed_precision: *'*\([a-z0-9]*\).*/\1/p" "$config")
+        ACCELERATE_USE_FSDP=$(grep -q '^distributed_type: FSDP' "$config" && echo true || echo false)
+        export ACCELERATE_MIXED_PRECISION ACCELERATE_USE_FSDP
+    fi
+    for word in "$@"; do # a plan of a run on any machine needs none of its processes
+        if [ "$word" = --dry-run ]; then
+            WORLD_SIZE="$NUM_PROCESSES" exec python -m "$@"
+        fi
+    done
+    # When a process fails, the others are asked to end, and killed after this many seconds; so long has an update with
+    # its checkpoint to end in when the job itself is asked to.
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-50}"
     if [ "$gpus" -eq 0 ]; then
         # Large pages for large tensors: on a CPU much of a cycle is the kernel's zeroing of small ones (docs/results.md).
         export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
@@ -59,10 +80,16 @@ launch() {
     fi
     if [ "$NUM_PROCESSES" -eq 1 ]; then
         exec python -m "$@"
-    elif [ "$gpus" -gt 0 ]; then
-        exec accelerate launch --quiet --config_file scripts/accelerate/ddp.yaml \
-            --num_processes "$NUM_PROCESSES" --module "$@"
-    else # without GPUs `accelerate launch` starts one process, whatever it is asked for, unless there is MPI
+    elif [ "$gpus" -eq 0 ]; then # without GPUs `accelerate launch` starts one process, whatever it is asked for
         exec torchrun --standalone --nproc_per_node "$NUM_PROCESSES" --module "$@"
+    elif [ "$nodes" -gt 1 ]; then
+        exec accelerate launch --quiet --config_file "${config:-scripts/accelerate/nodes.yaml}" \
+            --num_machines "$nodes" --num_processes "$NUM_PROCESSES" \
+            --machine_rank "${NODE_RANK:?is missing: the number of this node, from 0}" \
+            --main_process_ip "${MAIN_ADDRESS:?is missing: the address of node 0}" \
+            --main_process_port "${MAIN_PORT:-29500}" --module "$@"
+    else
+        exec accelerate launch --quiet --config_file "${config:-scripts/accelerate/ddp.yaml}" \
+            --num_processes "$NUM_PROCESSES" --module "$@"
     fi
 }

@@ -10,11 +10,11 @@ import os
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -26,7 +26,7 @@ from train_cc.models.latents import images_to_uint8
 from train_cc.models.reward import RewardResult, classifier_loss
 from train_cc.objectives import dmd_direction, dmd_loss, dmd_normaliser, velocity_matching_loss
 from train_cc.parts import Run, averaged_weights, build, effective_batch, trainable
-from train_cc.run import checkpoint as checkpoints
+from train_cc.run.checkpoint import Checkpoint, open_checkpoint
 from train_cc.run.logbook import (
     JsonLines,
     clear_output_dir,
@@ -179,6 +179,8 @@ def compare_gradients(reward: RewardResult, direction: Tensor, weight: float) ->
 def update(accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
     """Clip, step, clear. -> the gradients' norm before clipping."""
     grad_norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm
@@ -331,7 +333,7 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
     source, continues = find_checkpoint(args)
     if source is None and name == "dmdr_refl":
         raise InputError("--resume-ckpt is missing: this stage starts from a cold start's torch_units/step-N.pt")
-    checkpoint = checkpoints.open_checkpoint(source) if source is not None else None
+    checkpoint = open_checkpoint(source) if source is not None else None
     if checkpoint is not None:
         moments = checkpoint.units["arguments"].get("optimizer", "adamw")
         if moments != args.optimizer:
@@ -345,12 +347,12 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
     if not session.agree(run.step):
         raise InputError(f"the processes found different checkpoints ({source} here): is --output-dir shared by all?")
     with lock_output_dir(args.output_dir) if session.is_main else contextlib.nullcontext():
-        begin(name, args, run, source, continues, notes)
+        begin(name, args, run, checkpoint, continues, notes)
         train(run, args)
 
 
 def begin(
-    name: str, args: argparse.Namespace, run: Run, source: Path | None, continues: bool, notes: list[str]
+    name: str, args: argparse.Namespace, run: Run, checkpoint: Checkpoint | None, continues: bool, notes: list[str]
 ) -> None:
     """The first writing of a run: its folder, arguments and log."""
     session = run.session
@@ -361,7 +363,7 @@ def begin(
         record["sha256"] = run.hashes
         write_atomically(args.output_dir / "args.json", json.dumps(record, indent=2, default=str) + "\n")
         log_to(args.output_dir)
-        describe(run, args, name, source, continues)
+        describe(run, args, name, checkpoint, continues)
         for note in notes:
             logger.info(note)
         if continues:
@@ -371,17 +373,18 @@ def begin(
     session.barrier()
 
 
-def describe(run: Run, args: argparse.Namespace, name: str, source: Path | None, continues: bool) -> None:
-    session = run.session
+def describe(run: Run, args: argparse.Namespace, name: str, checkpoint: Checkpoint | None, continues: bool) -> None:
+    session, source = run.session, checkpoint and checkpoint.path
     batch = effective_batch(args, session.world_size)
     for role, model in (("generator", run.plain_generator), ("estimator", run.plain_estimator)):
         trained = sum(p.numel() for p in trainable(model).values())
         logger.info("%s: %d parameters trained of %d", role, trained, sum(p.numel() for p in model.parameters()))
     logger.info(
-        "%s on %d x %s, precision %s; effective batch %d = %d a process x %d accumulated x %d process(es)",
+        "%s on %d x %s%s, precision %s; effective batch %d = %d a process x %d accumulated x %d process(es)",
         name,
         session.world_size,
         session.device.type,
+        ", sharded (FSDP2)" if session.sharded else "",
         session.generator.mixed_precision,
         batch,
         args.batch_size,
@@ -390,6 +393,9 @@ def describe(run: Run, args: argparse.Namespace, name: str, source: Path | None,
     )
     for flag, digest in run.hashes.items():
         logger.info("%s %s: SHA-256 %s", flag, getattr(args, flag), digest)
+    before = checkpoint.units.get("effective_batch", batch) if checkpoint is not None else batch
+    if before != batch:
+        logger.warning("WARNING: the effective batch was %d in %s, and is %d here", before, source, batch)
     if source is not None:
         logger.info(
             "%s from %s at step %d: weights, optimizer moments%s and the step carry over; "

@@ -2,6 +2,7 @@
 
 Weights, gradients and optimizer states are exact. Activations are measured: what autograd keeps for backward in models
 of depth 1 and 2 at the true width, extrapolated over depth and batch; reward at a quarter of the side, by area.
+Attention is taken as fused, as on a GPU.
 """
 
 import argparse
@@ -20,8 +21,8 @@ from train_cc.models.latents import LATENT_CHANNELS, VAEDecoder, new_vae
 from train_cc.models.lora import GENERATOR_TARGETS, add_lora, hold_frozen_in
 from train_cc.models.reward import IMAGE_SIZE, PATCH_SIZE
 from train_cc.models.sit import SiT
-from train_cc.parts import choose_attention, effective_batch
-from train_cc.run.session import COMPUTE_DTYPES, resolve_precision
+from train_cc.parts import effective_batch
+from train_cc.run.session import COMPUTE_DTYPES, resolve_precision, sharding_asked
 
 GIB = 2**30
 DINOV2_SIZES = {"vits14": (384, 12), "vitb14": (768, 12), "vitl14": (1024, 24)}  # width, depth
@@ -78,7 +79,6 @@ def network_activations(config: dict, args: argparse.Namespace, role: str, dtype
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         hold_frozen_in(model, dtype)
-        choose_attention(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), dtype)
         x, t, y = torch.zeros(batch, *network.sample_shape), torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
         scale = (args.lora_scale_fake,) if role == "estimator" else ()
         return kept_bytes(model, lambda: model(x, t, y, *scale), _autocast(dtype))
@@ -143,14 +143,21 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
     trained, lora = count(generator, trainable=True), count(estimator, trainable=True)
     ema = trained if args.ema_decay else 0
     moments = 2 if args.optimizer == "adamw8bit" else 8
-    generator_bytes = {
+    fixed_bytes = {
         "generator weights": weight_bytes(generator),
         "generator gradients": 4 * trained,
         "generator optimizer": moments * trained,
         "EMA": 4 * ema,
         "estimator weights": weight_bytes(estimator),
-        "estimator LoRA gradients and optimizer": 12 * lora,
+        "estimator LoRA gradients and optimizer": (4 + moments) * lora,
     }
+    sharded = sharding_asked() and processes > 1
+    if sharded:
+        fixed_bytes = {name: -(-value // processes) for name, value in fixed_bytes.items()}
+        # A unit is gathered while the next one comes: blocks, or what is outside of them.
+        units = [*generator.blocks, nn.ModuleList(m for name, m in generator.named_children() if name != "blocks")]
+        largest = max(sum(p.numel() for p in unit.parameters()) for unit in units)
+        fixed_bytes["gathered weights and gradients of two units"] = 2 * largest * (dtype.itemsize + 4)
     turns = {
         "estimator": network_activations(config, args, "estimator", dtype),
         "generator": network_activations(config, args, "generator", dtype),
@@ -158,13 +165,13 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
     if args.vae != "none" and (args.num_previews or args.encoder_type != "none"):
         micro = args.reward_micro_batch or args.batch_size
         parameters, decoder = decoder_cost(config, micro, dtype)
-        generator_bytes["decoder weights"] = dtype.itemsize * parameters
+        fixed_bytes["decoder weights"] = dtype.itemsize * parameters
         if args.encoder_type == "dinov2":
             parameters, classifier = dinov2_cost(args, micro, dtype)
-            generator_bytes["classifier weights"] = dtype.itemsize * parameters
+            fixed_bytes["classifier weights"] = dtype.itemsize * parameters
             told = " (an upper bound: --reward-checkpointing recomputes)" if args.reward_checkpointing else ""
             turns[f"generator, reward{told}"] = turns["generator"] + decoder + classifier
-    fixed = sum(generator_bytes.values())
+    fixed = sum(fixed_bytes.values())
     batch = effective_batch(args, processes)
     saved = 4 * (trained + 2 * trained + ema + 3 * lora)
     named = re.fullmatch(r"step-(\d+)\.pt", args.resume_ckpt.name) if args.resume_ckpt else None
@@ -184,8 +191,8 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
         f"checkpoints kept: {kept} (every {args.checkpoint_steps} updates), {saved / GIB:.2f} GiB each, "
         f"{kept * saved / GIB:.2f} GiB in all",
         "",
-        "memory per process:",
-        *[f"  {name}: {value / GIB:.2f} GiB" for name, value in generator_bytes.items() if value],
+        f"memory per process{', sharded (FSDP2)' if sharded else ''}:",
+        *[f"  {name}: {value / GIB:.2f} GiB" for name, value in fixed_bytes.items() if value],
         *[f"  activations, {name} turn: {value / GIB:.2f} GiB" for name, value in turns.items()],
         f"  peak, about: {(fixed + max(turns.values())) / GIB:.2f} GiB",
     ]

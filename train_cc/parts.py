@@ -180,8 +180,6 @@ def build(args: argparse.Namespace, session: Session) -> Run:
         if args.compile:
             for block in network.blocks:  # one graph for all of them: compile time does not grow with the depth
                 block.compile()
-    generator.to(session.device)
-    estimator.to(session.device)
     decoded = args.num_previews or "reward" in judges
     decode = load_decoder(args.vae if decoded and args.vae != "none" else None, session.device, dtype)
     reward = None
@@ -191,11 +189,15 @@ def build(args: argparse.Namespace, session: Session) -> Run:
                 if isinstance(model, nn.Module):  # pixel space has no decoder network
                     model.enable_gradient_checkpointing()
         reward = partial(reward_gradient, judges["reward"], decode, micro_batch=args.reward_micro_batch)
-    ema = {name: p.detach().clone() for name, p in trainable(generator).items()} if args.ema_decay else None
+    # Placed first: sharding replaces the parameters, and EMA and optimizers belong to those that are trained.
+    generator = session.place(session.generator, generator, generator.blocks)
+    estimator = session.place(session.estimator, estimator, estimator.network.blocks)
+    plain = session.generator.unwrap_model(generator)
+    ema = {name: p.detach().clone() for name, p in trainable(plain).items()} if args.ema_decay else None
     generator_optimizer = build_optimizer(generator, args.learning_rate_generator, args.weight_decay_generator, args)
     estimator_optimizer = build_optimizer(estimator, args.learning_rate_estimator, args.weight_decay_estimator, args)
-    generator, generator_optimizer = session.generator.prepare(generator, generator_optimizer)
-    estimator, estimator_optimizer = session.estimator.prepare(estimator, estimator_optimizer)
+    generator_optimizer = session.generator.prepare_optimizer(generator_optimizer)
+    estimator_optimizer = session.estimator.prepare_optimizer(estimator_optimizer)
     return Run(
         session=session,
         generator=generator,

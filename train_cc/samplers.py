@@ -88,11 +88,12 @@ def few_step_input(
     for step in range(num_steps - 1):
         rows = (index > step).nonzero().flatten().to(noise.device)
         renoise = fresh_noise(noise)  # drawn for every row, so that a row's noise does not depend on the others' index
-        if len(rows) == 0:
-            break
-        t = times[step].expand(len(rows))
-        x0 = x0_from_velocity(x_t[rows], model(x_t[rows], t, y[rows]), t)
-        x_t = x_t.index_copy(0, rows, interpolate(x0, renoise[rows], times[step + 1].expand(len(rows))))
+        # One row at the least: where weights are sharded, all processes must make the same calls.
+        called = rows if len(rows) else torch.zeros_like(index[:1], device=noise.device)
+        t = times[step].expand(len(called))
+        x0 = x0_from_velocity(x_t[called], model(x_t[called], t, y[called]), t)
+        x_next = interpolate(x0, renoise[called], times[step + 1].expand(len(called)))
+        x_t = x_t.index_copy(0, rows, x_next[: len(rows)])
     return x_t, times[index.to(noise.device)]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from train_cc.errors import InputError
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.generator import assemble_generator, generator_lora_rank
-from train_cc.parts import Run, averaged_weights, trainable
+from train_cc.parts import Run, averaged_weights, effective_batch, trainable
 from train_cc.run import checkpoint as checkpoints
 from train_cc.run.logbook import RUN_CONTENT, check_output_dir, logger
 
@@ -28,9 +28,10 @@ def save(run: Run, args: argparse.Namespace) -> Path:
         "accelerator_2/optimizer.pt": checkpoints.optimizer_state(estimator, run.estimator_optimizer.optimizer),
     }
     if run.ema is not None:
-        parts["accelerator_1/ema.safetensors"] = {name: value.cpu() for name, value in run.ema.items()}
+        parts["accelerator_1/ema.safetensors"] = {name: checkpoints.whole(value) for name, value in run.ema.items()}
     units = {
         "samples_seen": run.samples_seen,
+        "effective_batch": effective_batch(args, run.session.world_size),
         "model_config": run.model_config,
         "teacher_sha256": run.hashes["teacher"],
         "arguments": json.loads(json.dumps(vars(args), default=str)),
@@ -68,10 +69,14 @@ def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
         checkpoints.restore_optimizer(model, optimizer, checkpoint.read(name))
     if run.ema is not None:
         name = "accelerator_1/ema.safetensors"
-        state = checkpoint.read(name) if checkpoint.has(name) else trainable(generator)
-        with torch.no_grad():
+        if checkpoint.has(name):
+            state = checkpoint.read(name)
             for key, value in run.ema.items():
-                value.copy_(state[key])
+                checkpoints.copy_whole(value, state[key])
+        else:
+            with torch.no_grad():
+                for key, value in trainable(generator).items():
+                    run.ema[key].copy_(value)
     for accelerator, state in zip(
         (run.session.generator, run.session.estimator), checkpoint.units["scalers"], strict=True
     ):

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train_cc.errors import InputError
 
@@ -220,6 +221,19 @@ def restore_trained(model: nn.Module, state: dict[str, Tensor], source: str) -> 
             f"{source} does not fit this run's model (another size, class count, LoRA rank or --use-lora-gen?): "
             f"missing {missing[:4]}, unexpected {unexpected[:4]}, other shapes {sorted(reshaped)[:4]}"
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+    for name, tensor in own.items():
+        copy_whole(tensor, state[name])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is, a sharded one gathered; on the CPU."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+@torch.no_grad()
+def copy_whole(target: Tensor, value: Tensor) -> None:
+    """Copy ``value``, whole and the same on every process, into ``target``, which may be sharded."""
+    if isinstance(target, DTensor):
+        value = value.to(target.device, target.dtype)
+        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(value)

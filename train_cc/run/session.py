@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from train_cc.errors import InputError
 
@@ -22,6 +24,7 @@ class Session:
 
     generator: Accelerator
     estimator: Accelerator
+    sharded: bool = False  # FSDP2 in place of DDP
 
     @property
     def device(self) -> torch.device:
@@ -46,6 +49,25 @@ class Session:
     def agree(self, number: int) -> bool:
         """Whether all processes hold the same ``number``."""
         return len(set(self.generator.gather(torch.tensor([number], device=self.device)).tolist())) == 1
+
+    def place(self, accelerator: Accelerator, network: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
+        """``network`` on the device, under autocast, and over the processes: replicated (DDP) or sharded (FSDP2).
+
+        Sharded, every block is a unit of its own and every parameter a DTensor, frozen ones too: who shards is short of
+        memory. Units are gathered in the compute dtype and freed after use, the root too: kept, it would hide a
+        change of weights between two calls without gradient, such as the previews' EMA. Not accelerate's FSDP plugin:
+        on a CPU that falls back to DDP without a word, and what is tested would not be what runs.
+        """
+        if not self.sharded:
+            return accelerator.prepare_model(network)
+        network = accelerator.prepare_model(network, evaluation_mode=True)  # device and autocast alone
+        dtype = COMPUTE_DTYPES[accelerator.mixed_precision]
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        options = {"mp_policy": policy, "reshard_after_forward": True}
+        options["mesh"] = init_device_mesh(self.device.type, (self.world_size,))
+        for block in blocks:
+            fully_shard(block, **options)
+        return fully_shard(network, **options)
 
     def barrier(self) -> None:
         self.generator.wait_for_everyone()
@@ -81,9 +103,28 @@ def resolve_precision(wanted: str) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def sharding_asked() -> bool:
+    """Whether the accelerate config is one for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def open_session(mixed_precision: str) -> Session:
-    """Raises `InputError` where the precision is not to be had or the launcher started too few processes."""
-    precision = resolve_precision(mixed_precision)
+    """Processes, precision and sharding as the launcher's config says.
+
+    Raises `InputError` where the config contradicts ``mixed_precision``, the precision is not to be had, or other than
+    NUM_PROCESSES processes were started.
+    """
+    configured = os.environ.pop("ACCELERATE_MIXED_PRECISION", None) or "no"
+    precision = configured if mixed_precision == "auto" and configured != "no" else resolve_precision(mixed_precision)
+    if configured not in ("no", precision):
+        raise InputError(
+            f"the accelerate config says mixed_precision {configured}, --mixed-precision {mixed_precision} is "
+            f"{precision} on this machine; make them agree, or write 'no' into the config to let the flag rule"
+        )
+    sharded = sharding_asked()
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # `Session.place` shards, not accelerate
+    if sharded and os.environ.get("FSDP_VERSION", "2") != "2":
+        raise InputError("the accelerate config asks for FSDP version 1; fsdp_version: 2 is expected")
     if precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--mixed-precision fp16 needs a GPU; allowed on a CPU: no, bf16")
     # Buffers never change. (torch's successor of this option still synchronises them once.)
@@ -91,6 +132,7 @@ def open_session(mixed_precision: str) -> Session:
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     cpu = not torch.cuda.is_available()
     session = Session(*(Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp]) for _ in range(2)))
+    session.sharded = sharded and session.world_size > 1
     wanted = int(os.environ.get("NUM_PROCESSES") or session.world_size)
     if wanted != session.world_size:
         raise InputError(f"NUM_PROCESSES is {wanted}, but {session.world_size} process(es) were started")
@@ -111,12 +153,14 @@ def require_compiler() -> None:
         ) from error
 
 
-def synchronised(accelerator: Accelerator, model: torch.nn.Module, chunks: int) -> Iterable[int]:
+def synchronised(accelerator: Accelerator, model: nn.Module, chunks: int) -> Iterable[int]:
     """Number the ``chunks`` of an accumulated batch; gradients are reduced over processes in the last one alone.
 
     Not `accelerator.accumulate`: two accelerators share one gradient state, and one would flip the other's.
     """
     for chunk in range(chunks):
         last = chunk + 1 == chunks
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        with contextlib.nullcontext() if last or isinstance(model, FSDPModule) else accelerator.no_sync(model):
             yield chunk
