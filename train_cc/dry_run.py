@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def extrapolate(measure: Callable[[int, int], int], depth: int, batch: int) -> i
 def network_activations(config: dict, args: argparse.Namespace, role: str, dtype: torch.dtype) -> int:
     """Of one training forward and backward of the generator or the estimator at ``--batch-size``."""
 
-    def measure(depth: int, batch: int) -> int:
+    def measure(depth: int, batch: int, checkpointed: bool = args.gradient_checkpointing) -> int:
         model = SiT(**{**config, "depth": depth})
         if role == "estimator":
             model = ScoreEstimator(model, args.lora_rank, args.lora_init_spread)
@@ -76,14 +77,18 @@ def network_activations(config: dict, args: argparse.Namespace, role: str, dtype
             network = model
         else:
             network = model
-        if args.gradient_checkpointing:
+        if checkpointed:
             network.enable_gradient_checkpointing()
         hold_frozen_in(model, dtype)
         x, t, y = torch.zeros(batch, *network.sample_shape), torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
         scale = (args.lora_scale_fake,) if role == "estimator" else ()
         return kept_bytes(model, lambda: model(x, t, y, *scale), _autocast(dtype))
 
-    return extrapolate(measure, config["depth"], args.batch_size)
+    total = extrapolate(measure, config["depth"], args.batch_size)
+    if args.gradient_checkpointing:  # and what recomputing a block holds while its backward runs
+        plain = partial(measure, checkpointed=False)
+        total += extrapolate(plain, 2, args.batch_size) - extrapolate(plain, 1, args.batch_size)
+    return total
 
 
 def _autocast(dtype: torch.dtype) -> AbstractContextManager:
