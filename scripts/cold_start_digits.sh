@@ -2,6 +2,11 @@
 # Stage 1 of the digits recipe, on any machine. Any flag can be overridden: bash scripts/cold_start_digits.sh --num-steps 2
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 DIGITS="${DIGITS:-runs/digits}"
+# Scores the previews where there is one; it never trains anything here.
+HOLDOUT_CLASSIFIER="${HOLDOUT_CLASSIFIER:-$DIGITS/classifier_evaluation}"
+if [ -d "$HOLDOUT_CLASSIFIER" ]; then
+    set -- --holdout-classifier "$HOLDOUT_CLASSIFIER" "$@"
+fi
 
 launch train_cc.cold_start \
     --teacher "${TEACHER:-$DIGITS/teacher}" \

@@ -38,9 +38,9 @@ class Sliced:
 def test_accumulating_two_batches_gives_the_gradients_of_one(teacher, tmp_path, monkeypatch, num_steps):
     gradients = {}
 
-    def kept(accelerator, model, optimizer, max_grad_norm):
+    def kept(accelerator, model, *rest):
         gradients[key] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        return torch.zeros(())
+        return torch.zeros(()), torch.zeros(())
 
     monkeypatch.setattr(distill, "update", kept)
     for chunks in (1, 2):
@@ -109,13 +109,22 @@ def test_log_columns(teacher, tmp_path):
         "loss_dmd",
         "score_gap",
         "normaliser",
+        "t_mean",
         "grad_norm_generator",
+        "update_ratio_generator",
         "lora_scale_real",
         "samples_seen",
+        *(f"{name}_t{low}" for name in ("score_gap", "loss_fake") for low in ("00", "25", "50", "75")),
     }
     estimator_rows = logged(run, "gui")
     assert [row["iteration"] for row in estimator_rows] == [1, 2, 3, 4, 5, 6]
-    assert set(estimator_rows[0]) == {"step", "iteration", "loss_fake", "grad_norm_estimator"}
+    assert set(estimator_rows[0]) == {
+        "step",
+        "iteration",
+        "loss_fake",
+        "grad_norm_estimator",
+        "update_ratio_estimator",
+    }
 
 
 def test_same_seed_same_log(teacher, tmp_path):

@@ -75,6 +75,12 @@ def build_parser(description: str) -> Parser:
     run.add_argument(
         "--teacher-preview-steps", type=int, default=50, help="Euler steps of the teacher's preview row; 0 turns it off"
     )
+    run.add_argument(
+        "--report-to",
+        default="none",
+        choices=["none", "tensorboard", "wandb"],
+        help="tracker, beside the jsonl logs; tensorboard writes to the folder dmdr of the output folder",
+    )
     run.add_argument("--seed", type=int, default=30)
 
     model = parser.add_argument_group("models")
@@ -184,6 +190,8 @@ def validate(args: argparse.Namespace) -> list[str]:
             raise InputError(f"--overwrite would delete --{name.replace('_', '-')} {path}")
     if args.optimizer == "adamw8bit" and not importlib.util.find_spec("torchao"):
         raise InputError("--optimizer adamw8bit needs torchao, which is not installed: pip install torchao")
+    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
+        raise InputError(f"--report-to {args.report_to}: it is not installed: pip install {args.report_to}")
     notes = []
     if args.auto_resume and args.overwrite:
         notes.append("--overwrite starts anew: --auto-resume is set aside")

@@ -10,22 +10,25 @@ import os
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from train_cc.diagnostics import UpdateSize, band_means, by_band, compare_gradients
 from train_cc.draws import Draws
 from train_cc.dry_run import plan
 from train_cc.errors import InputError
 from train_cc.flow import interpolate, x0_from_velocity
-from train_cc.models.latents import images_to_uint8
-from train_cc.models.reward import RewardResult, classifier_loss
-from train_cc.objectives import dmd_direction, dmd_loss, dmd_normaliser, velocity_matching_loss
-from train_cc.parts import Run, averaged_weights, build, effective_batch, trainable
+from train_cc.objectives import dmd_direction, dmd_loss, dmd_normaliser, velocity_matching_losses
+from train_cc.panel import picture_path, preview
+from train_cc.parts import Run, build, effective_batch, trainable
 from train_cc.run.checkpoint import Checkpoint, open_checkpoint
 from train_cc.run.logbook import (
     JsonLines,
@@ -37,14 +40,13 @@ from train_cc.run.logbook import (
     not_finite,
     write_atomically,
 )
-from train_cc.run.previews import save_grid
 from train_cc.run.session import Session, StopSignal, open_session, require_compiler, synchronised
-from train_cc.samplers import apply_guidance, euler_sample, few_step_input, few_step_sample, guided_rows
+from train_cc.samplers import apply_guidance, few_step_input, guided_rows
 from train_cc.saving import drop_later_checkpoints, export, find_checkpoint, restore, save
 from train_cc.schedules import annealing, beta_times, dynamic_guidance_scale, renoise_density
 
-# First key of every draw, after the seed: no two uses share random numbers.
-ESTIMATOR_TURN, GENERATOR_TURN, PREVIEW = 1, 2, 3
+# First key of the draws, after the seed: no two uses share random numbers; the previews' is in panel.py.
+ESTIMATOR_TURN, GENERATOR_TURN = 1, 2
 
 
 # The two turns ---------------------------------------------------------------------------------------------------
@@ -99,16 +101,23 @@ def estimator_turn(run: Run, args: argparse.Namespace, step: int, batches: list)
     """One update of the fake score on what the generator makes now. -> figures as 0-d tensors on the device."""
     accelerator, chunks = run.session.estimator, args.gradient_accumulation_steps
     c = annealing(step, args.dynamic_steps)
-    total = torch.zeros((), device=run.session.device)
+    totals: dict[str, Tensor] = {}
     for chunk in synchronised(accelerator, run.estimator, chunks):
         draws, y, x0 = batches[chunk]
         x_t, noise, _, t = renoise(draws, x0, c, args)
         v_fake = run.estimator(x_t, t, y, lora_scale=args.lora_scale_fake)
-        loss = velocity_matching_loss(v_fake, x0, noise) / chunks
-        accelerator.backward(loss)
-        total += loss.detach()
-    grad_norm = update(accelerator, run.estimator, run.estimator_optimizer, args.max_grad_norm)
-    return {"loss_fake": total, "grad_norm_estimator": grad_norm}
+        losses = velocity_matching_losses(v_fake, x0, noise)
+        accelerator.backward(losses.mean() / chunks)
+        add(totals, {"loss_fake": losses.detach().mean()} | by_band("loss_fake", losses.detach(), t), chunks)
+    blocks = run.plain_estimator.network.blocks
+    norm, ratio = update(accelerator, run.estimator, blocks, run.estimator_optimizer, args.max_grad_norm)
+    return totals | {"grad_norm_estimator": norm, "update_ratio_estimator": ratio}
+
+
+def add(totals: dict[str, Tensor], figures: dict[str, Tensor], chunks: int) -> None:
+    """The mean over the chunks of an accumulated batch, added up."""
+    for name, value in figures.items():
+        totals[name] = totals.get(name, 0) + value / chunks
 
 
 @torch.no_grad()
@@ -148,42 +157,42 @@ def generator_turn(run: Run, args: argparse.Namespace, step: int) -> dict[str, T
         if run.reward is not None:
             reward = run.reward(x0, y)
             # The same gradient as loss_dmd + reward_weight * loss_reward on one graph: the reward's is known at x0.
-            loss = loss_dmd + args.reward_weight * (x0.float() * reward.gradient).sum()
-            reward_figures = compare_gradients(reward, direction, args.reward_weight)
+            of_reward = args.reward_weight * reward.gradient
+            loss = loss_dmd + (x0.float() * of_reward).sum()
+            reward_figures = {"loss_reward": reward.loss, "accuracy_reward": reward.accuracy}
+            reward_figures |= compare_gradients(direction, of_reward)
         accelerator.backward(loss / chunks)
+        gap = (v_real.float() - v_fake.float()).abs().mean(dim=(1, 2, 3))
         figures = {
             "loss_dmd": loss_dmd.detach(),
-            "score_gap": (v_real.float() - v_fake.float()).abs().mean(),
+            "score_gap": gap.mean(),
             "normaliser": dmd_normaliser(v_real, x0.detach(), noise).mean(),
-        } | reward_figures
-        totals = {name: totals.get(name, 0) + value / chunks for name, value in figures.items()}
-    grad_norm = update(accelerator, run.generator, run.generator_optimizer, args.max_grad_norm)
+            "t_mean": t.float().mean(),
+        }
+        add(totals, figures | by_band("score_gap", gap, t) | reward_figures, chunks)
+    blocks = run.plain_generator.blocks
+    norm, ratio = update(accelerator, run.generator, blocks, run.generator_optimizer, args.max_grad_norm)
     if run.ema is not None:
         average = get_ema_multi_avg_fn(args.ema_decay)
         average(list(run.ema.values()), [p.detach() for p in trainable(run.plain_generator).values()], None)
-    return totals | {"grad_norm_generator": grad_norm}
+    return totals | {"grad_norm_generator": norm, "update_ratio_generator": ratio}
 
 
-def compare_gradients(reward: RewardResult, direction: Tensor, weight: float) -> dict[str, Tensor]:
-    """Norms at x0 of the two terms of the loss, the reward's with its weight, and their cosine."""
-    of_dmd, of_reward = direction.flatten() / direction.numel(), weight * reward.gradient.flatten()
-    return {
-        "loss_reward": reward.loss,
-        "accuracy_reward": reward.accuracy,
-        "grad_norm_dmd_x0": of_dmd.norm(),
-        "grad_norm_reward_x0": of_reward.norm(),
-        "grad_cosine_x0": torch.cosine_similarity(of_dmd, of_reward, dim=0),
-    }
-
-
-def update(accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
-    """Clip, step, clear. -> the gradients' norm before clipping."""
-    grad_norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
+def update(
+    accelerator: Accelerator,
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """Clip, step, clear. -> the gradients' norm before clipping, and the update's size in the middle of ``blocks``."""
+    norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    size = UpdateSize(blocks)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return grad_norm
+    return norm, size.ratio()
 
 
 # The loop --------------------------------------------------------------------------------------------------------
@@ -194,6 +203,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
     session = run.session
     batch = effective_batch(args, session.world_size)
     logs = open_logs(run, args) if session.is_main else None
+    start_trackers(session, args)
     progress = tqdm(
         desc="generator updates",
         total=args.max_train_steps,
@@ -214,7 +224,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
             due = run.step % args.sample_steps == 0
             sampled = args.num_previews and (last or due)
             if sampled:
-                figures = preview(run, args)
+                figures = preview(run, args, partial(scores, run, args, c=annealing(step, args.dynamic_steps)))
                 row |= figures if due else {}  # where a run was cut short must not show in its log
             if logs:
                 first = step * args.ratio_update + 1
@@ -224,9 +234,12 @@ def train(run: Run, args: argparse.Namespace) -> None:
                     for i, figures in enumerate(estimator_rows)
                 )
             if sampled and session.is_main:
-                logger.info(", ".join(f"{name} {value:.5g}" for name, value in row.items()))
+                show_in_trackers(session, picture_path(args, run.step), run.step)
+                logger.info(", ".join(f"{name} {value:.5g}" for name, value in row.items() if value is not None))
+            session.generator.log({name: value for name, value in row.items() if value is not None}, step=run.step)
             losses = row | estimator_rows[-1]
-            progress.set_postfix({name: f"{losses[name]:.4f}" for name in losses if "loss_" in name}, refresh=False)
+            shown = [name for name in ("loss_dmd", "loss_reward", "loss_fake") if name in losses]
+            progress.set_postfix({name: f"{losses[name]:.4f}" for name in shown}, refresh=False)
             progress.update()
 
             if last or stopping or run.step % args.checkpoint_steps == 0:
@@ -239,12 +252,31 @@ def train(run: Run, args: argparse.Namespace) -> None:
                 )
                 return
     export(run, args)
+    session.generator.end_training()
+
+
+def start_trackers(session: Session, args: argparse.Namespace) -> None:
+    """--report-to: the rows of loss_gen_log.jsonl, and the previews, in tensorboard or wandb, by accelerate."""
+    if args.report_to != "none":
+        session.generator.init_trackers("dmdr", {name: str(value) for name, value in vars(args).items()})
+
+
+def show_in_trackers(session: Session, picture: Path, step: int) -> None:
+    images = np.array(Image.open(picture).convert("RGB"))[None]  # (1, H, W, 3)
+    for tracker in session.generator.trackers:
+        order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"previews": images}, step=step, **order)
 
 
 def cycle(run: Run, args: argparse.Namespace, step: int, stopping: bool = False) -> tuple[list[dict], dict, bool]:
-    """``ratio_update`` estimator turns and a generator turn. -> what `fetch` returns."""
+    """``ratio_update`` estimator turns and a generator turn. -> their log rows, and whether to stop."""
     estimator_figures = [estimator_turn(run, args, step, batches) for batches in estimator_batches(run, args, step)]
-    return fetch(run.session, estimator_figures, generator_turn(run, args, step), stopping)
+    generator_figures = generator_turn(run, args, step)
+    for figures in estimator_figures:  # the bands of all turns together are one line's
+        for name in [name for name in figures if name.startswith("loss_fake_")]:
+            generator_figures[name] = generator_figures.get(name, 0) + figures.pop(name)
+    estimator_rows, row, stopping = fetch(run.session, estimator_figures, generator_figures, stopping)
+    return estimator_rows, band_means(row), stopping
 
 
 def open_logs(run: Run, args: argparse.Namespace) -> list[JsonLines]:
@@ -276,54 +308,6 @@ def stop_unless_finite(run: Run, rows: list[dict]) -> None:
             raise InputError(message)
 
 
-def preview_inputs(run: Run, args: argparse.Namespace) -> tuple[Tensor, Tensor, Draws]:
-    """Noise and labels that are the same at every step of every run with this seed."""
-    draws = Draws(args.seed, PREVIEW, device=run.session.device)
-    y = torch.arange(args.num_previews, device=run.session.device) * max(1, run.num_classes // args.num_previews)
-    return draws.noise(args.num_previews, *run.sample_shape), y % run.num_classes, draws
-
-
-@torch.no_grad()
-def preview(run: Run, args: argparse.Namespace) -> dict[str, float]:
-    """samples/step-N/grid.png: the teacher's row above the generator's. -> what the judges say of the latter."""
-    noise, y, draws = preview_inputs(run, args)
-    rows = [teacher_row(run, args, noise, y)] if args.teacher_preview_steps else []
-    with averaged_weights(run), run.session.generator.autocast():
-        x0 = few_step_sample(run.generator, noise, y, args.num_steps, args.timestep_shift, draws.noise_like)
-        images = decode_all(run, x0)
-    figures = {}
-    for name, judge in run.judges.items():
-        losses, hits = classifier_loss(judge, images, y)
-        figures |= {f"preview_loss_{name}": losses.mean().item(), f"preview_accuracy_{name}": hits.mean().item()}
-    if run.session.is_main:
-        rows.append(images_to_uint8(images).numpy())
-        save_grid(rows, args.output_dir / "samples" / f"step-{run.step}" / "grid.png")
-    return figures
-
-
-def decode_all(run: Run, x0: Tensor) -> Tensor:
-    """Images in [0, 1], fp32, a few at a time: at 256 pixels the decoder's activations are large."""
-    return torch.cat([run.decode(part.float()).float() for part in x0.split(4)])
-
-
-def teacher_row(run: Run, args: argparse.Namespace, noise: Tensor, y: Tensor) -> np.ndarray | None:
-    """The multi-step teacher on the previews' noise and labels: drawn once a run, kept in samples/.
-
-    The main process alone reads and writes it (-> None on others); all processes draw it, or none.
-    """
-    name = f"teacher-{args.teacher_preview_steps}-steps-seed-{args.seed}.npy"
-    session, kept = run.session, args.output_dir / "samples" / name
-    fits = session.is_main and kept.exists() and len(np.load(kept)) == args.num_previews
-    if session.mean(torch.tensor(float(fits), device=session.device)).item() == 0:
-        x0 = euler_sample(partial(run.estimator, lora_scale=0.0), noise, y, args.teacher_preview_steps)
-        if session.is_main:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            temporary = kept.with_name("teacher.tmp.npy")
-            np.save(temporary, images_to_uint8(decode_all(run, x0)).numpy())
-            os.replace(temporary, kept)
-    return np.load(kept) if session.is_main else None
-
-
 def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
     """One stage from a validated command line: nothing is written before every input has been read."""
     if args.dry_run:
@@ -340,7 +324,7 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
             raise InputError(f"--optimizer is {args.optimizer}, but {source} holds the moments of {moments}")
     if args.compile:
         require_compiler()
-    session = open_session(args.mixed_precision)
+    session = open_session(args.mixed_precision, args.report_to, args.output_dir)
     run = build(args, session)
     if checkpoint is not None:
         restore(run, checkpoint)

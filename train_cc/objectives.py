@@ -9,9 +9,14 @@ from torch import Tensor
 from train_cc.flow import velocity
 
 
+def velocity_matching_losses(v: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    """mean (v - (noise - x0))^2 over C, H, W, per sample. (B,), fp32."""
+    return (v.float() - velocity(x0.float(), noise.float())).square().mean(dim=(1, 2, 3))
+
+
 def velocity_matching_loss(v: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     """mean (v - (noise - x0))^2: trains the estimator's fake score on generated x0, and a teacher on data. Scalar."""
-    return (v.float() - velocity(x0.float(), noise.float())).square().mean()
+    return velocity_matching_losses(v, x0, noise).mean()
 
 
 def dmd_normaliser(v_real: Tensor, x0: Tensor, noise: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ LIBRARIES = ("torch", "torchvision", "accelerate", "timm", "peft", "diffusers", 
 logger = logging.getLogger("train_cc")
 
 
-RUN_CONTENT = (".lock", "checkpoints", "generator", "loss_logs", "samples", "args.json", "log.txt")
+RUN_CONTENT = (".lock", "checkpoints", "generator", "loss_logs", "samples", "dmdr", "args.json", "log.txt")
 
 
 def check_output_dir(folder: Path, overwrite: bool = False) -> None:

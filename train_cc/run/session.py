@@ -6,6 +6,7 @@ import signal
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -108,8 +109,8 @@ def sharding_asked() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def open_session(mixed_precision: str) -> Session:
-    """Processes, precision and sharding as the launcher's config says.
+def open_session(mixed_precision: str, report_to: str = "none", folder: Path | None = None) -> Session:
+    """Processes, precision and sharding as the launcher's config says; tracker ``report_to`` writes into ``folder``.
 
     Raises `InputError` where the config contradicts ``mixed_precision``, the precision is not to be had, or other than
     NUM_PROCESSES processes were started.
@@ -131,7 +132,9 @@ def open_session(mixed_precision: str) -> Session:
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     cpu = not torch.cuda.is_available()
-    session = Session(*(Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp]) for _ in range(2)))
+    options = {"cpu": cpu, "mixed_precision": precision, "kwargs_handlers": [ddp]}
+    tracked = {} if report_to == "none" else {"log_with": report_to, "project_dir": folder}
+    session = Session(Accelerator(**options, **tracked), Accelerator(**options))
     session.sharded = sharded and session.world_size > 1
     wanted = int(os.environ.get("NUM_PROCESSES") or session.world_size)
     if wanted != session.world_size:
