@@ -74,8 +74,6 @@ launch() {
     # its checkpoint to end in when the job itself is asked to.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-50}"
     if [ "$gpus" -eq 0 ]; then
-        # Large pages for large tensors: on a CPU much of a cycle is the kernel's zeroing of small ones (docs/results.md).
-        export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > NUM_PROCESSES ? cores / NUM_PROCESSES : 1))}"
     fi
     if [ "$NUM_PROCESSES" -eq 1 ]; then

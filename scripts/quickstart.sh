@@ -32,5 +32,6 @@ python -m evaluation.evaluate \
     --classifier "$DIGITS/classifier_evaluation" \
     --output "$DIGITS/results.json" \
     --picture "$DIGITS/results.png"
-echo "previews while training: $DIGITS/{cold_start,dmdr}/samples/step-*/grid.png"
+python -m evaluation.report "$DIGITS"/{cold_start,control,dmdr} --output "$DIGITS/report.html"
+echo "did it work, and how: open $DIGITS/report.html in a browser"
 echo "quickstart with seed $SEED: $((SECONDS - began)) s"

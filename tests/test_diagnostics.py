@@ -59,7 +59,7 @@ def test_tensorboard_gets_the_rows_and_the_pictures(teacher, tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("score_gap")] == [1, 2, 3]
     assert events.Scalars("score_gap")[2].value == pytest.approx(logged(run)[2]["score_gap"])
-    assert [event.step for event in events.Images("previews/image")] == [2, 3] or events.Tags()["images"]
+    assert [event.step for event in events.Images("previews")] == [2, 3]
 
 
 def test_a_tracker_that_is_not_installed_is_refused(teacher, tmp_path, capsys, monkeypatch):

@@ -79,7 +79,7 @@ def build_parser(description: str) -> Parser:
         "--report-to",
         default="none",
         choices=["none", "tensorboard", "wandb"],
-        help="tracker, beside the jsonl logs; tensorboard writes to the folder dmdr of the output folder",
+        help="tracker beside the jsonl logs; tensorboard: into the folder dmdr of the output folder.",
     )
     run.add_argument("--seed", type=int, default=30)
 

@@ -1,0 +1,174 @@
+"""The report: what it shows, what it says it could not read, its size and time, and the rules behind its warnings."""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluation import report
+from evaluation.rules import RULES, Series
+from tests.conftest import refused, run_cold_start
+
+
+@pytest.fixture(scope="module")
+def run(teacher, tmp_path_factory, reward_folder):
+    output = tmp_path_factory.mktemp("runs") / "cold_start"
+    return run_cold_start(teacher, output, "--holdout-classifier", reward_folder)
+
+
+def made(tmp_path, *runs):
+    target = tmp_path / "report.html"
+    report.main([*map(str, runs), "--output", str(target)])
+    return target.read_text()
+
+
+def test_a_page_shows_arguments_curves_pictures_and_nothing_from_outside(run, tmp_path, capsys):
+    (run.parent / "results.json").write_text(
+        json.dumps({"rows": {"cold <start>": {"figures": dict.fromkeys(report.METRICS, 0.5)}}})
+    )
+    text = made(tmp_path, run)
+    assert text.count("<svg") > 8 and text.count("data:image/png;base64,") == 2
+    assert "--learning-rate-generator" in text and "cold &lt;start&gt;" in text
+    assert not re.search(r'(?:src|href)="(?!data:|#)', text)
+    assert "report: " in capsys.readouterr().out
+
+
+def test_several_runs_lie_over_one_another(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other" / "cold_start")
+    text = made(tmp_path, run, other, "--curves", tmp_path / "curves")
+    assert "other/cold_start" in text
+    svg = (tmp_path / "curves" / "score_gap.svg").read_text()
+    assert "other/cold_start" in svg and svg.count("#ff7f0e") >= 1
+
+
+def test_what_cannot_be_read_is_told_and_the_rest_shown(run, tmp_path):
+    torn = shutil.copytree(run, tmp_path / "torn")
+    log = torn / "loss_logs" / "loss_gen_log.jsonl"
+    log.write_text(log.read_text() + '{"step": 4, "score_g')
+    shutil.rmtree(torn / "generator")
+    text = made(tmp_path, torn)
+    assert "1 line(s) cannot be read" in text and "not finished" in text and text.count("<svg") > 8
+    (tmp_path / "empty").mkdir()
+    text = made(tmp_path, tmp_path / "empty")
+    assert "args.json is missing" in text and "loss_gen_log.jsonl is missing" in text
+    text = made(tmp_path, tmp_path / "empty", run)
+    assert text.count("<svg") > 8
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path, capsys):
+    assert "is no folder" in refused(report.main, [str(tmp_path / "nowhere")], capsys=capsys)
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """20 000 updates with all columns, and 20 noisy previews of the full size."""
+    folder, generator = tmp_path_factory.mktemp("long") / "run", np.random.default_rng(0)
+    (folder / "loss_logs").mkdir(parents=True)
+    names = {name for chart in report.CHARTS for panel in chart.panels for name in panel}
+    with (folder / "loss_logs" / "loss_gen_log.jsonl").open("w") as gen:
+        for step in range(1, 20_001):
+            gen.write(json.dumps({"step": step} | dict.fromkeys(names, 1 + generator.random())) + "\n")
+    with (folder / "loss_logs" / "loss_gui_log.jsonl").open("w") as gui:
+        for i in range(100_000):
+            gui.write(json.dumps({"step": i // 5 + 1, "iteration": i + 1, "loss_fake": generator.random()}) + "\n")
+    for step in range(1000, 20_001, 1000):
+        (folder / "samples" / f"step-{step}").mkdir(parents=True)
+        pixels = generator.integers(0, 256, (4 * 256, 16 * 256, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((4096, 1024)).save(
+            folder / "samples" / f"step-{step}" / "grid.png", compress_level=1
+        )
+    return folder
+
+
+def test_a_run_of_20_000_updates_is_a_small_page(long_run, tmp_path):
+    began = time.monotonic()
+    text = made(tmp_path, long_run)
+    print(f"built in {time.monotonic() - began:.1f} s, {len(text) / 1e6:.2f} MB")
+    assert len(text) <= 5e6 and text.count("<figure>") == report.PICTURES
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_a_browser_draws_it(run, tmp_path):
+    made(tmp_path, run)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+    flags += ["--disable-component-update", "--no-first-run", f"--user-data-dir={tmp_path / 'browser'}"]
+    shot = tmp_path / "shot.png"
+    page = (tmp_path / "report.html").as_uri()
+    subprocess.run(
+        ["chromium", *flags, "--window-size=1400,5000", f"--screenshot={shot}", page],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    pixels = np.array(Image.open(shot).convert("RGB"))
+    blue = (abs(pixels.astype(int) - [31, 119, 180]).sum(axis=2) < 20).sum()  # the curves' colour
+    assert pixels.shape[0] == 5000 and blue > 200
+
+
+# Rules
+
+
+def series(**columns):
+    length = len(next(iter(columns.values())))
+    return Series(np.arange(1, length + 1.0), {name: np.asarray(value, float) for name, value in columns.items()})
+
+
+def level(value, length=100):
+    return np.full(length, float(value))
+
+
+HEALTHY = {
+    "score_gap": np.linspace(0.08, 0.16, 100),
+    "loss_fake_t00": level(0.8),
+    "update_ratio_generator": level(7e-4),
+    "grad_norm_reward_x0": level(0.005),
+    "grad_norm_dmd_x0": level(0.006),
+    "grad_cosine_x0": level(-0.02),
+    "preview_accuracy_reward": level(1.0),
+    "preview_accuracy_holdout": level(0.98),
+    "preview_loss_reward": np.linspace(0.01, 0.001, 100),
+    "preview_loss_holdout": np.linspace(0.02, 0.01, 100),
+    "preview_coverage_holdout": level(1.0),
+}
+RISING = np.concatenate([level(1.0, 10), level(3.0, 90)])
+
+
+@pytest.mark.parametrize(
+    "changed,told",
+    [
+        ({}, None),
+        ({"score_gap": RISING, "loss_fake_t00": RISING}, "estimator falls behind"),
+        ({"score_gap": RISING}, None),
+        ({"loss_fake_t00": RISING, "score_gap": level(0.1)}, None),
+        ({"update_ratio_generator": level(5e-3)}, "updates are 0.50%"),
+        ({"grad_norm_reward_x0": level(0.4)}, "67 times"),
+        ({"grad_cosine_x0": level(-0.6)}, "against each other"),
+        ({"preview_accuracy_holdout": level(0.6)}, "being hacked"),
+        ({"preview_loss_holdout": np.linspace(0.02, 0.6, 100)}, "being hacked"),
+        ({"preview_coverage_holdout": np.linspace(1, 0.6, 100)}, "class has collapsed"),
+    ],
+)
+def test_each_rule_finds_its_failure_alone(changed, told):
+    found = [text for rule in RULES for text in rule(series(**HEALTHY | changed))]
+    assert len(found) == (told is not None)
+    assert told is None or told in found[0]
+
+
+def test_rules_are_silent_about_what_was_not_logged():
+    for empty in (Series(), series(score_gap=level(0.1, 1)), series(score_gap=level(np.nan))):
+        assert [text for rule in RULES for text in rule(empty)] == []
+
+
+def test_precision_up_and_recall_down_is_a_collapse():
+    def figures(precision, recall):
+        return {"Precision": precision, "Recall": recall}
+
+    rows = {"control: 100 more": figures(0.64, 0.77), "DMDR: 100 more": figures(0.9, 0.3)}
+    assert "diversity has collapsed" in report.collapsed_recall(rows)[0]
+    rows["DMDR: 100 more"] = figures(0.78, 0.64)
+    assert report.collapsed_recall(rows) == []
