@@ -20,6 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from evaluation.evaluate import METRICS
@@ -67,8 +68,8 @@ CHARTS = (
     Chart(
         "Fake loss by band of t",
         tuple((f"loss_fake_{band}",) for band in BANDS),
-        "The same by band. Healthy: the first, small t, is level from the start. Unhealthy: it rises several times: the "
-        "estimator falls behind; raise its learning rate or --ratio-update.",
+        "The same by band. Healthy: the first, small t, is level from the start. Unhealthy: it rises several times, "
+        "which means that the estimator falls behind; raise its learning rate or --ratio-update.",
     ),
     Chart(
         "Normaliser",
@@ -356,9 +357,8 @@ figure { margin: 0 } figure img { max-width: 100%; image-rendering: pixelated } 
 def page(runs: list[RunLog]) -> str:
     results = find_results(runs)
     warnings = warnings_of(runs, results)
-    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     key = "".join(
-        f'<span style="background:{colours[i % 10]}"></span>{html.escape(run.name)}' for i, run in enumerate(runs)
+        f'<span style="background:{to_hex(f"C{i % 10}")}"></span>{html.escape(run.name)}' for i, run in enumerate(runs)
     )
     out = ["<h1>" + html.escape(", ".join(run.name for run in runs)) + "</h1>", "<h2>Did it work?</h2>"]
     out += [f'<div class="warning">{html.escape(text)}</div>' for text in warnings]
