@@ -10,12 +10,9 @@ import os
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -41,6 +38,7 @@ from train_cc.run.logbook import (
     write_atomically,
 )
 from train_cc.run.session import Session, StopSignal, open_session, require_compiler, synchronised
+from train_cc.run.trackers import show_picture, start_trackers
 from train_cc.samplers import apply_guidance, few_step_input, guided_rows
 from train_cc.saving import drop_later_checkpoints, export, find_checkpoint, restore, save
 from train_cc.schedules import annealing, beta_times, dynamic_guidance_scale, renoise_density
@@ -203,7 +201,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
     session = run.session
     batch = effective_batch(args, session.world_size)
     logs = open_logs(run, args) if session.is_main else None
-    start_trackers(session, args)
+    start_trackers(session.generator, vars(args))
     progress = tqdm(
         desc="generator updates",
         total=args.max_train_steps,
@@ -234,7 +232,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
                     for i, figures in enumerate(estimator_rows)
                 )
             if sampled and session.is_main:
-                show_in_trackers(session, picture_path(args, run.step), run.step)
+                show_picture(session.generator, picture_path(args, run.step), run.step)
                 logger.info(", ".join(f"{name} {value:.5g}" for name, value in row.items() if value is not None))
             session.generator.log({name: value for name, value in row.items() if value is not None}, step=run.step)
             losses = row | estimator_rows[-1]
@@ -253,19 +251,6 @@ def train(run: Run, args: argparse.Namespace) -> None:
                 return
     export(run, args)
     session.generator.end_training()
-
-
-def start_trackers(session: Session, args: argparse.Namespace) -> None:
-    """--report-to: the rows of loss_gen_log.jsonl, and the previews, in tensorboard or wandb, by accelerate."""
-    if args.report_to != "none":
-        session.generator.init_trackers("dmdr", {name: str(value) for name, value in vars(args).items()})
-
-
-def show_in_trackers(session: Session, picture: Path, step: int) -> None:
-    images = np.array(Image.open(picture).convert("RGB"))[None]  # (1, H, W, 3)
-    for tracker in session.generator.trackers:
-        order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({"previews": images}, step=step, **order)
 
 
 def cycle(run: Run, args: argparse.Namespace, step: int, stopping: bool = False) -> tuple[list[dict], dict, bool]:
