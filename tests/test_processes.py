@@ -45,20 +45,22 @@ def worker(jobs: list[dict], report: Path) -> None:
     distill.train = measured
     for job in jobs:
         if job.get("fails"):
-            distill.generator_turn = failing(distill.generator_turn)
+            distill.generator_turn = failing(distill.generator_turn, job["fails"])
         os.environ["ACCELERATE_USE_FSDP"] = "true" if job["sharded"] else "false"
         STAGES[job["stage"]].main(job["flags"])
     if os.environ["RANK"] == "0":
         report.write_text(json.dumps(held))
 
 
-def failing(turn):
-    """``turn``, which fails at the third update in process 1 alone."""
+def failing(turn, how):
+    """``turn``, which fails at the third update in process 1 alone: with an error or with a loss that is nan."""
 
     def failing_turn(run, args, step):
-        if step == 2 and run.session.rank == 1:
+        fails = step == 2 and run.session.rank == 1
+        if fails and how == "error":
             raise InputError("process 1 has lost its GPU")
-        return turn(run, args, step)
+        figures = turn(run, args, step)
+        return figures | {"loss_dmd": figures["loss_dmd"] * (float("nan") if fails else 1)}
 
     return failing_turn
 
@@ -114,8 +116,13 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 def largest_difference(a: Path, b: Path, step: int) -> float:
     first, second = weights(a, step), weights(b, step)
-    assert first.keys() == second.keys() and len(first) > 50
+    assert first.keys() == second.keys() and len(first) > 30
     return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def numbers(row: dict) -> dict[str, float]:
+    """A log row without the bands of t in which its batch had no sample."""
+    return {name: value for name, value in row.items() if value is not None}
 
 
 @pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
@@ -141,7 +148,7 @@ def test_two_processes_train_what_one_does_with_two_accumulated_batches(teacher,
         assert largest_difference(tmp_path / "one", tmp_path / kind, steps) < 1e-6
         assert largest_difference(tmp_path / "one_dmdr", tmp_path / f"{kind}_dmdr", 2 * steps) < 1e-6
         for one, other in zip(logged(tmp_path / "one_dmdr"), logged(tmp_path / f"{kind}_dmdr"), strict=True):
-            assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+            assert numbers(one) == pytest.approx(numbers(other), rel=1e-4, abs=1e-6)
         SiT.from_pretrained(tmp_path / kind / "generator")
 
 
@@ -169,7 +176,7 @@ def test_a_checkpoint_changes_layout(teacher, tmp_path):
     for changed in ("one_to_fsdp2", "fsdp2_to_ddp", "ddp_to_fsdp2", "ddp_to_one", "fsdp2_to_one"):
         assert largest_difference(straight, tmp_path / changed, 4) < 1e-6, changed
         for row, other in zip(logged(straight)[2:], logged(tmp_path / changed), strict=True):
-            assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
+            assert numbers(row) == pytest.approx(numbers(other), rel=1e-4, abs=1e-6)
         exported = [
             load_file(run / "generator" / "diffusion_pytorch_model.safetensors")
             for run in (straight, tmp_path / changed)
@@ -181,13 +188,47 @@ def test_a_checkpoint_changes_layout(teacher, tmp_path):
 def test_a_failed_process_ends_all_with_its_error_and_the_last_checkpoint_stays(teacher, tmp_path):
     began = time.monotonic()
     done = run_processes(
-        [job(teacher, tmp_path / "run", "--max-train-steps", 5) | {"fails": True}], tmp_path / "report"
+        [job(teacher, tmp_path / "run", "--max-train-steps", 5) | {"fails": "error"}], tmp_path / "report"
     )
     assert done.returncode != 0 and time.monotonic() - began < 90  # a minute, and the start of two processes
     assert "error: process 1 has lost its GPU" in done.stderr
     resumed = run_cold_start(teacher, tmp_path / "run", "--max-train-steps", 3, "--auto-resume")
     assert "continues from" in (resumed / "log.txt").read_text()
     assert [row["step"] for row in logged(resumed)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--use-lora-gen", "--num-steps", 2],
+        ["--gradient-checkpointing", "--real-guidance-scale", 1.5, "--real-guidance-interval", 0, 0.5],
+        ["--reward-micro-batch", 1, "--reward-checkpointing", "--encoder-type", "classifier"],
+    ],
+    ids=str,
+)
+def test_variants_sharded_and_accumulated_train_what_one_process_does(teacher, tmp_path, reward_folder, more):
+    """2 processes x 2 accumulated x 2 samples against 1 x 4 x 2."""
+    words = [*PARITY, *more, "--max-train-steps", 4]
+    if "--encoder-type" in more:
+        words += ["--reward-classifier", reward_folder]
+    one = run_cold_start(teacher, tmp_path / "one", *words, "--gradient-accumulation-steps", 4)
+    twice = [*words, "--gradient-accumulation-steps", 2]
+    held = processes(
+        tmp_path,
+        job(teacher, tmp_path / "ddp", *twice),
+        job(teacher, tmp_path / "fsdp2", *twice, sharded=True),
+    )
+    assert held[1]["sharded"] == held[1]["of"] > 50
+    for kind in ("ddp", "fsdp2"):
+        assert largest_difference(one, tmp_path / kind, 4) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(teacher, tmp_path):
+    done = run_processes([job(teacher, tmp_path / "run", "--max-train-steps", 5) | {"fails": "nan"}], tmp_path / "r")
+    assert done.returncode != 0 and "loss_dmd is nan" in done.stderr
+    assert units(tmp_path / "run", 2).exists() and not units(tmp_path / "run", 3).exists()
 
 
 @pytest.mark.slow

@@ -200,7 +200,8 @@ def test_compiled_blocks_train_the_same(teacher, tmp_path):
     compiled = logged(run_cold_start(teacher, tmp_path / "b", "--compile"))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     for one, other in zip(plain, compiled, strict=True):
-        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+        figures = [{name: value for name, value in row.items() if value is not None} for row in (one, other)]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-3, abs=1e-5)
 
 
 def test_compile_without_a_compiler_is_refused(teacher, tmp_path, capsys, monkeypatch):

@@ -38,7 +38,7 @@ from train_cc.run.logbook import (
     write_atomically,
 )
 from train_cc.run.session import Session, StopSignal, open_session, require_compiler, synchronised
-from train_cc.run.trackers import show_picture, start_trackers
+from train_cc.run.trackers import show_picture, tracking
 from train_cc.samplers import apply_guidance, few_step_input, guided_rows
 from train_cc.saving import drop_later_checkpoints, export, find_checkpoint, restore, save
 from train_cc.schedules import annealing, beta_times, dynamic_guidance_scale, renoise_density
@@ -201,7 +201,6 @@ def train(run: Run, args: argparse.Namespace) -> None:
     session = run.session
     batch = effective_batch(args, session.world_size)
     logs = open_logs(run, args) if session.is_main else None
-    start_trackers(session.generator, vars(args))
     progress = tqdm(
         desc="generator updates",
         total=args.max_train_steps,
@@ -209,7 +208,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
         disable=not session.is_main,
         mininterval=2,
     )
-    with progress, StopSignal() as stop:
+    with tracking(session.generator, vars(args)), progress, StopSignal() as stop:
         for step in range(run.step, args.max_train_steps):
             began = time.monotonic()
             estimator_rows, row, stopping = cycle(run, args, step, bool(stop.name))
@@ -250,7 +249,6 @@ def train(run: Run, args: argparse.Namespace) -> None:
                 )
                 return
     export(run, args)
-    session.generator.end_training()
 
 
 def cycle(run: Run, args: argparse.Namespace, step: int, stopping: bool = False) -> tuple[list[dict], dict, bool]:

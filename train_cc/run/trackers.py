@@ -1,5 +1,7 @@
 """--report-to: a run's rows and previews in tensorboard or wandb, by accelerate. The jsonl logs are written always."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +9,19 @@ from accelerate import Accelerator
 from PIL import Image
 
 
-def start_trackers(accelerator: Accelerator, arguments: dict) -> None:
-    """Nothing where ``accelerator`` was made without a tracker."""
+@contextlib.contextmanager
+def tracking(accelerator: Accelerator, arguments: dict) -> Iterator[None]:
+    """Open the tracker that ``accelerator`` was made with, if any, and close it whatever happens.
+
+    Not `accelerator.end_training`, which would end the process group as well.
+    """
     if accelerator.log_with:
         accelerator.init_trackers("dmdr", {name: str(value) for name, value in arguments.items()})
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def show_picture(accelerator: Accelerator, path: Path, step: int) -> None:
