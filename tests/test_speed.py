@@ -240,8 +240,9 @@ def test_eight_bit_moments_train_and_resume(teacher, tmp_path):
     resumed = run_cold_start(tmp_path / "sit", tmp_path / "b", *more, 3, "--auto-resume")
     assert logged(whole) == logged(resumed)
     plain = run_cold_start(tmp_path / "sit", tmp_path / "c", "--lora-rank", 64)
-    assert logged(whole)[0]["loss_dmd"] == logged(plain)[0]["loss_dmd"]
-    assert logged(whole)[2] != logged(plain)[2]
+    for row, other in zip(logged(whole), logged(plain), strict=True):  # near to AdamW with whole moments, not the same
+        assert row["loss_dmd"] == pytest.approx(other["loss_dmd"], rel=0.02)
+        assert row["loss_dmd"] != other["loss_dmd"]
 
 
 def test_benchmark_measures_and_compares(tmp_path, capsys):
