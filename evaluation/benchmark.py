@@ -15,9 +15,9 @@ import ctypes
 import functools
 import gc
 import json
-import os
 import platform
 import re
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -283,18 +283,18 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--cycles is {own.cycles}; at least 1 is expected")
     if own.threads:
         torch.set_num_threads(own.threads)
-    rank = int(os.environ.get("RANK", 0))
     parser = build_parser("flags of a stage")
-    reward = "dinov2" in stage
-    validate(parser.parse_args(["--teacher", "-", "--output-dir", "-", *stage]))  # before gigabytes are written
-    session = open_session(parser.parse_args(["--teacher", "-", "--output-dir", "-", *stage]).mixed_precision)
+    asked = parser.parse_args(["--teacher", "-", "--output-dir", "-", *stage])
+    validate(asked)  # before gigabytes are written
+    session = open_session(asked.mixed_precision)
     with tempfile.TemporaryDirectory() as folder:
-        args = parser.parse_args([*write_random_inputs(Path(folder), own.size, reward), *stage])
+        inputs = write_random_inputs(Path(folder), own.size, asked.encoder_type == "dinov2")
+        args = parser.parse_args([*inputs, *stage])
         run = build(args, session)
     figures = measure(run, args, own.cycles)
-    if rank == 0:
+    if session.is_main:
         record = {
-            "command": ["python", "-m", "evaluation.benchmark", *(argv or os.sys.argv[1:])],
+            "command": ["python", "-m", "evaluation.benchmark", *(argv or sys.argv[1:])],
             "machine": machine(session.device),
             "arguments": {name: str(value) for name, value in vars(args).items()},
             "precision": session.generator.mixed_precision,

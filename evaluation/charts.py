@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-BANDS = ("t00", "t25", "t50", "t75")
+from train_cc.diagnostics import BANDS
 
 
 @dataclass(frozen=True)

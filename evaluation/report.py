@@ -27,7 +27,7 @@ from evaluation.charts import CHARTS, Chart
 from evaluation.evaluate import METRICS
 from evaluation.rules import RULES, Series
 from train_cc.errors import InputError, exits_on_input_error
-from train_cc.run.logbook import write_atomically
+from train_cc.run.logbook import parse_json_lines, write_atomically
 
 POINTS = 400  # of a curve: more rows are averaged
 PICTURES = 8  # steps shown of a run
@@ -70,14 +70,9 @@ def read_rows(path: Path, problems: list[str]) -> list[dict]:
     if not path.is_file():
         problems.append(f"{path.name} is missing")
         return []
-    rows, torn = [], 0
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            row["step"]
-            rows.append(row)
-        except (ValueError, KeyError, TypeError):
-            torn += 1
+    found, torn = parse_json_lines(path.read_text(errors="replace"))
+    rows = [row for row in found if isinstance(row, dict) and "step" in row]
+    torn += len(found) - len(rows)
     if torn:
         problems.append(f"{path.name}: {torn} line(s) cannot be read and are left out")
     if not rows:
@@ -254,9 +249,8 @@ figure { margin: 0 } figure img { max-width: 100%; image-rendering: pixelated } 
 """
 
 
-def page(runs: list[RunLog]) -> str:
-    results = find_results(runs)
-    warnings = warnings_of(runs, results)
+def page(runs: list[RunLog], results: dict[str, dict], warnings: list[str], charts: dict[Chart, str]) -> str:
+    """``charts``: those that there is something to draw for, as inline SVG."""
     key = "".join(
         f'<span style="background:{to_hex(f"C{i % 10}")}"></span>{html.escape(run.name)}' for i, run in enumerate(runs)
     )
@@ -283,10 +277,8 @@ def page(runs: list[RunLog]) -> str:
         caption = f"{html.escape(run.name)}, step {step}"
         out.append(f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>')
     out += ["</div>", "<h2>Curves</h2>", f'<p class="key">{key}</p>']
-    for chart in CHARTS:
-        svg = draw(chart, runs)
-        if svg:
-            out.append(f'<div class="curve"><h3>{chart.title}</h3><p>{html.escape(chart.told)}</p>{svg}</div>')
+    for chart, svg in charts.items():
+        out.append(f'<div class="curve"><h3>{chart.title}</h3><p>{html.escape(chart.told)}</p>{svg}</div>')
     body = "\n".join(out)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>DMDR report</title>'
@@ -307,18 +299,19 @@ def main(argv: list[str] | None = None) -> None:
     name_apart(runs)
     target = args.output or args.runs[0] / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, page(runs))
+    results = find_results(runs)
+    warnings = warnings_of(runs, results)
+    charts = {chart: svg for chart in CHARTS if (svg := draw(chart, runs))}
+    write_atomically(target, page(runs, results, warnings, charts))
     if args.curves:
         args.curves.mkdir(parents=True, exist_ok=True)
-        for chart in CHARTS:
-            svg = draw(chart, runs)
-            if svg:
-                name = chart.title.lower().replace(":", "").replace(" ", "_")
-                write_atomically(args.curves / f"{name}.svg", svg)
+        for chart, svg in charts.items():
+            name = chart.title.lower().replace(":", "").replace(" ", "_")
+            write_atomically(args.curves / f"{name}.svg", svg)
     for run in runs:
         for text in run.problems:
             print(f"{run.name}: {text}")
-    for text in warnings_of(runs, find_results(runs)):
+    for text in warnings:
         print(f"WARNING {text}")
     print(f"report: {target}")
 

@@ -53,11 +53,8 @@ launch() {
         echo "error: ACCELERATE_CONFIG is $config, which does not exist; there are: $(echo scripts/accelerate/*.yaml)" >&2
         exit 2
     fi
-    if [ -n "$config" ] && [ "$gpus" -eq 0 ]; then # a GPU config asks for GPUs: without them for CPU processes
-        export NUM_PROCESSES="${NUM_PROCESSES:-1}"
-    elif [ -n "$config" ] && [ -z "${NUM_PROCESSES:-}" ]; then
-        NUM_PROCESSES=$(sed -n 's/^num_processes: *//p' "$config")
-        export NUM_PROCESSES
+    if [ -n "$config" ] && [ "$gpus" -gt 0 ]; then # without GPUs its number, meant for GPUs, says nothing
+        NUM_PROCESSES="${NUM_PROCESSES:-$(sed -n 's/^num_processes: *//p' "$config")}"
     fi
     export NUM_PROCESSES="${NUM_PROCESSES:-$((gpus > 0 ? gpus * nodes : 1))}"
     if [ -n "$config" ]; then # what accelerate's own launcher would hand on, for the other ways to start

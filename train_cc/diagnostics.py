@@ -37,10 +37,14 @@ def compare_gradients(direction: Tensor, of_reward: Tensor) -> dict[str, Tensor]
     }
 
 
+def gathered(figure: Tensor) -> Tensor:
+    """What sharded tensors add up to, as a plain tensor; any other is as it is."""
+    return figure.full_tensor() if isinstance(figure, DTensor) else figure
+
+
 def whole_norm(tensors: list[Tensor]) -> Tensor:
     """The norm of all of them together, 0-d, whether they are sharded or not."""
-    norm = torch.nn.utils.get_total_norm(tensors)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return gathered(torch.nn.utils.get_total_norm(tensors))
 
 
 class UpdateSize:

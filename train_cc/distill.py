@@ -14,11 +14,10 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from train_cc.diagnostics import UpdateSize, band_means, by_band, compare_gradients
+from train_cc.diagnostics import UpdateSize, band_means, by_band, compare_gradients, gathered
 from train_cc.draws import Draws
 from train_cc.dry_run import plan
 from train_cc.errors import InputError
@@ -37,7 +36,7 @@ from train_cc.run.logbook import (
     not_finite,
     write_atomically,
 )
-from train_cc.run.session import Session, StopSignal, open_session, require_compiler, synchronised
+from train_cc.run.session import Session, StopSignal, open_session, synchronised
 from train_cc.run.trackers import show_picture, tracking
 from train_cc.samplers import apply_guidance, few_step_input, guided_rows
 from train_cc.saving import drop_later_checkpoints, export, find_checkpoint, restore, save
@@ -184,9 +183,7 @@ def update(
     max_grad_norm: float,
 ) -> tuple[Tensor, Tensor]:
     """Clip, step, clear. -> the gradients' norm before clipping, and the update's size in the middle of ``blocks``."""
-    norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = gathered(accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm))
     size = UpdateSize(blocks)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -305,8 +302,6 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
         moments = checkpoint.units["arguments"].get("optimizer", "adamw")
         if moments != args.optimizer:
             raise InputError(f"--optimizer is {args.optimizer}, but {source} holds the moments of {moments}")
-    if args.compile:
-        require_compiler()
     session = open_session(args.mixed_precision, args.report_to, args.output_dir)
     run = build(args, session)
     if checkpoint is not None:

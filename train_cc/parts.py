@@ -21,7 +21,7 @@ from train_cc.models.lora import hold_frozen_in
 from train_cc.models.reward import DINOv2Classifier, RewardResult, reward_gradient
 from train_cc.models.sit import WEIGHTS_NAME, SiT
 from train_cc.run.logbook import sha256
-from train_cc.run.session import COMPUTE_DTYPES, Session
+from train_cc.run.session import COMPUTE_DTYPES, Session, require_compiler
 
 
 @dataclass
@@ -160,6 +160,8 @@ def build(args: argparse.Namespace, session: Session) -> Run:
     Frozen weights are held in the dtype that autocast computes in; the generator's, where trained, stay fp32: an Adam
     step at 2e-5 is below half a unit in the last place of bf16.
     """
+    if args.compile:
+        require_compiler()  # before anything is loaded
     dtype = COMPUTE_DTYPES[session.generator.mixed_precision]
     teacher = SiT.from_pretrained(args.teacher)
     config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}

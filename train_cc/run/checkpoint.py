@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from train_cc.diagnostics import gathered
 from train_cc.errors import InputError
 
 FORMAT_VERSION = 1
@@ -227,7 +228,7 @@ def restore_trained(model: nn.Module, state: dict[str, Tensor], source: str) -> 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor as it is, a sharded one gathered; on the CPU."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    return gathered(tensor).cpu()
 
 
 @torch.no_grad()

@@ -115,13 +115,18 @@ class JsonLines:
 
 def read_json_lines(path: Path) -> list[dict]:
     """All whole rows of ``path``; a line that a kill tore is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
+    return parse_json_lines(path.read_text())[0]
+
+
+def parse_json_lines(text: str) -> tuple[list, int]:
+    """-> what the whole lines hold, and how many lines are torn."""
+    rows, torn = [], 0
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            continue
-    return rows
+            torn += 1
+    return rows, torn
 
 
 def not_finite(row: dict) -> list[str]:

@@ -165,5 +165,7 @@ def synchronised(accelerator: Accelerator, model: nn.Module, chunks: int) -> Ite
         last = chunk + 1 == chunks
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
-        with contextlib.nullcontext() if last or isinstance(model, FSDPModule) else accelerator.no_sync(model):
             yield chunk
+        else:
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                yield chunk
