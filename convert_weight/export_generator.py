@@ -12,12 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from train_cc.draws import Draws
-from train_cc.errors import InputError, exits_on_input_error
+from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.read import sha256
+from train_cc.io.write import check_output_dir
 from train_cc.models.generator import assemble_generator, generator_lora_rank
 from train_cc.models.latents import load_vae
 from train_cc.models.sit import WEIGHTS_NAME, SiT
 from train_cc.run.checkpoint import Checkpoint, open_checkpoint
-from train_cc.run.logbook import check_output_dir, sha256
 
 
 def generator_of(checkpoint: Checkpoint, weights: str, teacher: Path | None = None) -> SiT:

@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 from convert_weight import state_dicts
 from train_cc.draws import Draws
-from train_cc.errors import InputError, exits_on_input_error
 from train_cc.flow import interpolate
+from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.read import sha256
+from train_cc.io.write import write_atomically
 from train_cc.models.sit import SIT_SIZES, SiT
 from train_cc.objectives import velocity_matching_loss
-from train_cc.run.logbook import sha256, write_atomically
 from train_cc.samplers import euler_sample
 
 REPA_URL = (

@@ -6,7 +6,7 @@ import re
 import torch
 from torch import Tensor
 
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
 from train_cc.models.sit import SIT_SIZES
 
 State = dict[str, Tensor]

@@ -32,10 +32,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from evaluation.standins import write_dinov2, write_vae
 from train_cc import distill
 from train_cc.arguments import build_parser, validate
-from train_cc.errors import InputError, exits_on_input_error
+from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.write import library_versions, write_atomically
 from train_cc.models import SIT_SIZES, SiT
 from train_cc.parts import Run, build
-from train_cc.run.logbook import library_versions, write_atomically
 from train_cc.run.session import COMPUTE_DTYPES, open_session
 
 GIB = 2**30

@@ -28,8 +28,9 @@ from evaluation.metrics import (
     statistics,
 )
 from train_cc.draws import generator_of
-from train_cc.errors import InputError, exits_on_input_error
-from train_cc.run.logbook import library_versions, sha256, write_atomically
+from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.read import sha256
+from train_cc.io.write import library_versions, write_atomically
 from train_cc.run.previews import save_grid
 
 METRICS = ("FID", "Recall", "IS", "Precision", "accuracy")

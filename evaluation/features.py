@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
+from train_cc.io.read import sha256
 from train_cc.models.classifier import ImageClassifier
-from train_cc.run.logbook import sha256
 
 # The start of the SHA-256 of torch-fidelity's weights file, from its name: weights-inception-2015-12-05-6726825d.pth
 INCEPTION_SHA256 = "6726825d"

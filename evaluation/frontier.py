@@ -22,8 +22,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from evaluation.evaluate import METRICS, table
-from train_cc.errors import InputError, exits_on_input_error
-from train_cc.run.logbook import write_atomically
+from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.write import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -26,11 +26,12 @@ from tqdm import tqdm
 
 from convert_weight.export_generator import generator_of
 from train_cc.draws import Draws
-from train_cc.errors import InputError, exits_on_input_error
+from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.read import sha256
+from train_cc.io.write import library_versions, write_atomically
 from train_cc.models.latents import images_to_uint8, load_decoder, require_decoder_kind
 from train_cc.models.sit import WEIGHTS_NAME, SiT
 from train_cc.run.checkpoint import open_checkpoint
-from train_cc.run.logbook import library_versions, sha256, write_atomically
 from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample
 
 IMAGES, RANDOM_LABEL = 11, 12  # first keys of the draws, after the seed

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calc_cdist_part
 
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
 
 
 def statistics(features: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -26,8 +26,9 @@ from PIL import Image
 from evaluation.charts import CHARTS, Chart
 from evaluation.evaluate import METRICS
 from evaluation.rules import RULES, Series
-from train_cc.errors import InputError, exits_on_input_error
-from train_cc.run.logbook import parse_json_lines, write_atomically
+from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.write import write_atomically
+from train_cc.run.logbook import parse_json_lines
 
 POINTS = 400  # of a curve: more rows are averaged
 PICTURES = 8  # steps shown of a run

@@ -17,7 +17,7 @@ from convert_weight.state_dicts import reverse_time
 from evaluation.pipeline import DMDRPipeline
 from evaluation.standins import authors_state, repa_state, sit_shapes, write_vae
 from tests.conftest import refused, run_cold_start
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
 from train_cc.models import SiT
 from train_cc.models.latents import load_vae
 

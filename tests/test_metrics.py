@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 
 from evaluation.metrics import frechet_distance, inception_score, precision_recall, statistics
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
 
 
 def features(count, size, seed=0, shift=0.0):

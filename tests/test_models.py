@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY, random_sit
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
 from train_cc.models import SIT_SIZES, ScoreEstimator, SiT
 from train_cc.models.generator import assemble_generator, build_generator
 from train_cc.models.lora import ADAPTER, lora_layers

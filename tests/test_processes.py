@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import flags, logged, random_sit, refused, run_cold_start
 from train_cc import cold_start, distill, dmdr_refl
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
 from train_cc.models import SiT
 from train_cc.run.session import open_session
 from train_cc.samplers import few_step_input

@@ -400,11 +400,11 @@ def test_auto_resume_deletes_no_folder_that_is_not_a_killed_run(teacher, tmp_pat
 
 
 def test_two_runs_do_not_write_one_folder(teacher, tmp_path, capsys):
-    from train_cc.run.logbook import lock_output_dir
+    from train_cc.io.write import locked
 
     run = run_cold_start(teacher, tmp_path / "run")
     arguments = flags(teacher, run, "--auto-resume", "--max-train-steps", 4)
-    with lock_output_dir(run):
+    with locked(run):
         assert "another process writes" in refused(cold_start.main, arguments, capsys=capsys)
     cold_start.main(arguments)
     assert len(logged(run)) == 4

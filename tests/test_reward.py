@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from evaluation.standins import write_dinov2, write_vae
 from tests.conftest import flags, random_sit, refused
 from train_cc import distill, dmdr_refl
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
 from train_cc.models import DINOv2Classifier
 from train_cc.models.latents import load_decoder
 from train_cc.models.reward import reward_gradient

@@ -13,8 +13,8 @@ from evaluation.standins import write_vae
 from tests.conftest import flags, logged, random_sit, refused, run_cold_start
 from train_cc import cold_start, distill
 from train_cc.arguments import build_parser, validate
-from train_cc.errors import InputError
 from train_cc.flow import x0_from_velocity
+from train_cc.io.errors import InputError
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.latents import load_decoder
 from train_cc.models.lora import hold_frozen_in

@@ -24,7 +24,7 @@ LEVELS = [
     (1, "train_cc.flow"),
     (1, "train_cc.schedules"),
     (1, "train_cc.draws"),
-    (0, "train_cc.errors"),
+    (0, "train_cc.io"),
 ]
 FILES = sorted(
     path for folder in ("train_cc", "evaluation", "convert_weight") for path in (ROOT / folder).rglob("*.py")

@@ -2,78 +2,47 @@
 
 import argparse
 import importlib.util
-import math
 from pathlib import Path
 
-from train_cc.errors import InputError
+from train_cc.io import flags
+from train_cc.io.errors import InputError
+from train_cc.io.flags import Parser
 
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/"
 DINOV2_BACKBONE = DINOV2_URL + "dinov2_vitl14_pretrain.pth"
 DINOV2_HEAD = DINOV2_URL + "dinov2_vitl14_linear4_head.pth"
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 
-# Flags whose values have a range: name -> (test, what is allowed).
-_AT_LEAST_1 = (lambda v: v >= 1, "at least 1")
-_AT_LEAST_0 = (lambda v: v >= 0, "at least 0")
-_POSITIVE = (lambda v: v > 0, "above 0")
-RANGES = {
-    "max_train_steps": _AT_LEAST_1,
-    "checkpoint_steps": _AT_LEAST_1,
-    "sample_steps": _AT_LEAST_1,
-    "keep_checkpoints": _AT_LEAST_0,
-    "seed": (lambda v: 0 <= v < 2**63, "0 to 2^63 - 1"),
-    "lora_rank": (lambda v: v >= 1, "at least 1: at rank 0 real and fake would be the same network, and learn nothing"),
-    "lora_init_spread": _POSITIVE,
-    "lora_scale_fake": (lambda v: v > 0, "above 0: at 0 the fake score would be the teacher's, and learn nothing"),
-    "lora_scale_real": _AT_LEAST_0,
-    "num_steps": _AT_LEAST_1,
-    "timestep_shift": _POSITIVE,
-    "ratio_update": _AT_LEAST_1,
-    "dynamic_steps": _AT_LEAST_0,
-    "renoise_alpha": _POSITIVE,
-    "renoise_beta": _POSITIVE,
-    "real_guidance_interval": (lambda v: 0 <= v[0] < v[1] <= 1, "two times LOW HIGH with 0 <= LOW < HIGH <= 1"),
-    "batch_size": _AT_LEAST_1,
-    "gradient_accumulation_steps": _AT_LEAST_1,
-    "learning_rate_generator": _POSITIVE,
-    "learning_rate_estimator": _POSITIVE,
-    "adam_beta1": (lambda v: 0 <= v < 1, "in [0, 1)"),
-    "adam_beta2": (lambda v: 0 <= v < 1, "in [0, 1)"),
-    "adam_epsilon": _POSITIVE,
-    "weight_decay_generator": _AT_LEAST_0,
-    "weight_decay_estimator": _AT_LEAST_0,
-    "max_grad_norm": _POSITIVE,
-    "ema_decay": (lambda v: 0 <= v < 1, "in [0, 1); 0 is off"),
-    "reward_weight": _AT_LEAST_0,
-    "reward_micro_batch": _AT_LEAST_0,
-    "num_previews": _AT_LEAST_0,
-    "teacher_preview_steps": _AT_LEAST_0,
-}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise InputError(f"{message}; see --help")
-
 
 def build_parser(description: str) -> Parser:
     """Every flag that both stages have; the defaults are the SiT-XL/2 cold start's (DMDR paper)."""
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=description)
     run = parser.add_argument_group("run")
-    run.add_argument("--output-dir", type=Path, required=True, help="the run's folder")
+    run.add_argument("--output-dir", type=flags.path, required=True, help="the run's folder")
     run.add_argument("--overwrite", action="store_true", help="delete an earlier run in --output-dir")
     run.add_argument("--dry-run", action="store_true", help="print what would be done and the memory it needs, and end")
-    run.add_argument("--resume-ckpt", type=Path, help="a torch_units/step-N.pt to start from, here or elsewhere")
+    run.add_argument("--resume-ckpt", type=flags.path, help="a torch_units/step-N.pt to start from, here or elsewhere")
     run.add_argument(
         "--auto-resume", action="store_true", help="continue from the newest checkpoint in --output-dir, if any"
     )
-    run.add_argument("--max-train-steps", type=int, default=20_000, help="generator updates, counted over both stages")
-    run.add_argument("--checkpoint-steps", type=int, default=5_000, help="generator updates between checkpoints")
-    run.add_argument("--keep-checkpoints", type=int, default=0, help="newest checkpoints that are kept; 0 keeps all")
-    run.add_argument("--sample-steps", type=int, default=1_000, help="generator updates between previews")
-    run.add_argument("--num-previews", type=int, default=16, help="images in a preview; 0 turns previews off")
     run.add_argument(
-        "--teacher-preview-steps", type=int, default=50, help="Euler steps of the teacher's preview row; 0 turns it off"
+        "--max-train-steps", type=flags.COUNT, default=20_000, help="generator updates, counted over both stages"
+    )
+    run.add_argument(
+        "--checkpoint-steps", type=flags.COUNT, default=5_000, help="generator updates between checkpoints"
+    )
+    run.add_argument(
+        "--keep-checkpoints", type=flags.COUNT_OR_0, default=0, help="newest checkpoints that are kept; 0 keeps all"
+    )
+    run.add_argument("--sample-steps", type=flags.COUNT, default=1_000, help="generator updates between previews")
+    run.add_argument(
+        "--num-previews", type=flags.integer(0, 4096), default=16, help="images in a preview; 0 turns previews off"
+    )
+    run.add_argument(
+        "--teacher-preview-steps",
+        type=flags.integer(0, 10_000),
+        default=50,
+        help="Euler steps of the teacher's preview row; 0 turns it off",
     )
     run.add_argument(
         "--report-to",
@@ -81,31 +50,56 @@ def build_parser(description: str) -> Parser:
         choices=["none", "tensorboard", "wandb"],
         help="tracker beside the jsonl logs; tensorboard: into the folder dmdr of the output folder.",
     )
-    run.add_argument("--seed", type=int, default=30)
+    run.add_argument("--seed", type=flags.SEED, default=30)
 
     model = parser.add_argument_group("models")
-    model.add_argument("--teacher", type=Path, required=True, help="model folder, see convert_weight/sit_convert.py")
-    model.add_argument("--num-classes", type=int, help="checked against the teacher's; without it, the teacher's")
+    model.add_argument(
+        "--teacher", type=flags.path, required=True, help="model folder, see convert_weight/sit_convert.py"
+    )
+    model.add_argument(
+        "--num-classes", type=flags.COUNT, help="checked against the teacher's; without it, the teacher's"
+    )
     model.add_argument("--vae", default=DEFAULT_VAE, help="decoder: a hub name or folder; 'none' for pixel space")
     model.add_argument("--use-lora-gen", action="store_true", help="train a LoRA of the generator, not all of it")
-    model.add_argument("--lora-rank", type=int, default=32, help="of the estimator; the generator's is twice it")
     model.add_argument(
-        "--lora-init-spread", type=float, default=1.0, help="standard deviation of the estimator's first LoRA A"
+        "--lora-rank",
+        type=flags.integer(1, 4096, "at rank 0 real and fake would be the same network, and learn nothing"),
+        default=32,
+        help="of the estimator; the generator's is twice it",
+    )
+    model.add_argument(
+        "--lora-init-spread",
+        type=flags.number(1e-6, 1e3),
+        default=1.0,
+        help="standard deviation of the estimator's first LoRA A",
     )
 
     method = parser.add_argument_group("method")
-    method.add_argument("--num-steps", type=int, default=1, help="steps K of the generator")
-    method.add_argument("--timestep-shift", type=float, default=1.0, help="shift s of the generator's time grid")
-    method.add_argument("--ratio-update", type=int, default=5, help="estimator turns per generator turn")
-    method.add_argument("--lora-scale-fake", type=float, default=2.0, help="LoRA scale of the fake score")
-    method.add_argument("--lora-scale-real", type=float, default=0.75, help="LoRA scale of the real score at step 0")
-    method.add_argument("--dynamic-steps", type=int, default=10_000, help="generator updates D of both schedules")
-    method.add_argument("--renoise-alpha", type=float, default=4.0, help="a of t ~ Beta(a, b) at step 0")
-    method.add_argument("--renoise-beta", type=float, default=1.5, help="b of t ~ Beta(a, b) at step 0")
-    method.add_argument("--real-guidance-scale", type=float, default=1.0, help="of the real score; at most 1 is off")
+    method.add_argument("--num-steps", type=flags.integer(1, 1000), default=1, help="steps K of the generator")
+    method.add_argument("--timestep-shift", type=flags.SHIFT, default=1.0, help="shift s of the generator's time grid")
+    method.add_argument(
+        "--ratio-update", type=flags.integer(1, 10_000), default=5, help="estimator turns per generator turn"
+    )
+    method.add_argument(
+        "--lora-scale-fake",
+        type=flags.number(0, 1e3, low_open=True, why="at 0 the fake score would be the teacher's, and learn nothing"),
+        default=2.0,
+        help="LoRA scale of the fake score",
+    )
+    method.add_argument(
+        "--lora-scale-real", type=flags.number(0, 1e3), default=0.75, help="LoRA scale of the real score at step 0"
+    )
+    method.add_argument(
+        "--dynamic-steps", type=flags.COUNT_OR_0, default=10_000, help="generator updates D of both schedules"
+    )
+    method.add_argument("--renoise-alpha", type=flags.BETA_PARAMETER, default=4.0, help="a of t ~ Beta(a, b) at step 0")
+    method.add_argument("--renoise-beta", type=flags.BETA_PARAMETER, default=1.5, help="b of t ~ Beta(a, b) at step 0")
+    method.add_argument(
+        "--real-guidance-scale", type=flags.GUIDANCE, default=1.0, help="of the real score; at most 1 is off"
+    )
     method.add_argument(
         "--real-guidance-interval",
-        type=float,
+        action=flags.TimeInterval,
         nargs=2,
         default=[0.0, 1.0],
         metavar=("LOW", "HIGH"),
@@ -113,23 +107,23 @@ def build_parser(description: str) -> Parser:
     )
 
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--batch-size", type=int, default=64, help="per process")
-    optimisation.add_argument("--gradient-accumulation-steps", type=int, default=1)
-    optimisation.add_argument("--learning-rate-generator", type=float, default=2e-5)
-    optimisation.add_argument("--learning-rate-estimator", type=float, default=2e-5)
+    optimisation.add_argument("--batch-size", type=flags.BATCH, default=64, help="per process")
+    optimisation.add_argument("--gradient-accumulation-steps", type=flags.integer(1, 2**16), default=1)
+    optimisation.add_argument("--learning-rate-generator", type=flags.LEARNING_RATE, default=2e-5)
+    optimisation.add_argument("--learning-rate-estimator", type=flags.LEARNING_RATE, default=2e-5)
     optimisation.add_argument(
         "--optimizer",
         default="adamw",
         choices=["adamw", "adamw8bit"],
         help="adamw8bit: torchao's, both moments in 8 bits",
     )
-    optimisation.add_argument("--adam-beta1", type=float, default=0.9)
-    optimisation.add_argument("--adam-beta2", type=float, default=0.999)
-    optimisation.add_argument("--adam-epsilon", type=float, default=1e-8)
-    optimisation.add_argument("--weight-decay-generator", type=float, default=0.01)
-    optimisation.add_argument("--weight-decay-estimator", type=float, default=0.0)
-    optimisation.add_argument("--max-grad-norm", type=float, default=1.0)
-    optimisation.add_argument("--ema-decay", type=float, default=0.0, help="of the generator's average; 0 is off")
+    optimisation.add_argument("--adam-beta1", type=flags.DECAY, default=0.9)
+    optimisation.add_argument("--adam-beta2", type=flags.DECAY, default=0.999)
+    optimisation.add_argument("--adam-epsilon", type=flags.number(0, 1, low_open=True), default=1e-8)
+    optimisation.add_argument("--weight-decay-generator", type=flags.WEIGHT_DECAY, default=0.01)
+    optimisation.add_argument("--weight-decay-estimator", type=flags.WEIGHT_DECAY, default=0.0)
+    optimisation.add_argument("--max-grad-norm", type=flags.number(0, 1e30, low_open=True), default=1.0)
+    optimisation.add_argument("--ema-decay", type=flags.DECAY, default=0.0, help="of the generator's average; 0 is off")
 
     reward = parser.add_argument_group("reward")
     reward.add_argument(
@@ -139,13 +133,20 @@ def build_parser(description: str) -> Parser:
         choices=["dinov2", "classifier", "none"],
         help="the classifier that rewards; none: no RL",
     )
-    reward.add_argument("--reward-weight", type=float, default=0.05, help="of the reward loss, beside the DMD loss")
+    reward.add_argument(
+        "--reward-weight", type=flags.number(0, 1e6), default=0.05, help="of the reward loss, beside the DMD loss"
+    )
     reward.add_argument("--dinov2-backbone", default=DINOV2_BACKBONE, help="official .pth, file or URL")
     reward.add_argument("--dinov2-head", default=DINOV2_HEAD, help="official linear head .pth, file or URL")
     reward.add_argument(
         "--reward-classifier", help="for --encoder-type classifier: a folder of pretrain/classifier.py, or a timm name"
     )
-    reward.add_argument("--reward-micro-batch", type=int, default=0, help="samples decoded at once; 0: the whole batch")
+    reward.add_argument(
+        "--reward-micro-batch",
+        type=flags.integer(0, 2**20),
+        default=0,
+        help="samples decoded at once; 0: the whole batch",
+    )
     reward.add_argument(
         "--reward-checkpointing", action="store_true", help="recompute decoder and classifier activations in backward"
     )
@@ -167,14 +168,6 @@ def build_parser(description: str) -> Parser:
 
 def validate(args: argparse.Namespace) -> list[str]:
     """Raise `InputError` on an impossible value or a contradiction; -> one line for each flag that is set aside."""
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"--{name.replace('_', '-')} is {value}; a finite number is expected")
-    for name, (allowed, words) in RANGES.items():
-        value = getattr(args, name)
-        if not allowed(value):  # NaN fails every comparison, and so is refused too
-            shown = " ".join(map(str, value)) if isinstance(value, list) else value
-            raise InputError(f"--{name.replace('_', '-')} is {shown}; allowed: {words}")
     inputs = (
         "teacher",
         "resume_ckpt",

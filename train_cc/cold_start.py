@@ -7,7 +7,7 @@ import argparse
 
 from train_cc.arguments import build_parser, validate
 from train_cc.distill import run_stage
-from train_cc.errors import exits_on_input_error
+from train_cc.io.errors import exits_on_input_error
 
 
 def stage_parser() -> argparse.ArgumentParser:

@@ -20,22 +20,14 @@ from tqdm import tqdm
 from train_cc.diagnostics import UpdateSize, band_means, by_band, compare_gradients, gathered
 from train_cc.draws import Draws
 from train_cc.dry_run import plan
-from train_cc.errors import InputError
 from train_cc.flow import interpolate, x0_from_velocity
+from train_cc.io.errors import InputError
+from train_cc.io.write import library_versions, locked, write_atomically
 from train_cc.objectives import dmd_direction, dmd_loss, dmd_normaliser, velocity_matching_losses
 from train_cc.panel import picture_path, preview
 from train_cc.parts import Run, build, effective_batch, trainable
 from train_cc.run.checkpoint import Checkpoint, open_checkpoint
-from train_cc.run.logbook import (
-    JsonLines,
-    clear_output_dir,
-    library_versions,
-    lock_output_dir,
-    log_to,
-    logger,
-    not_finite,
-    write_atomically,
-)
+from train_cc.run.logbook import JsonLines, clear_output_dir, log_to, logger, not_finite
 from train_cc.run.session import Session, StopSignal, open_session, synchronised
 from train_cc.run.trackers import show_picture, tracking
 from train_cc.samplers import apply_guidance, few_step_input, guided_rows
@@ -308,7 +300,7 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
         restore(run, checkpoint)
     if not session.agree(run.step):
         raise InputError(f"the processes found different checkpoints ({source} here): is --output-dir shared by all?")
-    with lock_output_dir(args.output_dir) if session.is_main else contextlib.nullcontext():
+    with locked(args.output_dir) if session.is_main else contextlib.nullcontext():
         begin(name, args, run, checkpoint, continues, notes)
         train(run, args)
 

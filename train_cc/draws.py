@@ -6,8 +6,16 @@ from torch import Tensor
 
 
 def generator_of(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator seeded by mixing all integers of ``key``: equal keys give equal draws, others are independent."""
-    low, high = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    """A generator seeded by mixing all integers of ``key``: equal keys give equal draws, others are independent.
+
+    `SeedSequence` pads with zeros and cuts into words of 32 bits, so that (5,) would be (5, 0) and 2^32 + 5 would be
+    (5, 1): each integer goes in behind its length in words, and all behind their number.
+    """
+    words = [len(key)]
+    for integer in key:
+        count = max(1, -(-integer.bit_length() // 32))
+        words += [count, *(integer >> 32 * i & 0xFFFFFFFF for i in range(count))]
+    low, high = np.random.SeedSequence(words).generate_state(2, np.uint32)
     return torch.Generator(device).manual_seed(int(low) | int(high) << 32)
 
 

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.generator import generator_lora_rank
 from train_cc.models.latents import LATENT_CHANNELS, VAEDecoder, new_vae

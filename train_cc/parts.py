@@ -12,7 +12,8 @@ from huggingface_hub import try_to_load_from_cache
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
+from train_cc.io.read import sha256
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.generator import build_generator, generator_lora_rank
@@ -20,7 +21,6 @@ from train_cc.models.latents import LATENT_CHANNELS, PINNED_REVISIONS, load_deco
 from train_cc.models.lora import hold_frozen_in
 from train_cc.models.reward import DINOv2Classifier, RewardResult, reward_gradient
 from train_cc.models.sit import WEIGHTS_NAME, SiT
-from train_cc.run.logbook import sha256
 from train_cc.run.session import COMPUTE_DTYPES, Session, require_compiler
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
+from train_cc.io.write import check_output_dir
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.generator import assemble_generator, generator_lora_rank
 from train_cc.parts import Run, averaged_weights, effective_batch, trainable
 from train_cc.run import checkpoint as checkpoints
-from train_cc.run.logbook import RUN_CONTENT, check_output_dir, logger
+from train_cc.run.logbook import RUN_CONTENT, logger
 
 
 def save(run: Run, args: argparse.Namespace) -> Path:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
 
 
 class ImageClassifier(nn.Module):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
 from train_cc.models.lora import GENERATOR_TARGETS, add_lora, merge_lora
 from train_cc.models.sit import SiT
 

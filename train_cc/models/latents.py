@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
 
 LATENT_CHANNELS = 4
 # A hub name stands for one state of its files.

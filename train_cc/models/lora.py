@@ -6,7 +6,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from train_cc.draws import generator_of
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
 
 ADAPTER = "default"
 ESTIMATOR_TARGETS = ["attn.qkv"]

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
 
 IMAGE_SIZE, PATCH_SIZE = 224, 14
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

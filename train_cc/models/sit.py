@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
 
 # name -> the arguments of `SiT` that it stands for; inputs are 4 x 32 x 32 latents, 1000 classes, by default.
 SIT_SIZES = {

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from train_cc.draws import Draws
-from train_cc.errors import exits_on_input_error
+from train_cc.io.errors import exits_on_input_error
+from train_cc.io.write import check_output_dir
 from train_cc.models.classifier import ImageClassifier, accuracy
 from train_cc.pretrain.data import add_data_arguments, load_dataset, require_positive
 from train_cc.pretrain.teacher import cosine_decay
-from train_cc.run.logbook import check_output_dir
 
 
 def train_classifier(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train_cc.errors import InputError, exits_on_input_error
+from train_cc.io.errors import InputError, exits_on_input_error
 
 DATASETS = ("digits", "fashion-mnist")
 

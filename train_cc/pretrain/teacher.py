@@ -13,12 +13,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from train_cc.draws import Draws
-from train_cc.errors import InputError, exits_on_input_error
 from train_cc.flow import interpolate
+from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.write import check_output_dir
 from train_cc.models.sit import SiT
 from train_cc.objectives import velocity_matching_loss
 from train_cc.pretrain.data import add_data_arguments, load_dataset, require_positive
-from train_cc.run.logbook import check_output_dir
 from train_cc.schedules import logit_normal_times
 
 

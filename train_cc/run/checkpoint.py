@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train_cc.diagnostics import gathered
-from train_cc.errors import InputError
+from train_cc.io.errors import InputError
 
 FORMAT_VERSION = 1
 # What every torch_units file holds.

@@ -1,53 +1,21 @@
 """What a run writes down: its arguments, its log, and one JSON object a line of losses."""
 
-import contextlib
-import fcntl
-import hashlib
 import json
 import logging
 import math
-import os
-import platform
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from importlib import metadata
+from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
 
-from train_cc.errors import InputError
+from train_cc.io.write import write_atomically
 
-LIBRARIES = ("torch", "torchvision", "accelerate", "timm", "peft", "diffusers", "safetensors", "numpy", "scipy")
 logger = logging.getLogger("train_cc")
 
 
 RUN_CONTENT = (".lock", "checkpoints", "generator", "loss_logs", "samples", "dmdr", "args.json", "log.txt")
-
-
-def check_output_dir(folder: Path, overwrite: bool = False) -> None:
-    """Refuse a folder with something in it, unless ``overwrite``."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"the output folder {folder} is a file")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise InputError(
-            f"the output folder {folder} is not empty; choose another --output-dir, continue from its checkpoint "
-            "with --auto-resume (training runs), or replace what it holds with --overwrite"
-        )
-
-
-@contextlib.contextmanager
-def lock_output_dir(folder: Path) -> Iterator[None]:
-    """Two runs must not write one folder: a restarted job may meet its predecessor, still alive."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process writes to {folder}; stop it, or choose another --output-dir") from None
-        except OSError:  # a file system without locks
-            pass
-        yield
 
 
 def clear_output_dir(folder: Path) -> None:
@@ -58,25 +26,6 @@ def clear_output_dir(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def library_versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 class AboveProgressBars(logging.Handler):

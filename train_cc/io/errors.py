@@ -1,0 +1,78 @@
+"""Wrong input is reported to the person who gave it: one message, exit code 2, no traceback."""
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# What a path or a disk can do to a command that is right. Any other OSError is a bug, and looks like one.
+OF_THE_DISK = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EIO,
+    errno.EEXIST,
+    errno.EXDEV,
+    errno.ENOTEMPTY,
+    errno.ESTALE,
+}
+
+
+class InputError(ValueError):
+    """Something that was given cannot be used. The message says what was given, what is allowed and what to do."""
+
+
+def message_of(error: BaseException) -> str | None:
+    """The sentence for a person, or None where ``error`` is a bug and deserves its traceback."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{os.strerror(error.errno)}"
+    if type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    ):
+        told = str(error).splitlines()[0]
+        return f"out of memory ({told}); lower --batch-size, or see --dry-run for what a run needs"
+    if isinstance(error, MemoryError):
+        return "out of memory; lower --batch-size, or see --dry-run for what a run needs"
+    return None
+
+
+def report(message: str) -> None:
+    """Show ``message`` on stderr. Under the launcher of several processes it shows what they report, each text once."""
+    folder = os.environ.get("DMDR_ERRORS")
+    if folder:
+        (Path(folder) / f"rank-{os.environ.get('RANK', 0)}").write_text(message)
+    else:
+        print(f"error: {message}", file=sys.stderr)
+
+
+def exits_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command's ``main``: an `InputError` becomes its message on stderr and exit code 2; Ctrl-C ends quietly."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise SystemExit(130) from None
+        except Exception as error:
+            message = message_of(error)
+            if message is None:
+                raise
+            report(message)
+            raise SystemExit(2) from None
+
+    return wrapped

@@ -1,0 +1,120 @@
+"""Command lines: every flag carries its range, and a value outside it is refused with the range in the message."""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from train_cc.io.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """No abbreviations; what is wrong with a command line is an `InputError`. Help shows defaults."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        raise InputError(re.sub(r"^argument ([^:]+): is ", r"\1 is ", message) + "; see --help")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def refuse(value: object, allowed: str) -> None:
+    raise argparse.ArgumentTypeError(f"is {value}; allowed: {allowed}")
+
+
+def between(low: float | None, high: float | None, low_open: bool = False, high_open: bool = False) -> str:
+    """The words for a range, such as "at least 1" or "in [0, 1)"."""
+    if low is not None and high is not None:
+        return f"{'above' if low_open else 'from'} {low:g} to {'below ' if high_open else ''}{high:g}"
+    if low is not None:
+        return f"{'above' if low_open else 'at least'} {low:g}"
+    return f"{'below' if high_open else 'at most'} {high:g}"
+
+
+def integer(low: int = 1, high: int = 2**31 - 1, why: str = "") -> Callable[[str], int]:
+    """A whole number from ``low`` to ``high``; ``why`` is added to the message."""
+    words = (f"at least {low}" if high == 2**31 - 1 else f"{low} to {high}") + (f": {why}" if why else "")
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            refuse(text, f"a whole number, {words}")
+        if not low <= value <= high:
+            refuse(text, words)
+        return value
+
+    return parse
+
+
+def number(
+    low: float | None = None,
+    high: float | None = None,
+    low_open: bool = False,
+    high_open: bool = False,
+    why: str = "",
+) -> Callable[[str], float]:
+    """A finite number of a range, its ends included unless open."""
+    bounded = low is not None or high is not None
+    words = (between(low, high, low_open, high_open) if bounded else "any") + (f": {why}" if why else "")
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            refuse(text, f"a number, {words}")
+        if not math.isfinite(value):
+            refuse(text, f"a finite number, {words}")
+        below = low is not None and (value < low or (low_open and value == low))
+        above = high is not None and (value > high or (high_open and value == high))
+        if below or above:
+            refuse(text, words)
+        return value
+
+    return parse
+
+
+# The ranges that several commands share. Upper ends keep a slip of the finger from asking for more than a machine has.
+COUNT = integer(1)
+COUNT_OR_0 = integer(0)
+BATCH = integer(1, 2**20)
+STEPS = integer(1, 10_000)  # of a solver
+SEED = integer(0, 2**63 - 1)
+LEARNING_RATE = number(0, low_open=True)
+WEIGHT_DECAY = number(0, 1e3)
+DECAY = number(0, 1, high_open=True)  # of an average
+SHIFT = number(1e-3, 1e3)
+GUIDANCE = number(-1e3, 1e3)
+BETA_PARAMETER = number(1e-2, 1e3)
+
+
+def path(text: str) -> Path:
+    if not text or "\0" in text:
+        refuse(repr(text), "a path")
+    return Path(text)
+
+
+class TimeInterval(argparse.Action):
+    """Two times LOW HIGH with 0 <= LOW < HIGH <= 1."""
+
+    def __call__(self, parser, namespace, values: Sequence[str], option_string=None) -> None:
+        try:
+            low, high = (float(value) for value in values)
+        except ValueError:
+            low, high = 1.0, 0.0
+        if not 0 <= low < high <= 1:
+            told = " ".join(map(str, values))
+            parser.error(f"{option_string} is {told}; allowed: two times LOW HIGH with 0 <= LOW < HIGH <= 1")
+        setattr(namespace, self.dest, [low, high])
+
+
+def shown_command(argv: Sequence[str] | None) -> list[str]:
+    """What was typed, for a record."""
+    return [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
