@@ -1,12 +1,19 @@
 """The generator: a copy of the teacher, trained whole or by LoRA, and the plain SiT that it becomes."""
 
+import json
 from pathlib import Path
 
 from torch import Tensor
 
 from train_cc.io.errors import InputError
+from train_cc.io.read import Number, check_numbers, read_json
+from train_cc.io.write import write_atomically
 from train_cc.models.lora import GENERATOR_TARGETS, add_lora, merge_lora
 from train_cc.models.sit import SiT
+
+# Beside a generator's weights: how it is sampled, and where it comes from (FORMATS: generator folder).
+GENERATION_CONFIG = "generation_config.json"
+SAMPLING = {"num_inference_steps": Number(int, 1, 1000), "timestep_shift": Number(float, 1e-3, 1e3)}
 
 
 def generator_lora_rank(use_lora_gen: bool, lora_rank: int) -> int | None:
@@ -35,3 +42,22 @@ def assemble_generator(config: dict, state: dict[str, Tensor], teacher: str | Pa
     if lora_rank is not None:
         merge_lora(generator)
     return generator.requires_grad_(False).eval()
+
+
+def save_generator(generator: SiT, folder: str | Path, num_steps: int, shift: float, **provenance: object) -> None:
+    """A generator folder: architecture and weights, and the steps K and shift s that it was trained for."""
+    generator.save_pretrained(folder)
+    content = {"num_inference_steps": num_steps, "timestep_shift": shift, **provenance}
+    write_atomically(Path(folder) / GENERATION_CONFIG, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def read_sampling(folder: str | Path) -> tuple[int, float] | None:
+    """(K, s) as `save_generator` wrote them; None for a folder without, such as a teacher's. Raises `InputError`."""
+    path = Path(folder) / GENERATION_CONFIG
+    if not path.exists():
+        return None
+    content = read_json(path, "a generator's sampling steps and shift")
+    check_numbers(content, SAMPLING, path)
+    if SAMPLING.keys() - content.keys():
+        raise InputError(f"{path} lacks {sorted(SAMPLING.keys() - content.keys())}")
+    return content["num_inference_steps"], float(content["timestep_shift"])
