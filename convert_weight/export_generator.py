@@ -4,40 +4,30 @@
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch import nn
 
+from train_cc.distillation.state import generator_from, kind_of, recorded_arguments, sampling_of
 from train_cc.draws import Draws
+from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.read import sha256
-from train_cc.io.write import check_output_dir
-from train_cc.models.generator import assemble_generator, generator_lora_rank
-from train_cc.models.latents import load_vae
-from train_cc.models.sit import WEIGHTS_NAME, SiT
-from train_cc.run.checkpoint import Checkpoint, open_checkpoint
+from train_cc.io.write import check_whole_folder, need_space, record, was_interrupted, whole_folder
+from train_cc.models.generator import (
+    GENERATION_CONFIG,
+    save_generator,
+)
+from train_cc.models.sit import WEIGHTS_NAME, SiT, check_sit_config
+from train_cc.models.vae import load_vae, require_decoder
+from train_cc.run.checkpoint import open_checkpoint
 
-
-def generator_of(checkpoint: Checkpoint, weights: str, teacher: Path | None = None) -> SiT:
-    """``weights``: "ema", "raw", or "auto" (EMA where there is one). ``teacher`` replaces the recorded folder."""
-    recorded = checkpoint.units["arguments"]
-    state = checkpoint.read("accelerator_1/generator.safetensors")
-    if weights == "auto":
-        weights = "ema" if checkpoint.has("accelerator_1/ema.safetensors") else "raw"
-    if weights == "ema":
-        if not checkpoint.has("accelerator_1/ema.safetensors"):
-            raise InputError(f"{checkpoint.path} has no EMA weights; --weights raw exports the others")
-        state |= checkpoint.read("accelerator_1/ema.safetensors")
-    lora_rank = generator_lora_rank(recorded["use_lora_gen"], recorded["lora_rank"])
-    base = Path(teacher or recorded["teacher"])
-    if lora_rank is not None:
-        weights_file = base / WEIGHTS_NAME
-        if not weights_file.is_file() or sha256(weights_file) != checkpoint.units["teacher_sha256"]:
-            raise InputError(f"{base} is not the teacher that this LoRA generator was trained on; give it by --teacher")
-    return assemble_generator(checkpoint.units["model_config"], state, base, lora_rank)
+WRITTEN = ("config.json", WEIGHTS_NAME, GENERATION_CONFIG)
+PIPELINE_WRITTEN = ("model_index.json", "generator", "vae")
 
 
 @torch.no_grad()
@@ -51,41 +41,88 @@ def require_same_outputs(before: SiT, after: SiT) -> None:
             raise InputError("the written generator gives other outputs than the checkpoint's: is the disk failing?")
 
 
-@exits_on_input_error
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoints/torch_units/step-N.pt")
-    parser.add_argument("--output-dir", type=Path, help="the generator folder to write")
-    parser.add_argument("--pipeline", type=Path, help="also or only: a diffusers pipeline folder, VAE inside")
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(description=__doc__)
+    parser.add_argument("--checkpoint", type=flags.path, required=True, help="a checkpoints/torch_units/step-N.pt")
+    parser.add_argument("--output-dir", type=flags.path, help="the generator folder to write")
+    parser.add_argument("--pipeline", type=flags.path, help="also or only: a diffusers pipeline folder, VAE inside")
     parser.add_argument("--vae", help="for --pipeline, if it is not the run's: hub name or folder; none: pixel space")
     parser.add_argument(
         "--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA where there is one"
     )
-    parser.add_argument("--teacher", type=Path, help="a LoRA generator's base, if it has moved since")
-    parser.add_argument("--overwrite", action="store_true")
-    args = parser.parse_args(argv)
-    targets = [folder for folder in (args.output_dir, args.pipeline) if folder is not None]
+    parser.add_argument("--teacher", type=flags.path, help="a LoRA generator's base, if it has moved since")
+    parser.add_argument("--overwrite", action="store_true", help="replace what this command wrote earlier")
+    return parser
+
+
+def targets_of(args: argparse.Namespace) -> dict[str, tuple[Path, tuple[str, ...]]]:
+    """Flag -> the folder to write, and what will be in it."""
+    targets = {"--output-dir": (args.output_dir, WRITTEN), "--pipeline": (args.pipeline, PIPELINE_WRITTEN)}
+    return {flag: target for flag, target in targets.items() if target[0] is not None}
+
+
+def check_targets(args: argparse.Namespace) -> bool:
+    """-> whether what is there may be replaced. Raises `InputError` where it is not ours, or among what is read."""
+    targets = targets_of(args)
     if not targets:
         raise InputError("nothing to write: give --output-dir, --pipeline, or both")
-    for folder in targets:
-        check_output_dir(folder, args.overwrite)
-    checkpoint = open_checkpoint(args.checkpoint)
-    generator = generator_of(checkpoint, args.weights, args.teacher)
-    if args.output_dir is not None:
-        generator.save_pretrained(args.output_dir)
-        require_same_outputs(generator, SiT.from_pretrained(args.output_dir))
-        print(f"generator after {checkpoint.step} updates -> {args.output_dir}, outputs verified")
-    if args.pipeline is not None:
-        from evaluation.pipeline import DMDRPipeline
+    content = record("export_generator", vars(args))
+    overwrite = args.overwrite or was_interrupted(content, *(folder for folder, _ in targets.values()))
+    given = {"--checkpoint": args.checkpoint, "--teacher": args.teacher, "--vae": args.vae}
+    for flag, (folder, names) in targets.items():
+        others = given | {other: path for other, (path, _) in targets.items() if other != flag}
+        for name, value in others.items():
+            if value is not None and folder.resolve() in (Path(value).resolve(), *Path(value).resolve().parents):
+                raise InputError(f"{flag} {folder} holds {name} {value}; choose another {flag}")
+        check_whole_folder(folder, names, overwrite, flag)
+    return overwrite
 
-        recorded = checkpoint.units["arguments"]
-        vae = args.vae or recorded["vae"]
-        pipeline = DMDRPipeline(generator, None if vae == "none" else load_vae(vae), recorded["timestep_shift"])
-        pipeline.save_pretrained(args.pipeline)
-        require_same_outputs(generator, DMDRPipeline.from_pretrained(args.pipeline).generator)
-        print(f"pipeline after {checkpoint.step} updates -> {args.pipeline}, outputs verified")
+
+def save_both(
+    generator: SiT, vae: nn.Module | None, sampling: dict, provenance: dict, folders: dict[str, Path]
+) -> None:
+    """Write what ``folders`` names, read it again, and compare."""
+    if "--output-dir" in folders:
+        folder = folders["--output-dir"]
+        save_generator(generator, folder, sampling["num_inference_steps"], sampling["timestep_shift"], **provenance)
+        require_same_outputs(generator, SiT.from_pretrained(folder))
+    if "--pipeline" in folders:
+        from convert_weight.pipeline import DMDRPipeline
+
+        DMDRPipeline(generator, vae, **sampling).save_pretrained(folders["--pipeline"])
+        require_same_outputs(generator, DMDRPipeline.from_pretrained(folders["--pipeline"]).generator)
+
+
+@exits_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    overwrite = check_targets(args)
+    checkpoint = open_checkpoint(args.checkpoint)
+    recorded, vae = recorded_arguments(checkpoint), None
+    provenance = {
+        "run": recorded.get("output_dir"),
+        "step": checkpoint.step,
+        "weights": kind_of(checkpoint, args.weights),
+        "teacher_sha256": checkpoint.units["teacher_sha256"],
+    }
+    if args.pipeline is not None:
+        name = args.vae or recorded["vae"]
+        config = check_sit_config(checkpoint.units["model_config"], args.checkpoint)
+        require_decoder(config["in_channels"], name, args.checkpoint)
+        vae = None if name == "none" else load_vae(name)
+    generator = generator_from(checkpoint, args.weights, args.teacher)
+
+    size = sum(value.nbytes for value in generator.state_dict().values())
+    content, targets = record("export_generator", vars(args)), targets_of(args)
+    with contextlib.ExitStack() as whole:  # all are renamed when all are written and verified
+        folders = {}
+        for flag, (folder, names) in targets.items():
+            need_space(folder.parent, size)
+            folders[flag] = whole.enter_context(whole_folder(folder, content, names, overwrite))
+        save_both(generator, vae, sampling_of(recorded), provenance, folders)
+    for flag, (folder, _) in targets.items():
+        kind = "generator" if flag == "--output-dir" else "pipeline"
+        print(f"{kind} after {checkpoint.step} updates -> {folder}, outputs verified")
 
 
 if __name__ == "__main__":

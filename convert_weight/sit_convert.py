@@ -7,26 +7,31 @@ reversed time), or a folder of ours. Sizes are read off the tensors.
 
 import argparse
 import json
-import pickle
-import shutil
+import math
 import sys
-import urllib.error
-import urllib.request
-import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tqdm import tqdm
 
 from convert_weight import state_dicts
 from train_cc.draws import Draws
 from train_cc.flow import interpolate
+from train_cc.io import flags
+from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.read import sha256
-from train_cc.io.write import write_atomically
-from train_cc.models.sit import SIT_SIZES, SiT
+from train_cc.io.read import fit, load_weights, read_torch, sha256
+from train_cc.io.write import (
+    check_parent,
+    check_whole_folder,
+    need_space,
+    record,
+    was_interrupted,
+    whole_folder,
+    write_atomically,
+)
+from train_cc.models.sit import SIT_SIZES, WEIGHTS_NAME, SiT
 from train_cc.objectives import velocity_matching_loss
 from train_cc.samplers import euler_sample
 
@@ -36,56 +41,14 @@ REPA_URL = (
 )
 
 
-def download(url: str, target: Path) -> Path:
-    """``url`` to ``target``, continuing what a stopped download left in ``target``.part. A partial file never counts.
-
-    Raises `InputError` without a connection, where the disk is too small, or where the server sent too little.
-    """
-    part = target.with_name(target.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            if have and response.status != 206:  # the server starts from the beginning
-                have = 0
-            total = have + int(response.headers.get("Content-Length", 0))
-            need_space(target.parent, total - have)
-            progress = tqdm(desc=target.name, total=total or None, initial=have, unit="B", unit_scale=True)
-            with part.open("ab" if have else "wb") as file, progress:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    progress.update(len(block))
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # "range not satisfiable": the part is whole already
-            raise InputError(f"cannot download {url}: {error}; give a local file by --input") from error
-        total = have
-    except OSError as error:
-        raise InputError(
-            f"the download of {url} stopped ({error}); the same command continues it, --input takes a local file"
-        ) from error
-    if total and part.stat().st_size != total:
-        raise InputError(f"{part} has {part.stat().st_size} of {total} bytes; the same command continues the download")
-    part.rename(target)
-    return target
-
-
-def need_space(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise InputError(f"{folder} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed; nothing was written")
+REPA_BYTES = 4 * 683_242_512  # of its tensors alone
+WRITTEN = ("config.json", WEIGHTS_NAME, "source.json")
+EXPECTED = "a SiT checkpoint or a model folder"
 
 
 def read_checkpoint(path: Path) -> object:
     """A .pt file's content without running code from it; argparse.Namespace is the one class that is allowed."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; a SiT checkpoint or a model folder is expected")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is damaged or a pickle that holds code; it was not run") from error
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        raise InputError(f"{path} is truncated or no PyTorch file: {error}") from error
+    return read_torch(path, EXPECTED, allowed=[argparse.Namespace])
 
 
 def convert(content: object, num_heads: int | None = None, encoder_depth: int = 8) -> tuple[SiT, list[str]]:
@@ -102,17 +65,15 @@ def convert(content: object, num_heads: int | None = None, encoder_depth: int = 
     variance = state_dicts.has_variance_channels(state, config)
     with torch.device("meta"):
         model = SiT(**config)
-    expected = {name: value.shape for name, value in model.state_dict().items()}
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or unexpected:
-        raise InputError(f"this SiT has missing keys {missing[:8]} and unexpected keys {unexpected[:8]}")
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if variance:
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            own[name] = (2 * own[name][0], *own[name][1:])
+    fit(own, state, "this SiT")
     if variance:
         state = state_dicts.reverse_time(state_dicts.keep_velocity_channels(state, config))
         told.append("the SiT authors' layout: kept 4 of 8 output channels, folded v(x, t) = -v_theirs(x, 1 - t) in")
-    reshaped = [f"{n} {tuple(state[n].shape)}, not {tuple(s)}" for n, s in expected.items() if state[n].shape != s]
-    if reshaped:
-        raise InputError(f"tensors of another shape: {'; '.join(reshaped[:8])}")
-    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    load_weights(model, state, "this SiT")
     names = [name for name, size in SIT_SIZES.items() if size.items() <= config.items()]
     count = sum(value.numel() for value in model.state_dict().values())
     told.append(f"recognised: {names[0] if names else 'a SiT outside the size table'}, {config}, {count} elements")
@@ -157,54 +118,88 @@ def require_denoising(model: SiT) -> None:
     errors = check_denoising(model)
     for name, error in errors.items():
         print(f"check: read {name}, relative denoising error {error:.3f}")
-    if min(errors, key=errors.get) != "as converted" or errors["as converted"] > 0.95:
+    best, found = min(errors, key=errors.get), errors["as converted"]
+    if not all(map(math.isfinite, errors.values())):
+        raise InputError("the converted model's outputs are not finite: its weights are no trained SiT's")
+    if best != "as converted" or not found <= 0.95:
         raise InputError("the converted model denoises better when read otherwise: its sign or time direction is wrong")
+
+
+def plain_name(text: str) -> str:
+    """Of one folder."""
+    if text in ("", ".", "..") or text != Path(text).name or not text.isprintable():
+        flags.refuse(repr(text), "one plain folder name")
+    return text
+
+
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(description=__doc__)
+    parser.add_argument("--input", type=flags.path, help="a local checkpoint; without it REPA's SiT-XL/2 is downloaded")
+    parser.add_argument("--save-dir", type=flags.path, default=Path(__file__).resolve().parents[1] / "sit_weights")
+    parser.add_argument(
+        "--name", type=plain_name, help="of the model folder in --save-dir; without it the size's, such as SiT-XL-2"
+    )
+    parser.add_argument("--num-heads", type=flags.integer(1, 1024), help="for a size outside the table")
+    parser.add_argument(
+        "--encoder-depth", type=flags.integer(0, 1000), default=8, help="for legacy decoder_blocks names"
+    )
+    parser.add_argument("--check", action="store_true", help="test sign and time direction by denoising")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model folder of this command")
+    return parser
+
+
+def load_source(args: argparse.Namespace) -> tuple[SiT, list[str], Path]:
+    """-> the model, what was recognised, and the file or folder that was read. Raises `InputError`."""
+    if args.input is not None and args.input.is_dir():
+        return SiT.from_pretrained(args.input), [f"recognised: a model folder of ours, {args.input}"], args.input
+    source = args.input or args.save_dir / "last.pt"
+    if args.input is None:
+        download(REPA_URL, source, least=REPA_BYTES, problem=whole_archive, hint="--input takes a local file")
+    try:
+        return *convert(read_checkpoint(source), args.num_heads, args.encoder_depth), source
+    except InputError as error:
+        again = "" if args.input else f"; delete {source}, and the same command downloads it again"
+        raise InputError(f"{error}{again}") from error
+
+
+def target_of(args: argparse.Namespace, config: dict | None = None) -> Path:
+    """The model folder to write, named after the size unless a name was given."""
+    known = [name for name, size in SIT_SIZES.items() if config and size.items() <= config.items()]
+    return args.save_dir / (args.name or (known[0].replace("/", "-") if known else "SiT-custom"))
+
+
+def check_target(args: argparse.Namespace, target: Path) -> bool:
+    """-> whether ``target`` may be replaced. Raises `InputError` where it cannot be written, or is there to stay."""
+    overwrite = args.overwrite or was_interrupted(record("sit_convert", vars(args)), target)
+    if target.exists() and not overwrite:
+        raise InputError(f"{target} exists; choose another --name, or replace it with --overwrite")
+    if args.input is not None and target.resolve() in args.input.resolve().parents:
+        raise InputError(f"{target} holds --input {args.input}, and would be replaced; choose another --name")
+    check_whole_folder(target, WRITTEN, overwrite, "--name")
+    return overwrite
 
 
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--input", type=Path, help="a local checkpoint; without it REPA's SiT-XL/2 is downloaded")
-    parser.add_argument("--save-dir", type=Path, default=Path(__file__).resolve().parents[1] / "sit_weights")
-    parser.add_argument("--name", help="of the model folder in --save-dir; without it the size's, such as SiT-XL-2")
-    parser.add_argument("--num-heads", type=int, help="for a size outside the table")
-    parser.add_argument("--encoder-depth", type=int, default=8, help="for legacy decoder_blocks names")
-    parser.add_argument("--check", action="store_true", help="test sign and time direction by denoising")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
-    args = parser.parse_args(argv)
-    source = args.input
-    if source is None:
-        args.save_dir.mkdir(parents=True, exist_ok=True)
-        source = args.save_dir / "last.pt"
-        if not source.exists():
-            download(REPA_URL, source)
-    if source.is_dir():
-        model, told = SiT.from_pretrained(source), [f"recognised: a model folder of ours, {source}"]
-    else:
-        model, told = convert(read_checkpoint(source), args.num_heads, args.encoder_depth)
+    args = build_parser().parse_args(argv)
+    if args.name is not None:
+        check_target(args, target_of(args))
+    check_parent(args.save_dir / "last.pt")
+    model, told, source = load_source(args)
     print("\n".join(told))
     if args.check:
         require_denoising(model)
 
-    size = {name: model.config[name] for name in ("depth", "hidden_size", "num_heads", "patch_size")}
-    known = [name.replace("/", "-") for name, entry in SIT_SIZES.items() if entry == size]
-    target = args.save_dir / (args.name or (known[0] if known else "SiT-custom"))
-    if target.exists() and not args.overwrite:
-        raise InputError(f"{target} exists; choose another --name, or replace it with --overwrite")
+    target = target_of(args, model.config)
+    overwrite = check_target(args, target)
     args.save_dir.mkdir(parents=True, exist_ok=True)
-    need_space(args.save_dir, sum(value.numel() * 4 for value in model.state_dict().values()))
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    need_space(args.save_dir, sum(value.nbytes for value in model.state_dict().values()))
     origin = {"source": str(args.input or REPA_URL), "notes": told}
     if source.is_file():
         origin |= {"bytes": source.stat().st_size, "sha256": sha256(source)}
-    write_atomically(temporary / "source.json", json.dumps(origin, indent=2) + "\n")
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
+    with whole_folder(target, record("sit_convert", vars(args)), WRITTEN, overwrite) as folder:
+        model.save_pretrained(folder)
+        write_atomically(folder / "source.json", json.dumps(origin, indent=2) + "\n")
     print(f"model folder: {target}")
 
 

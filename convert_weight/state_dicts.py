@@ -7,21 +7,26 @@ import torch
 from torch import Tensor
 
 from train_cc.io.errors import InputError
-from train_cc.models.sit import SIT_SIZES
+from train_cc.io.read import block_count, require_tensors
+from train_cc.models.sit import SIT_SIZES, check_sit_config
 
 State = dict[str, Tensor]
 
 
 def unnest(content: object) -> tuple[State, str]:
-    """-> the state dict and where it stood. Training checkpoints nest; their EMA is preferred."""
+    """-> the state dict and where it stood. Training checkpoints nest; their EMA is preferred. Raises `InputError`."""
+    expected = 'a state dict, or one nested as "ema" or "model",'
     if isinstance(content, dict):
         for key in ("ema", "model"):
-            if isinstance(content.get(key), dict):
-                return dict(content[key]), f'"{key}" of a training checkpoint with {", ".join(map(str, content))}'
+            if isinstance(content.get(key), dict) and content[key]:
+                others = ", ".join(str(name)[:40] for name in list(content)[:8])
+                return require_tensors(content[key], f'"{key}"', expected), f'"{key}" of a checkpoint with {others}'
         if content and all(isinstance(value, Tensor) for value in content.values()):
-            return dict(content), "a bare state dict"
-    kind = f"keys {sorted(map(str, content))[:6]}" if isinstance(content, dict) else f"a {type(content).__name__}"
-    raise InputError(f'no weights found: a state dict, or one nested as "ema" or "model", is expected; this is {kind}')
+            return require_tensors(content, "this file", expected), "a bare state dict"
+    kind = f"a {type(content).__name__}"
+    if isinstance(content, dict):
+        kind = f"keys {sorted(str(name)[:40] for name in content)[:6]}"
+    raise InputError(f"no weights found: {expected} is expected; this is {kind}")
 
 
 def drop_projectors(state: State) -> tuple[State, list[str]]:
@@ -34,7 +39,7 @@ def rename_decoder_blocks(state: State, encoder_depth: int) -> State:
     """Legacy files name block N + encoder_depth ``decoder_blocks.N``."""
 
     def rename(name: str) -> str:
-        return re.sub(r"^decoder_blocks\.(\d+)\.", lambda m: f"blocks.{int(m[1]) + encoder_depth}.", name)
+        return re.sub(r"^decoder_blocks\.(\d{1,4})\.", lambda m: f"blocks.{int(m[1]) + encoder_depth}.", name)
 
     renamed = {rename(name): value for name, value in state.items()}
     if len(renamed) != len(state):
@@ -48,32 +53,42 @@ def config_of(state: State, num_heads: int | None) -> dict:
     missing = [name for name in needed if name not in state]
     if missing:
         raise InputError(f"this is no SiT: missing {', '.join(missing)}; it has {', '.join(sorted(state)[:6])}, ...")
-    hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    blocks = {int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)}
-    if blocks != set(range(len(blocks))):
-        gaps = sorted(set(range(max(blocks))) - blocks)
-        raise InputError(f"blocks {gaps} are missing of 0 to {max(blocks)} (--encoder-depth wrong?)")
-    size = {"depth": len(blocks), "hidden_size": hidden}
+    patches, table, fc1 = (state[name].shape for name in (needed[1], needed[2], needed[3]))
+    position = state["pos_embed"].shape
+    tokens = position[1] if len(position) == 3 else 0
+    side = math.isqrt(tokens)
+    square = len(patches) == 4 and patches[2] == patches[3] and side**2 == tokens > 0
+    if not square or not patches.numel() or len(table) != 2 or len(fc1) != 2:
+        told = ", ".join(f"{name} {tuple(state[name].shape)}" for name in needed)
+        raise InputError(f"this is no SiT of square images and patches: {told}")
+    hidden, channels, patch, _ = patches
+    depth = block_count(state, "this SiT (is --encoder-depth wrong?)")
+    size = {"depth": depth, "hidden_size": hidden}
     known = [entry["num_heads"] for entry in SIT_SIZES.values() if size.items() <= entry.items()]
     if num_heads is None and not known:
-        raise InputError(f"a SiT of depth {len(blocks)} and width {hidden} is in no size table; give --num-heads")
+        raise InputError(f"a SiT of depth {depth} and width {hidden} is in no size table; give --num-heads")
     heads = num_heads or known[0]
     if hidden % heads:
         raise InputError(f"--num-heads {heads} does not divide the width {hidden}")
-    return size | {
+    ratio = fc1[0] / hidden
+    config = size | {
         "num_heads": heads,
         "patch_size": patch,
         "in_channels": channels,
-        "input_size": math.isqrt(state["pos_embed"].shape[1]) * patch,
-        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
-        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / hidden,
+        "input_size": side * patch,
+        "num_classes": table[0] - 1,
+        # The model rounds down to whole rows.
+        "mlp_ratio": ratio if int(hidden * ratio) == fc1[0] else (fc1[0] + 0.5) / hidden,
     }
+    check_sit_config(config, "this SiT")
+    return config
 
 
 def has_variance_channels(state: State, config: dict) -> bool:
     """Whether the output has twice the input's channels: the SiT authors' files, whose time runs the other way."""
-    rows = state["final_layer.linear.weight"].shape[0] if "final_layer.linear.weight" in state else 0
-    return rows == config["patch_size"] ** 2 * 2 * config["in_channels"]
+    weight = state.get("final_layer.linear.weight")
+    rows = 2 * config["patch_size"] ** 2 * config["in_channels"]
+    return weight is not None and weight.ndim == 2 and weight.shape[0] == rows
 
 
 def keep_velocity_channels(state: State, config: dict) -> State:
@@ -82,7 +97,7 @@ def keep_velocity_channels(state: State, config: dict) -> State:
     out = dict(state)
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         value = state[name]
-        out[name] = value.view(patch * patch, 2 * channels, *value.shape[1:])[:, :channels].flatten(0, 1).clone()
+        out[name] = value.reshape(patch * patch, 2 * channels, *value.shape[1:])[:, :channels].flatten(0, 1).clone()
     return out
 
 

@@ -26,17 +26,21 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from evaluation.files import printable
 from evaluation.standins import write_dinov2, write_vae
-from train_cc import distill
-from train_cc.arguments import build_parser, validate
+from train_cc.distillation import loop, turns
+from train_cc.distillation.settings import Run
+from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.write import library_versions, write_atomically
+from train_cc.io.read import Number, check_numbers, read_json
+from train_cc.io.write import check_output_file, library_versions, mark_of, write_atomically
 from train_cc.models import SIT_SIZES, SiT
-from train_cc.parts import Run, build
+from train_cc.rewards.at_x0 import rewards_at_x0
+from train_cc.run.meters import FlopCounter
 from train_cc.run.session import COMPUTE_DTYPES, open_session
+from train_cc.setup.arguments import build_parser, validate
+from train_cc.setup.build import build
 
 GIB = 2**30
 
@@ -81,15 +85,16 @@ class Stopwatch:
 def phases_timed(run: Run, stopwatch: Stopwatch) -> Iterator[None]:
     """Put ``stopwatch`` around what the two turns call; all of it comes off again."""
     around = stopwatch.around
+    of_generator, of_estimator = run.session.generator_accelerator, run.session.estimator_accelerator
     replaced = [
         (run.generator, "forward", around(run.generator.forward, "generator forward", "sampling")),
         (run.estimator, "forward", around(run.estimator.forward, "estimator forward", "scoring")),
-        (run.session.generator, "backward", around(run.session.generator.backward, "generator backward")),
-        (run.session.estimator, "backward", around(run.session.estimator.backward, "estimator backward")),
-        (distill, "update", around(distill.update, "optimizer")),
+        (of_generator, "backward", around(of_generator.backward, "generator backward")),
+        (of_estimator, "backward", around(of_estimator.backward, "estimator backward")),
+        (loop, "update", around(loop.update, "optimizer")),
     ]
-    if run.reward is not None:
-        replaced.append((run, "reward", around(run.reward, "reward backward")))
+    if run.rewards:
+        replaced.append((turns, "reward_terms", around(turns.reward_terms, "reward backward")))
         replaced += [
             (model, "forward", around(model.forward, name))
             for model, name in ((run.decode, "decoder"), (run.judges["reward"], "classifier"))
@@ -103,32 +108,6 @@ def phases_timed(run: Run, stopwatch: Stopwatch) -> Iterator[None]:
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
-
-
-class FlopCounter(TorchDispatchMode):
-    """The FLOP of every operator that runs inside, by torch's formulas. (torch's own mode fails on autograd.grad.)"""
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        packet = function._overloadpacket
-        if packet in flop_registry:
-            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-        elif packet in CPU_ATTENTION:  # not in torch's registry
-            shapes = [each.shape for each in args if isinstance(each, torch.Tensor)]
-            self.total += CPU_ATTENTION[packet](*shapes)
-        return out
-
-
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop_count,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_: (
-        sdpa_backward_flop_count(grad, q, k, v)
-    ),
-}
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -187,33 +166,33 @@ def write_random_inputs(folder: Path, size: str, reward: bool) -> list[str]:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(folder / "teacher")
-    flags = ["--teacher", str(folder / "teacher"), "--output-dir", str(folder / "run"), "--num-previews", "0"]
+    words = ["--teacher", str(folder / "teacher"), "--output-dir", str(folder / "run"), "--num-previews", "0"]
     if reward:
-        flags += ["--vae", str(write_vae(folder / "vae", (128, 256, 512, 512), 32))]
+        words += ["--vae", str(write_vae(folder / "vae", (128, 256, 512, 512), 32))]
         backbone, head = write_dinov2(folder / "dinov2", width=1024, depth=24)
-        flags += ["--dinov2-backbone", str(backbone), "--dinov2-head", str(head), "--dynamic-steps", "0"]
-    return flags
+        words += ["--dinov2-backbone", str(backbone), "--dinov2-head", str(head), "--dynamic-steps", "0"]
+    return words
 
 
 def measure(run: Run, args: argparse.Namespace, cycles: int) -> dict:
     """One warm-up cycle with the FLOP counted, then ``cycles`` timed ones."""
     device, memory = run.session.device, PeakMemory(run.session.device)
     figures: dict = {"peak_memory_loading_gib": memory.peak() / GIB}
-    if run.reward is not None:
+    if run.rewards:
         figures |= measure_reward(run, args, memory)
     memory.reset()
     with FlopCounter() as counter:
-        distill.cycle(run, args, 0)
+        loop.cycle(run, 0)
     figures["tflop_per_cycle"] = counter.total / 1e12
     measured = []
     for step in range(1, cycles + 1):
         stopwatch = Stopwatch(device)
         with phases_timed(run, stopwatch), stopwatch.phase("other"):
-            distill.cycle(run, args, step)
+            loop.cycle(run, step)
         measured.append(dict(stopwatch.seconds))
     best = min(measured, key=lambda phases: sum(phases.values()))
     seconds = sum(best.values())
-    peak = matmul_peak(device, COMPUTE_DTYPES[run.session.generator.mixed_precision])
+    peak = matmul_peak(device, COMPUTE_DTYPES[run.session.generator_accelerator.mixed_precision])
     batch = args.batch_size * args.gradient_accumulation_steps * run.session.world_size
     figures |= {
         "peak_memory_gib": memory.peak() / GIB,
@@ -235,40 +214,46 @@ def measure_reward(run: Run, args: argparse.Namespace, memory: PeakMemory) -> di
     for _ in range(3):
         before, stopwatch = memory.reset(), Stopwatch(run.session.device)
         with stopwatch.phase("reward"):
-            run.reward(x0, y)
+            rewards_at_x0(run.rewards, run.decode, x0, y, run.reward_micro_batch)
         seconds.append(stopwatch.seconds["reward"])
         above.append(memory.peak() - before)
     return {"reward_seconds": min(seconds), "reward_memory_gib": max(above) / GIB}
 
 
+def read_benchmark(path: Path) -> dict[str, float]:
+    """The figures of a benchmark's JSON, those of its phases among them. Raises `InputError`."""
+    expected = "a benchmark's JSON"
+    try:
+        figures = read_json(path, expected).get("figures")
+        phases = figures.get("seconds_by_phase") if isinstance(figures, dict) else None
+        if not isinstance(phases, dict):
+            raise InputError("it has no figures with seconds_by_phase")
+        flat = {name: value for name, value in figures.items() if isinstance(value, float)}
+        flat |= {f"  {name}": value for name, value in phases.items()}
+        check_numbers(flat, dict.fromkeys(flat, Number(float, -1e100, 1e100)), path)
+    except InputError as error:
+        raise InputError(f"{path} cannot be read as {expected}: {error}") from error
+    return flat
+
+
 def compare(before: Path, after: Path) -> str:
     """A table of both, and after / before."""
-    figures = []
-    for path in (before, after):
-        try:
-            record = json.loads(path.read_text())
-            figures.append(record["figures"] | {f"  {k}": v for k, v in record["figures"]["seconds_by_phase"].items()})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} cannot be read as a benchmark's JSON: {error!r}") from error
+    old, new = read_benchmark(before), read_benchmark(after)
     lines = [f"{'':28}{before.name:>20}{after.name:>20}{'ratio':>9}"]
-    for name, value in figures[0].items():
-        other = figures[1].get(name)
-        if isinstance(value, float) and isinstance(other, float):
-            ratio = f"{other / value:9.3f}" if value else ""
-            lines.append(f"{name:28}{value:20.3f}{other:20.3f}{ratio}")
-    return "\n".join(lines)
+    for name in (name for name in old if name in new):
+        ratio = f"{new[name] / old[name]:9.3f}" if old[name] else ""
+        lines.append(f"{name:28}{old[name]:20.3f}{new[name]:20.3f}{ratio}")
+    return "\n".join(map(printable, lines))
 
 
-def benchmark_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def benchmark_parser() -> flags.Parser:
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("--size", default="SiT-XL/2", choices=SIT_SIZES, help="random weights of this size")
-    parser.add_argument("--cycles", type=int, default=3, help="timed cycles, after one that warms up")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--cycles", type=flags.integer(1, 10_000), default=3, help="timed, after one that warms up")
+    parser.add_argument("--threads", type=flags.integer(1, 4096), help="CPU threads")
+    parser.add_argument("--output", type=flags.path, help="JSON file")
     parser.add_argument(
-        "--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="two JSON files; runs nothing"
+        "--compare", type=flags.path, nargs=2, metavar=("BEFORE", "AFTER"), help="two JSON files; runs nothing"
     )
     return parser
 
@@ -279,8 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     if own.compare:
         print(compare(*own.compare))
         return
-    if own.cycles < 1:
-        raise InputError(f"--cycles is {own.cycles}; at least 1 is expected")
+    if own.output:
+        check_output_file(own.output, kind="a benchmark")
     if own.threads:
         torch.set_num_threads(own.threads)
     parser = build_parser("flags of a stage")
@@ -294,10 +279,11 @@ def main(argv: list[str] | None = None) -> None:
     figures = measure(run, args, own.cycles)
     if session.is_main:
         record = {
-            "command": ["python", "-m", "evaluation.benchmark", *(argv or sys.argv[1:])],
+            "made_by": mark_of("a benchmark"),
+            "command": ["python", "-m", "evaluation.benchmark", *(sys.argv[1:] if argv is None else argv)],
             "machine": machine(session.device),
             "arguments": {name: str(value) for name, value in vars(args).items()},
-            "precision": session.generator.mixed_precision,
+            "precision": session.generator_accelerator.mixed_precision,
             "size": own.size,
             "figures": figures,
         }

@@ -1,8 +1,10 @@
 """The two feature spaces: Inception as ADM used it, or a classifier of ours."""
 
+import http.client
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -10,11 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import sha256
+from train_cc.io.read import read_torch, require_file, sha256
 from train_cc.models.classifier import ImageClassifier
 
-# The start of the SHA-256 of torch-fidelity's weights file, from its name: weights-inception-2015-12-05-6726825d.pth
-INCEPTION_SHA256 = "6726825d"
+# Of torch-fidelity's weights-inception-2015-12-05-6726825d.pth, 95,628,359 bytes.
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 @dataclass
@@ -24,6 +26,7 @@ class FeatureSpace:
     name: str
     extract: Callable[[Tensor], tuple[Tensor, Tensor]]
     knows_labels: bool  # whether the logits are of the samples' own classes
+    sha256: str = ""  # of the network's weights
 
     @torch.no_grad()
     def of(self, images: np.ndarray, batch: int) -> tuple[Tensor, Tensor]:
@@ -46,28 +49,26 @@ def classifier_space(folder: Path) -> FeatureSpace:
             )
         return classifier.features_and_logits(images.to(device).float() / 255)
 
-    return FeatureSpace(f"classifier {folder}", extract, knows_labels=True)
+    digest = sha256(folder / "model.safetensors")
+    return FeatureSpace(f"classifier {folder}", extract, knows_labels=True, sha256=digest)
 
 
 def inception_space(weights: Path | None) -> FeatureSpace:
     """torch-fidelity's "inception-v3-compat": ADM-compatible in weights, resize, scaling; 2048 features, 1008 classes.
 
-    ``weights``: its file, checked by its hash; None: torch-fidelity downloads it.
+    ``weights``: its file; None: the one that is downloaded once into torch's own folder. Both are read after their hash
+    was checked, without running code from them, and the library is given the tensors.
     """
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity import feature_extractor_inceptionv3 as library
 
-    if weights is not None:
-        if not weights.is_file():
-            raise InputError(f"the Inception weights {weights} do not exist")
-        found = sha256(weights)
-        if not found.startswith(INCEPTION_SHA256):
-            raise InputError(f"{weights} has SHA-256 {found[:8]}..., torch-fidelity's Inception {INCEPTION_SHA256}...")
-    try:
-        network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights and str(weights)
-        )
-    except OSError as error:
-        raise InputError(f"cannot download the Inception weights ({error}); give their file by --inception") from error
+    path = download_inception(library.URL_INCEPTION_V3) if weights is None else weights
+    digest = sha256(require_file(path, "torch-fidelity's Inception weights"))
+    if not digest.startswith(INCEPTION_SHA256):
+        raise InputError(f"{path} has SHA-256 {digest[:8]}..., torch-fidelity's Inception {INCEPTION_SHA256[:8]}...")
+    state = read_torch(path, "torch-fidelity's Inception weights")
+    # The constructor loads by itself, from a path, whatever the file's pickle says: its loader is handed the tensors.
+    with mock.patch.object(library, "load_state_dict_from_url", lambda *args, **kwargs: state):
+        network = library.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = network.to(device).eval()
 
@@ -76,4 +77,17 @@ def inception_space(weights: Path | None) -> FeatureSpace:
             images = images.expand(-1, 3, -1, -1)
         return network(images.to(device))
 
-    return FeatureSpace("inception-v3-compat", extract, knows_labels=False)
+    return FeatureSpace("inception-v3-compat", extract, knows_labels=False, sha256=digest)
+
+
+def download_inception(url: str) -> Path:
+    """torch-fidelity's file in torch's folder of downloads. A file that is damaged there is downloaded again."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if path.is_file() and sha256(path).startswith(INCEPTION_SHA256):
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=INCEPTION_SHA256)  # whole and right, or not there
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise InputError(f"cannot download the Inception weights ({error}); give their file by --inception") from error
+    return path

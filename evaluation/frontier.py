@@ -1,29 +1,42 @@
 """The quality-diversity table: what guidance and a reward each trade, from one command.
 
 Trains every row by the recipe's launchers, samples and evaluates all in one feature space, and writes `frontier.md`,
-`frontier.json` and `frontier.png`. Finished rows are kept when it is run again; an interrupted one continues.
+`frontier.json` and `frontier.png`. Finished rows are kept when it is run again, an interrupted one continues: only if
+they were asked for with the same settings, else the difference is named. The first failure stops all.
 
 `python -m evaluation.frontier --recipe digits --output-dir runs/digits/frontier --base-steps 400`
 """
 
 import argparse
+import hashlib
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
-
-from evaluation.evaluate import METRICS, table
+from evaluation.evaluate import table
+from evaluation.files import METRICS, read_figures, require_plain, write_figures
+from evaluation.scatter import picture
+from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.write import write_atomically
+from train_cc.io.read import read_json, require_folder, sha256
+from train_cc.io.write import (
+    check_output_dir,
+    check_output_file,
+    locked,
+    mark_of,
+    record,
+    record_of,
+    write_atomically,
+    write_record,
+)
+from train_cc.models.sit import WEIGHTS_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,8 +83,6 @@ LAUNCHERS = {
     "dmdr": "scripts/dmdr_{}_refl.sh",
     "evaluate": "scripts/evaluate_{}.sh",
 }
-# The kind of a row by a word in its name, and the colour of its point.
-COLOURS = {"teacher": "tab:green", "RL": "tab:red", "control": "tab:gray", "": "tab:blue"}
 
 
 def row_name(guidance: Guidance, stage: str) -> str:
@@ -84,24 +95,97 @@ def folder_name(name: str) -> str:
     return "".join(c if c.isalnum() or c == "." else "_" for c in name.replace("<=", "upto").replace("+", "and"))
 
 
+# What was asked for --------------------------------------------------------------------------------------------
+
+
+def folder_sha256(folder: Path) -> str:
+    """Of the names and contents of a model folder's files."""
+    told = "".join(f"{path.name} {sha256(path)}\n" for path in sorted(folder.iterdir()) if path.is_file())
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def settings_of(script: Path, words: list[str], **more: object) -> dict[str, str]:
+    """All that decides what ``script`` makes: its text, the flags, the variables that it reads, and ``more``."""
+    settings = {"launcher's SHA-256": sha256(script)} | {name: str(value) for name, value in more.items()}
+    read = set(re.findall(r"\$\{([A-Z0-9_]+)", script.read_text(encoding="utf-8")))
+    settings |= {name: os.environ[name] for name in sorted(read - {"OUTPUT_DIR", "TEACHER"}) if name in os.environ}
+    flag = ""
+    for word in words:
+        if word.startswith("--"):
+            flag = word
+            settings.setdefault(flag, "")
+        else:
+            settings[flag] = f"{settings.get(flag, '')} {word}".strip()
+    return settings
+
+
+def require_same(note: Path, settings: dict[str, str], product: Path) -> None:
+    """``product`` is not there yet, or was asked for with ``settings``; they are noted. Raises `InputError`."""
+    if product.is_dir() and any(product.iterdir()):
+        if not note.is_file():
+            raise InputError(f"{product} is there, but {note}, which says how it was made, is not: move it away")
+        content = read_json(note, "the settings of a product")
+        require_plain(content, note)
+        recorded = content.get("settings")
+        recorded = recorded if isinstance(recorded, dict) else {}
+        differing = [
+            f"{name} {recorded.get(name, 'not given')!s:.80}, asked {settings.get(name, 'not given')!s:.80}"
+            for name in sorted(settings.keys() | recorded.keys())
+            if settings.get(name) != recorded.get(name)
+        ]
+        if differing:
+            raise InputError(
+                f"{product} was made with {'; '.join(differing[:6])}. It is kept: choose another --output-dir, or "
+                "move it away to make it again"
+            )
+    else:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(note, json.dumps({"made_by": mark_of("settings"), "settings": settings}, indent=2) + "\n")
+
+
 class Frontier:
     """Runs the recipe's launchers; every product has its place under ``folder``, and is not made twice."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.folder = args, args.output_dir
+        self.teacher_sha256 = folder_sha256(args.teacher)
+        self._running: set[subprocess.Popen] = set()
+        self._lock, self._stopped = threading.Lock(), False
 
     def launch(self, script: str, log: Path, words: list[str], **variables: object) -> None:
         environment = os.environ | {name: str(value) for name, value in variables.items()}
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as file:
-            command = ["bash", LAUNCHERS[script].format(self.args.recipe), *words]
-            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file).returncode
+        command = ["bash", LAUNCHERS[script].format(self.args.recipe), *words]
+        with log.open("a", encoding="utf-8") as file:
+            with self._lock:
+                if self._stopped:
+                    raise InputError("stopped")
+                # A session of its own: what the launcher starts is stopped with it.
+                options = {"stdout": file, "stderr": file, "start_new_session": True}
+                process = subprocess.Popen(command, cwd=ROOT, env=environment, **options)
+                self._running.add(process)
+            code = process.wait()
+            with self._lock:
+                self._running.discard(process)
         if code:
-            told = "".join(log.read_text().splitlines(keepends=True)[-3:]).strip()
+            told = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-3:]).strip()
             raise InputError(f"{' '.join(command)} failed with exit code {code}; its log is {log}:\n{told}")
+
+    def stop(self) -> None:
+        """Ask what is running to end, as a scheduler does: trainings write their checkpoint first."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)
+
+    def script(self, name: str) -> Path:
+        return ROOT / LAUNCHERS[name].format(self.args.recipe)
 
     def evaluate(self, name: str, generator: Path, words: list[str]) -> None:
         row = self.folder / "rows" / folder_name(name)
+        settings = settings_of(self.script("evaluate"), words, generator=folder_sha256(generator))
+        require_same(self.folder / "asked" / "rows" / f"{row.name}.json", settings, row)
         if not (row / "figures.json").exists():
             self.launch("evaluate", row / "log.txt", [str(generator), str(row), *words])
         print(f"row: {name}", flush=True)
@@ -112,81 +196,80 @@ class Frontier:
         self.evaluate(row_name(guidance, "teacher"), self.args.teacher, words)
 
     def setting(self, guidance: Guidance) -> None:
-        flags = guidance.flags("--real-guidance-scale", "--real-guidance-interval")
+        words = guidance.flags("--real-guidance-scale", "--real-guidance-interval")
         cold = self.folder / "runs" / folder_name(row_name(guidance, "cold start"))
-        self.train("cold_start", cold, [*flags, "--max-train-steps", str(self.args.base_steps)])
+        self.train("cold_start", cold, [*words, "--max-train-steps", str(self.args.base_steps)], {})
         self.evaluate(row_name(guidance, "cold start"), cold / "generator", [])
+        made_of = {"cold start": folder_sha256(cold / "generator")}
         for stage in SETTINGS[guidance]:
             run = self.folder / "runs" / folder_name(row_name(guidance, stage))
             steps = str(self.args.base_steps + self.args.extra_steps)
-            words = [*flags, "--max-train-steps", steps, *(["--encoder-type", "none"] if stage == "control" else [])]
+            more = [*words, "--max-train-steps", steps, *(["--encoder-type", "none"] if stage == "control" else [])]
             units = cold / "checkpoints" / "torch_units" / f"step-{self.args.base_steps}.pt"
-            self.train("dmdr", run, words, RESUME_CKPT=units)
+            self.train("dmdr", run, more, made_of, RESUME_CKPT=units)
             self.evaluate(row_name(guidance, stage), run / "generator", [])
 
-    def train(self, script: str, run: Path, words: list[str], **variables: object) -> None:
-        if not (run / "generator" / "config.json").exists():
-            flags = [*words, "--keep-checkpoints", "1", *self.args.train_flags.split()]
+    def train(self, script: str, run: Path, words: list[str], made_of: dict[str, str], **variables: object) -> None:
+        """``made_of``: hashes of what the run starts from, beside the teacher."""
+        words = [*words, "--keep-checkpoints", "1", *self.args.train_flags]
+        settings = settings_of(self.script(script), words, teacher=self.teacher_sha256, **made_of)
+        require_same(self.folder / "asked" / "runs" / f"{run.name}.json", settings, run)
+        done = run / "generator" / "config.json"
+        if not done.exists():
             log = self.folder / "logs" / f"{run.name}.txt"
-            self.launch(script, log, flags, OUTPUT_DIR=run.resolve(), TEACHER=self.args.teacher, **variables)
+            self.launch(script, log, words, OUTPUT_DIR=run.resolve(), TEACHER=self.args.teacher, **variables)
+        if not done.exists():
+            raise InputError(f"{run} is not finished: its training was stopped; the same command continues")
 
     def rows(self) -> dict[str, dict]:
         """All rows in the table's order, each as evaluate.py wrote it."""
         names = [row_name(guidance, "teacher") for guidance in TEACHERS]
         names += [row_name(g, stage) for g, stages in SETTINGS.items() for stage in ("cold start", *stages)]
-        found = {}
+        kept, found = ("features", "features_sha256", "reference_sha256"), {}
         for name in names:
-            record = json.loads((self.folder / "rows" / folder_name(name) / "figures.json").read_text())
-            (row,) = record["rows"].values()
-            found[name] = row | {"features": record["features"], "reference_sha256": record["reference_sha256"]}
-        spaces = {(row["features"], row["reference_sha256"], row["images"]) for row in found.values()}
+            path = self.folder / "rows" / folder_name(name) / "figures.json"
+            content = read_figures(path)
+            (row, *others) = content["rows"].values()
+            if others or set(METRICS[:4]) - row["figures"].keys() or not isinstance(row.get("images"), int):
+                raise InputError(f"{path} holds other figures than those of one row; move it away to make it again")
+            found[name] = row | {key: str(content.get(key)) for key in kept}
+            require_reference(content, path)
+        spaces = {
+            (row["features"], row["features_sha256"], row["reference_sha256"], row["images"]) for row in found.values()
+        }
         if len(spaces) > 1:
             raise InputError(f"the rows of {self.folder} are not of one feature space, reference and count: {spaces}")
         return found
 
 
-def picture(rows: dict[str, dict], path: Path) -> None:
-    """Recall against precision, one labelled point a row, an arrow where RL moved it."""
-    figure, axes = plt.subplots(figsize=(10, 7))
-    points = {name: (row["figures"]["Precision"], row["figures"]["Recall"]) for name, row in rows.items()}
-    for name, (precision, recall) in points.items():
-        kind = next(kind for kind in COLOURS if kind in name)
-        axes.scatter(precision, recall, s=45, color=COLOURS[kind], marker="s" if kind == "teacher" else "o", zorder=3)
-    for name, start in points.items():
-        if f"{name} + RL" in points:
-            arrow = {"arrowstyle": "->", "color": COLOURS["RL"], "shrinkA": 6, "shrinkB": 6}
-            axes.annotate("", points[f"{name} + RL"], start, arrowprops=arrow)
-    axes.set_xlabel("precision (quality)")
-    axes.set_ylabel("recall (diversity)")
-    axes.margins(0.15)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    label_points(figure, axes, points)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def require_reference(content: dict, path: Path) -> None:
+    """The reference that a row was evaluated against is still the one that lies there. Raises `InputError`."""
+    reference = content.get("reference")
+    there = isinstance(reference, str) and reference and (ROOT / reference).is_file()
+    if there and sha256(ROOT / reference) != content.get("reference_sha256"):
+        raise InputError(f"{reference} has changed since {path} was made; move that row away to make it again")
 
 
-def label_points(figure: plt.Figure, axes: plt.Axes, points: dict[str, tuple[float, float]]) -> None:
-    """Each name at the nearest place beside its point where it covers no other name, no point and no border."""
-    figure.canvas.draw()
-    frame = axes.get_window_extent()
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(list(points.values()))]
-    places = sorted(
-        ((side * 9, step * 6, "left" if side > 0 else "right") for side in (1, -1) for step in range(-20, 21)),
-        key=lambda place: abs(place[1]),
-    )
-    for name, point in points.items():
-        colour = COLOURS[next(kind for kind in COLOURS if kind in name)]
-        for dx, dy, alignment in places:
-            style = {"textcoords": "offset points", "ha": alignment, "va": "center", "fontsize": 8, "color": colour}
-            leader = {"arrowstyle": "-", "color": "lightgray", "shrinkA": 0, "shrinkB": 3} if abs(dy) > 12 else None
-            text = axes.annotate(name, point, xytext=(dx, dy), arrowprops=leader, **style)
-            text.update_positions(figure.canvas.get_renderer())
-            words = Text.get_window_extent(text)  # without its leader
-            if frame.containsx(words.x0) and frame.containsx(words.x1) and words.count_overlaps(taken) == 0:
-                taken.append(words)
-                break
-            text.remove()
+def run_all(frontier: Frontier, jobs: int) -> None:
+    """Every row, ``jobs`` at once. The first failure, and a signal, stop all others."""
+
+    def terminated(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        work: list[Future] = [pool.submit(frontier.setting, guidance) for guidance in SETTINGS]
+        work += [pool.submit(frontier.teacher, guidance) for guidance in TEACHERS]
+        done, _ = wait(work, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    except BaseException:
+        frontier.stop()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def published_table() -> str:
@@ -195,36 +278,63 @@ def published_table() -> str:
     return "\n".join(lines)
 
 
-@exits_on_input_error
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def train_flags(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is {text!r}; allowed: flags, quoted as in a shell ({error})") from error
+
+
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("--recipe", choices=["digits", "sitxl"], required=True, help="whose launchers in scripts/")
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--teacher", type=Path, required=True, help="model folder")
-    parser.add_argument("--base-steps", type=int, required=True, help="generator updates of the cold start")
-    parser.add_argument("--extra-steps", type=int, required=True, help="more updates, with the reward or without")
+    parser.add_argument("--output-dir", type=flags.path, required=True)
+    parser.add_argument("--teacher", type=flags.path, required=True, help="model folder")
+    parser.add_argument("--base-steps", type=flags.COUNT, required=True, help="generator updates of the cold start")
+    parser.add_argument(
+        "--extra-steps", type=flags.COUNT, required=True, help="more updates, with the reward or without"
+    )
     parser.add_argument("--teacher-sampler", choices=["euler", "heun"], default="euler")
-    parser.add_argument("--teacher-steps", type=int, default=32)
-    parser.add_argument("--train-flags", default="", help="more flags for every training, in one string")
-    parser.add_argument("--jobs", type=int, default=1, help="settings trained at once")
-    args = parser.parse_args(argv)
-    args.output_dir, args.teacher = args.output_dir.resolve(), args.teacher.resolve()
-    frontier = Frontier(args)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        work = [pool.submit(frontier.setting, guidance) for guidance in SETTINGS]
-        work += [pool.submit(frontier.teacher, guidance) for guidance in TEACHERS]
-        for future in work:
-            future.result()
-    rows = frontier.rows()
+    parser.add_argument("--teacher-steps", type=flags.STEPS, default=32)
+    parser.add_argument(
+        "--train-flags", type=train_flags, default=[], help="more flags for every training, in one string"
+    )
+    parser.add_argument("--jobs", type=flags.integer(1, 64), default=1, help="settings trained at once")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """What can be refused before anything is trained."""
+    require_folder(args.teacher, f"a model folder, with config.json and {WEIGHTS_NAME},", "config.json", WEIGHTS_NAME)
+    made = record_of(args.output_dir)
+    if made and made["stage"] != "frontier":
+        raise InputError(f"--output-dir {args.output_dir} holds a {made['stage']}, not a frontier; choose another")
+    check_output_dir(args.output_dir, overwrite=True)
+    for name, kind in (("frontier.md", "a table"), ("frontier.json", "figures"), ("frontier.png", "a picture")):
+        check_output_file(args.output_dir / name, flag="the output", kind=kind)
+
+
+def write_results(args: argparse.Namespace, rows: dict[str, dict]) -> str:
     count = next(iter(rows.values()))["images"]
     text = f"{args.recipe}, {count} images a row:\n\n{table(rows, count)}\n"
     text += f"\nPublished, ImageNet 256, 50 000 images (arXiv 2511.13649):\n\n{published_table()}\n"
-    write_atomically(args.output_dir / "frontier.md", text)
-    write_atomically(args.output_dir / "frontier.json", json.dumps(rows, indent=2) + "\n")
+    write_atomically(args.output_dir / "frontier.md", f"{text}\n<!-- {mark_of('a table')} -->\n")
+    write_figures(args.output_dir / "frontier.json", rows)
     picture(rows, args.output_dir / "frontier.png")
-    print(text)
+    return text
+
+
+@exits_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    args.output_dir, args.teacher = (Path(os.path.abspath(path)) for path in (args.output_dir, args.teacher))
+    check_arguments(args)
+    with locked(args.output_dir):
+        if not record_of(args.output_dir):
+            write_record(args.output_dir, record("frontier", vars(args)))
+        frontier = Frontier(args)
+        run_all(frontier, args.jobs)
+        print(write_results(args, frontier.rows()))
     print(f"written: {args.output_dir}/frontier.{{md,json,png}}")
 
 

@@ -3,40 +3,54 @@
 `python -m evaluation.generate --generator runs/digits/cold_start/generator --num-images 1800 --output s.npz`
 
 Image i depends on (seed, i) alone: noise and label are the same for any batch size and number of processes, and the
-images equal within one grey level. Values are rounded to nearest. `--sampler few-step` is the generator's own; `euler`
-and `heun` treat the model as a multi-step teacher. Runs under `accelerate launch` or `torchrun` too. Finished shards
-are kept beside the output until it is whole: the same command continues where it was stopped.
+images equal within one grey level. Values are rounded to nearest. `--sampler few-step` is the generator's own, with the
+steps and the shift that its folder or checkpoint records; `euler` and `heun` treat the model as a multi-step teacher.
+Runs under `accelerate launch` or `torchrun` too. Finished shards are kept beside the output until it is whole: the same
+command continues where it was stopped, and changes nothing where it had finished.
 """
 
 import argparse
-import json
+import contextlib
 import math
-import os
-import shutil
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from convert_weight.export_generator import generator_of
+from evaluation.files import apart
+from evaluation.shards import (
+    check_png_dir,
+    check_shards_folder,
+    finished,
+    merge_shards,
+    open_shards,
+    read_shard,
+    shard_path,
+    shards_of,
+    write_pngs,
+    write_shard,
+)
+from train_cc.distillation.state import generator_from
 from train_cc.draws import Draws
+from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.read import sha256
-from train_cc.io.write import library_versions, write_atomically
-from train_cc.models.latents import images_to_uint8, load_decoder, require_decoder_kind
-from train_cc.models.sit import WEIGHTS_NAME, SiT
-from train_cc.run.checkpoint import open_checkpoint
+from train_cc.io.read import check_numbers, read_npz, require_file, require_folder, sha256
+from train_cc.io.write import check_output_file, library_versions, mark_of, need_space, record
+from train_cc.models.generator import SAMPLING, read_sampling
+from train_cc.models.sit import WEIGHTS_NAME, SiT, read_sit_config
+from train_cc.models.vae import images_to_uint8, load_decoder, require_decoder, vae_files
+from train_cc.run.checkpoint import Checkpoint, open_checkpoint
 from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample
 
 IMAGES, RANDOM_LABEL = 11, 12  # first keys of the draws, after the seed
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MULTI_STEP = {"euler": euler_sample, "heun": heun_sample}
+MULTI_STEPS = 50  # of euler and heun, unless told otherwise: a teacher in one step is not what they are for
 # What may differ between the runs that fill the shards of one output.
 FREE = ("batch_size", "output", "png_dir", "overwrite")
 
@@ -73,141 +87,211 @@ def generate_batch(model: SiT, decode, indices: range, args: argparse.Namespace)
         x0 = few_step_sample(network, noise(), labels, args.num_steps, args.timestep_shift, noise)
     else:
         x0 = MULTI_STEP[args.sampler](network, noise(), labels, args.num_steps)
-    return images_to_uint8(decode(x0)).numpy(), y.numpy()
+    images = decode(x0)
+    for what, values in (("samples", x0), ("decoded images", images)):
+        if not torch.isfinite(values).all():
+            raise InputError(
+                f"{what} {indices[0]} to {indices[-1]} hold NaN or infinity: the weights are damaged, the guidance "
+                "scale is too large, or --dtype too narrow; no images are made of them"
+            )
+    return images_to_uint8(images).numpy(), y.numpy()
 
 
-def load_model(source: Path) -> tuple[SiT, str]:
-    """A model folder, or a checkpoint's torch_units file (EMA where there is one). -> model, its weights' SHA-256."""
-    if source.suffix == ".pt":
-        checkpoint = open_checkpoint(source)
-        weights = "ema" if checkpoint.has("accelerator_1/ema.safetensors") else "generator"
-        return generator_of(checkpoint, "auto"), sha256(checkpoint.file(f"accelerator_1/{weights}.safetensors"))
-    return SiT.from_pretrained(source), sha256(source / WEIGHTS_NAME)
+# The model, and how it is sampled --------------------------------------------------------------------------------
 
 
-# Shards ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Source:
+    """A model folder or a checkpoint. ``sampling``: the steps K and the shift that it was trained for, if recorded."""
+
+    path: Path
+    checkpoint: Checkpoint | None
+    sha256: str  # of its weights
+    sampling: tuple[int, float] | None
+
+    @property
+    def in_channels(self) -> int:
+        config = self.checkpoint.units["model_config"] if self.checkpoint is not None else read_sit_config(self.path)
+        return config["in_channels"]
+
+    def load(self) -> SiT:
+        """A checkpoint's EMA weights where there are some."""
+        return SiT.from_pretrained(self.path) if self.checkpoint is None else generator_from(self.checkpoint, "auto")
 
 
-def open_shards(folder: Path, provenance: dict) -> None:
-    """Make ``folder``; shards that another command left in it are deleted."""
-    note = folder / "provenance.json"
-    if folder.exists() and (not note.exists() or json.loads(note.read_text()) != provenance):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(note, json.dumps(provenance))
+def open_source(path: Path) -> Source:
+    if path.suffix == ".pt":
+        checkpoint = open_checkpoint(path)
+        name = "ema" if checkpoint.has("accelerator_1/ema.safetensors") else "generator"
+        weights = require_file(checkpoint.file(f"accelerator_1/{name}.safetensors"), "the checkpoint's weights")
+        return Source(path, checkpoint, sha256(weights), recorded_sampling(checkpoint))
+    if path.is_file():
+        raise InputError(f"{path} is a file; a model folder or a checkpoints/torch_units/step-N.pt is expected")
+    require_folder(path, f"a model folder, with config.json and {WEIGHTS_NAME},", "config.json", WEIGHTS_NAME)
+    return Source(path, None, sha256(path / WEIGHTS_NAME), read_sampling(path))
 
 
-def write_shard(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, arr_0=images, arr_1=labels)
-    os.replace(temporary, path)
+def recorded_sampling(checkpoint: Checkpoint) -> tuple[int, float]:
+    """(K, shift) that a checkpoint's run trains for."""
+    arguments = checkpoint.units["arguments"]
+    if not isinstance(arguments, dict) or not {"num_steps", "timestep_shift"} <= arguments.keys():
+        raise InputError(f"{checkpoint.path} does not record --num-steps and --timestep-shift")
+    steps, shift = arguments["num_steps"], arguments["timestep_shift"]
+    check_numbers({"num_inference_steps": steps, "timestep_shift": shift}, SAMPLING, checkpoint.path)
+    return steps, float(shift)
 
 
-def merge_shards(shards: list[Path], output: Path, provenance: dict) -> None:
-    """One .npz of all shards in order, a shard in memory at a time."""
-    with np.load(shards[0]) as first:
-        image_shape = first["arr_0"].shape[1:]
-    labels = np.concatenate([np.load(shard)["arr_1"] for shard in shards])
-    temporary = output.with_name(output.name + ".tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *image_shape)}
-            np.lib.format.write_array_header_1_0(entry, header)
-            for shard in shards:
-                entry.write(np.ascontiguousarray(np.load(shard)["arr_0"]).tobytes())
-        for name, array in (("arr_1", labels), ("provenance", np.array(json.dumps(provenance)))):
-            with archive.open(f"{name}.npy", "w") as entry:
-                np.lib.format.write_array(entry, array)
-    os.replace(temporary, output)
+def resolve_sampling(args: argparse.Namespace, recorded: tuple[int, float] | None) -> None:
+    """Set the steps and the shift that the command line leaves open."""
+    if args.sampler == "few-step":
+        steps, shift = recorded or (1, 1.0)
+    else:
+        steps, shift = MULTI_STEPS, 1.0
+    args.num_steps = steps if args.num_steps is None else args.num_steps
+    args.timestep_shift = shift if args.timestep_shift is None else args.timestep_shift
 
 
-def write_pngs(shards: Iterable[Path], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    number = 0
-    for shard in shards:
-        for image in np.load(shard)["arr_0"]:
-            Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(folder / f"{number:06d}.png")
-            number += 1
+def decoder_of(args: argparse.Namespace, model: SiT, device: torch.device):
+    """-> x0 -> images in [0, 1], in the dtype asked for, and (H, W, C) of an image."""
+    decode = load_decoder(None if args.vae == "none" else args.vae, device)
+    channels, height, width = model.sample_shape
+    if not isinstance(decode, torch.nn.Module):
+        return decode, (height, width, channels)
+    dtype, network = DTYPES[args.dtype], decode.to(DTYPES[args.dtype])
+    factor = 2 ** (len(network.vae.config.block_out_channels) - 1)
+    return lambda x0: network(x0.to(dtype)), (factor * height, factor * width, network.vae.config.out_channels)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+# The command -----------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(description=__doc__)
     parser.add_argument(
-        "--generator", type=Path, required=True, help="a run's generator/, a teacher folder, or a torch_units/step-N.pt"
+        "--generator",
+        type=flags.path,
+        required=True,
+        help="a run's generator/, a teacher folder, or a torch_units/step-N.pt",
     )
-    parser.add_argument("--output", type=Path, required=True, help="the .npz to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
-    parser.add_argument("--png-dir", type=Path, help="also write the images as PNG files there")
-    parser.add_argument("--num-images", type=int, default=50_000)
-    parser.add_argument("--batch-size", type=int, default=250, help="per process")
+    parser.add_argument("--output", type=flags.path, required=True, help="the .npz to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an --output and --png-dir of this command")
+    parser.add_argument("--png-dir", type=flags.path, help="also write the images as PNG files there")
+    parser.add_argument("--num-images", type=flags.COUNT, default=50_000)
+    parser.add_argument("--batch-size", type=flags.BATCH, default=250, help="per process")
     parser.add_argument(
-        "--shard-size", type=int, default=1_000, help="images written at once, and kept on interruption"
+        "--shard-size", type=flags.BATCH, default=1_000, help="images written at once, and kept on interruption"
     )
     parser.add_argument("--labels", choices=["balanced", "random"], default="balanced")
     parser.add_argument("--sampler", choices=["few-step", *MULTI_STEP], default="few-step")
-    parser.add_argument("--num-steps", type=int, default=1)
-    parser.add_argument("--timestep-shift", type=float, default=1.0, help="of the few-step sampler's time grid")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="at most 1 is off")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
+    parser.add_argument(
+        "--num-steps",
+        type=flags.STEPS,
+        help=f"few-step: without it what --generator records, else 1; euler and heun: without it {MULTI_STEPS}",
+    )
+    parser.add_argument(
+        "--timestep-shift",
+        type=flags.SHIFT,
+        help="of the few-step sampler's time grid: without it what --generator records, else 1",
+    )
+    parser.add_argument("--guidance-scale", type=flags.GUIDANCE, default=1.0, help="at most 1 is off")
+    parser.add_argument(
+        "--guidance-interval", action=flags.TimeInterval, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH")
+    )
     parser.add_argument("--vae", default="none", help="decoder of latent models: hub name or folder; none: pixel space")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the network and the decoder")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=flags.SEED, default=0)
     return parser
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """What can be refused before anything is read: outputs that cannot be written, or that are not ours."""
+    check_output_file(args.output, kind="samples")
+    check_shards_folder(shards_of(args.output))
+    if args.png_dir is not None:
+        check_png_dir(args.png_dir, args.overwrite)
+    apart(
+        (("--output", args.output), ("the folder of its shards", shards_of(args.output)), ("--png-dir", args.png_dir))
+    )
+
+
+def provenance_of_run(args: argparse.Namespace, source: Source) -> dict:
+    what = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    return {
+        "made_by": mark_of("samples"),
+        "arguments": what,
+        "generator_sha256": source.sha256,
+        "vae_sha256": None if args.vae == "none" else sha256(vae_files(args.vae)[1]),
+        "versions": library_versions(),
+    }
+
+
+def fill_shards(
+    args: argparse.Namespace, folder: Path, provenance: dict, source: Source, accelerator: Accelerator
+) -> None:
+    """Make this process's share of the shards that are missing or damaged."""
+    model = source.load().to(accelerator.device, DTYPES[args.dtype]).eval()
+    decode, image_shape = decoder_of(args, model, accelerator.device)
+    if accelerator.is_main_process:
+        there = sum(path.stat().st_size for path in folder.glob("*.npz"))
+        need_space(folder, 2 * args.num_images * math.prod(image_shape) - there)
+    starts = range(0, args.num_images, args.shard_size)[accelerator.process_index :: accelerator.num_processes]
+    ranges = [range(start, min(start + args.shard_size, args.num_images)) for start in starts]
+    main = accelerator.is_main_process
+    with tqdm(desc="images", total=sum(map(len, ranges)), disable=not main) as progress:
+        for indices in ranges:
+            path = shard_path(folder, indices[0])
+            labels = labels_of(indices, args.seed, model.null_class, args.labels).numpy()
+            if read_shard(path, labels, image_shape, provenance) is None:
+                firsts = range(indices.start, indices.stop, args.batch_size)
+                batches = [range(first, min(first + args.batch_size, indices.stop)) for first in firsts]
+                made = [generate_batch(model, decode, batch, args) for batch in batches]
+                write_shard(path, *(np.concatenate(parts) for parts in zip(*made, strict=True)), provenance)
+            progress.update(len(indices))
+
+
+def images_of(paths: list[Path]) -> Iterator[np.ndarray]:
+    for path in paths:
+        yield read_npz(path, "images")["arr_0"]
+
+
+def write_png_dir(args: argparse.Namespace, paths: list[Path], provenance: dict) -> None:
+    if args.png_dir is not None:
+        content = record("generate", vars(args), provenance=provenance)
+        write_pngs(images_of(paths), args.png_dir, content)
 
 
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    for name in ("num_images", "batch_size", "num_steps", "shard_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: at least 1")
-    if not 0 <= args.seed < 2**63 or not args.timestep_shift > 0:
-        raise InputError(f"--seed {args.seed} must be 0 to 2^63 - 1, --timestep-shift {args.timestep_shift} above 0")
-    low, high = args.guidance_interval
-    if not 0 <= low < high <= 1 or not math.isfinite(args.guidance_scale):
-        raise InputError(f"guidance {args.guidance_scale} on {low} to {high}: a finite scale, 0 <= LOW < HIGH <= 1")
-    if args.output.exists() and not args.overwrite:
-        raise InputError(f"{args.output} exists; give another --output, or --overwrite")
+    if args.sampler != "few-step" and args.timestep_shift is not None:
+        raise InputError(f"--timestep-shift is of the few-step sampler's grid; --sampler {args.sampler} has none")
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    model, digest = load_model(args.generator)
-    dtype = DTYPES[args.dtype]
-    model = model.to(accelerator.device, dtype).eval()
-    require_decoder_kind(model.config.in_channels, args.vae, args.generator)
-    decode = load_decoder(None if args.vae == "none" else args.vae, accelerator.device)
-    if isinstance(decode, torch.nn.Module):
-        network = decode.to(dtype)
-        decode = lambda x0: network(x0.to(dtype))  # noqa: E731
-
-    what = {name: str(value) for name, value in vars(args).items() if name not in FREE}
-    provenance = {"arguments": what, "generator_sha256": digest, "versions": library_versions()}
-    shards_folder = args.output.with_name(args.output.name + ".shards")
     if accelerator.is_main_process:
-        open_shards(shards_folder, provenance)
-    accelerator.wait_for_everyone()
-    starts = range(0, args.num_images, args.shard_size)
-    shards = {start: shards_folder / f"{start:08d}.npz" for start in starts}
-    mine = starts[accelerator.process_index :: accelerator.num_processes]
-    stops = {start: min(start + args.shard_size, args.num_images) for start in mine}
-    total = sum(stop - start for start, stop in stops.items())
-    progress = tqdm(desc="images", total=total, disable=not accelerator.is_main_process)
-    for start, stop in stops.items():
-        if not shards[start].exists():
-            firsts = range(start, stop, args.batch_size)
-            ranges = [range(first, min(first + args.batch_size, stop)) for first in firsts]
-            batches = [generate_batch(model, decode, indices, args) for indices in ranges]
-            write_shard(shards[start], *(np.concatenate(parts) for parts in zip(*batches, strict=True)))
-        progress.update(stop - start)
-    progress.close()
-    accelerator.wait_for_everyone()
+        check_outputs(args)
+    source = open_source(args.generator)
+    require_decoder(source.in_channels, args.vae, args.generator)
+    resolve_sampling(args, source.sampling)
+    provenance = provenance_of_run(args, source)
+    if accelerator.is_main_process and args.png_dir is not None:
+        check_png_dir(args.png_dir, args.overwrite, provenance)
+    there = not args.overwrite and finished(args.output, provenance)
+    if not there and args.output.exists() and not args.overwrite:
+        raise InputError(f"{args.output} exists, made otherwise; give another --output, or --overwrite")
+    accelerator.wait_for_everyone()  # what is there is looked at before anything is written
+    folder = shards_of(args.output)
+    with open_shards(args.output, provenance) if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        if not there:
+            fill_shards(args, folder, provenance, source, accelerator)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            paths = [args.output]
+            if not there:
+                paths = [shard_path(folder, start) for start in range(0, args.num_images, args.shard_size)]
+                merge_shards(paths, args.output, provenance)
+            write_png_dir(args, paths, provenance)
     if accelerator.is_main_process:
-        merge_shards(list(shards.values()), args.output, provenance)
-        if args.png_dir:
-            write_pngs(shards.values(), args.png_dir)
-        shutil.rmtree(shards_folder)
-        print(f"{args.num_images} images -> {args.output}")
+        print(f"{args.num_images} images {'were there already:' if there else '->'} {args.output}")
 
 
 if __name__ == "__main__":

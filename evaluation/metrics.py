@@ -1,6 +1,7 @@
 """FID, Inception Score, precision and recall under ADM's protocol. Features are (N, D) tensors, logits (N, classes).
 
 Sources: Heusel et al. (FID), Salimans et al. (IS), Kynkaanniemi et al. (precision and recall, k = 3); ADM's choices.
+What cannot be a figure's input is an `InputError`: a NaN never becomes a figure.
 """
 
 import numpy as np
@@ -11,34 +12,67 @@ from torch_fidelity.metric_prc import calc_cdist_part
 
 from train_cc.io.errors import InputError
 
+# Of a covariance, against its largest entry or eigenvalue: what rounding in fp32 leaves, with room.
+ASYMMETRY, NEGATIVE = 1e-5, 1e-4
+# Below it softmax is 0 in float64, and the library's 0 log 0 is NaN.
+LEAST_LOGIT = -700.0
+
 
 def statistics(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """mu (D,) and sigma (D, D) of (N, D) features, in float64."""
+    check_features(features, "statistics'")
     values = features.double().cpu().numpy()
     return values.mean(axis=0), np.atleast_2d(np.cov(values, rowvar=False))
+
+
+def check_statistics(mu: np.ndarray, sigma: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """-> mu (D,) and sigma (D, D) in float64, finite and symmetric, no eigenvalue clearly negative."""
+    mu, sigma = np.asarray(mu), np.asarray(sigma)
+    if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu":
+        raise InputError(f"{name}: mu is {mu.dtype}, sigma {sigma.dtype}; real numbers are expected")
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu),) * 2:
+        raise InputError(f"{name}: mu is {mu.shape}, sigma {sigma.shape}; one feature size (D,), (D, D) is expected")
+    with np.errstate(over="ignore"):
+        mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    for which, values in (("mu", mu), ("sigma", sigma)):
+        if not np.isfinite(values).all():
+            raise InputError(f"{name}: {which} holds NaN or infinity; statistics must be finite")
+    scale = np.abs(sigma).max()
+    if scale > 1e100 or np.abs(mu).max() > 1e100:
+        raise InputError(f"{name}: its values reach 1e100; they cannot be those of features")
+    if np.abs(sigma - sigma.T).max() > ASYMMETRY * scale:
+        raise InputError(f"{name}: sigma is not symmetric; a covariance is expected")
+    sigma = (sigma + sigma.T) / 2
+    values = np.linalg.eigvalsh(sigma)
+    if values[0] < -NEGATIVE * np.abs(values).max():
+        raise InputError(f"{name}: sigma has the eigenvalue {values[0]:.3g}; a covariance has no negative one")
+    return mu, sigma
 
 
 def frechet_distance(
     mu_generated: np.ndarray, sigma_generated: np.ndarray, mu_reference: np.ndarray, sigma_reference: np.ndarray
 ) -> float:
-    """|mu_g - mu_r|^2 + tr(sigma_g + sigma_r - 2 (sigma_g sigma_r)^(1/2)), in float64.
+    """|mu_g - mu_r|^2 + tr(sigma_g + sigma_r - 2 (sigma_g sigma_r)^(1/2)), in float64. Raises `InputError`."""
+    generated = check_statistics(mu_generated, sigma_generated, "the generated statistics")
+    reference = check_statistics(mu_reference, sigma_reference, "the reference statistics")
+    return distance_of_checked(*generated, *reference)
+
+
+def distance_of_checked(mu_g: np.ndarray, sigma_g: np.ndarray, mu_r: np.ndarray, sigma_r: np.ndarray) -> float:
+    """`frechet_distance` of what `check_statistics` gave, or of our own `statistics`.
 
     tr (sigma_g sigma_r)^(1/2) is the sum of the roots of the eigenvalues of sigma_g^(1/2) sigma_r sigma_g^(1/2), which
     is symmetric: exact also for singular covariances (more features than samples), where a general square root or the
     eigenvalues of the product lose half the digits.
     """
-    mu_g, sigma_g, mu_r, sigma_r = (
-        np.asarray(x, dtype=np.float64) for x in (mu_generated, sigma_generated, mu_reference, sigma_reference)
-    )
-    if mu_g.shape != mu_r.shape or sigma_g.shape != sigma_r.shape or sigma_g.shape != (len(mu_g),) * 2:
-        raise InputError(
-            f"FID needs statistics of one feature size: mu {mu_g.shape} and {mu_r.shape}, "
-            f"sigma {sigma_g.shape} and {sigma_r.shape}"
-        )
+    if mu_g.shape != mu_r.shape:
+        raise InputError(f"FID needs statistics of one feature size: mu {mu_g.shape} and {mu_r.shape}")
     values, vectors = np.linalg.eigh(sigma_g)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     roots = np.sqrt(np.linalg.eigvalsh(root @ sigma_r @ root).clip(min=0))
     distance = np.sum((mu_g - mu_r) ** 2) + np.trace(sigma_g) + np.trace(sigma_r) - 2 * roots.sum()
+    if not np.isfinite(distance):
+        raise InputError(f"the FID is {distance}: the statistics are beyond what float64 holds")
     return max(0.0, float(distance))  # rounding alone can make it negative
 
 
@@ -48,6 +82,8 @@ def covered(centres: Tensor, points: Tensor, k: int = 3, batch: int = 2500) -> T
     radii = torch.cat(
         [calc_cdist_part(part, centres, batch).kthvalue(k + 1).values for part in centres.split(batch)]
     )  # k + 1: a centre is its own nearest neighbour
+    if not torch.isfinite(radii).all():
+        raise InputError("the features are too large: their distances overflow in fp32")
     inside = [(calc_cdist_part(part, centres, batch) <= radii).any(dim=1) for part in points.split(batch)]
     return torch.cat(inside)
 
@@ -55,27 +91,41 @@ def covered(centres: Tensor, points: Tensor, k: int = 3, batch: int = 2500) -> T
 def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
     """(precision, recall): the share of generated samples inside a reference sample's ball, and the other way round.
 
-    On the boundary counts (<=). fp32 distances; ADM rounds them to fp16, up to 0.007 apart.
+    On the boundary counts (<=). fp32 distances; ADM rounds them to fp16, up to 0.007 apart. Raises `InputError`.
     """
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise InputError(f"k is {k}; a whole number of at least 1 is expected")
     check_features(reference, "reference", k + 1)
     check_features(generated, "generated", k + 1)
+    if reference.shape[1] != generated.shape[1]:
+        raise InputError(f"the reference has {reference.shape[1]} features, the generated {generated.shape[1]}")
     return (
         covered(reference, generated, k).double().mean().item(),
         covered(generated, reference, k).double().mean().item(),
     )
 
 
-def check_features(features: Tensor, name: str, least: int = 2) -> None:
+def check_features(features: Tensor, name: str, least: int = 2, what: str = "features") -> None:
+    """A real (N, D) tensor of finite numbers, also in fp32, and of ``least`` rows or more. Raises `InputError`."""
+    if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
+        told = f"{features.dtype} {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+        raise InputError(f"the {name} {what} are {told}; a tensor (N, D) of real numbers is expected")
     if len(features) < least:
         raise InputError(f"{least} {name} images or more are needed, {len(features)} were given")
-    if not torch.isfinite(features).all():
-        raise InputError(f"the {name} features are not finite")
+    if not features.shape[1]:
+        raise InputError(f"the {name} {what} have no columns")
+    if not torch.isfinite(features.float()).all():
+        raise InputError(f"the {name} {what} are not finite")
 
 
 def inception_score(logits: Tensor, chunk: int = 5000) -> float:
     """exp E KL(p(y|x) || p(y)), the mean over consecutive chunks of ``chunk`` samples, unshuffled."""
+    check_features(logits, "generated", 1, "logits")
+    if chunk < 1:
+        raise InputError(f"the Inception Score's chunk is {chunk}; at least 1 is expected")
+    logits = logits.double().cpu()
+    logits = (logits - logits.amax(dim=1, keepdim=True)).clamp(min=LEAST_LOGIT)
     scores = [
-        isc_features_to_metric(part, splits=1, shuffle=False)["inception_score_mean"]
-        for part in logits.double().cpu().split(chunk)
+        isc_features_to_metric(part, splits=1, shuffle=False)["inception_score_mean"] for part in logits.split(chunk)
     ]
     return float(np.mean(scores))

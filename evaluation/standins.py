@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train_cc.models.latents import new_vae
+from train_cc.models.vae import new_vae
 
 
 def random_state(shapes: dict[str, tuple[int, ...]], seed: int = 0, spread: float = 0.05) -> dict[str, Tensor]:

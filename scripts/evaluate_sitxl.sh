@@ -5,6 +5,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 GENERATOR="${1:?the generator folder is missing}" OUTPUT="${2:?the output folder is missing}"
 REFERENCE="${REFERENCE:-VIRTUAL_imagenet256_labeled.npz}"
 
+# INCEPTION: torch-fidelity's weights file, where it cannot be downloaded
+evaluate() {
+    python -m evaluation.evaluate "$OUTPUT/samples.npz" "$REFERENCE" --inception ${INCEPTION:+"$INCEPTION"} \
+        --output "$OUTPUT/figures.json" "$@"
+}
+evaluate --check # a wrong reference shows before 50 000 images are sampled
+
 (launch evaluation.generate \
     --generator "$GENERATOR" \
     --output "$OUTPUT/samples.npz" \
@@ -14,6 +21,4 @@ REFERENCE="${REFERENCE:-VIRTUAL_imagenet256_labeled.npz}"
     --batch-size 64 \
     --dtype bf16 \
     "${@:3}")
-# INCEPTION: torch-fidelity's weights file, where it cannot be downloaded
-python -m evaluation.evaluate "$OUTPUT/samples.npz" "$REFERENCE" --inception ${INCEPTION:+"$INCEPTION"} \
-    --output "$OUTPUT/figures.json"
+evaluate

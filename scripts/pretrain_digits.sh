@@ -1,12 +1,21 @@
 #!/usr/bin/env bash
 # Stage 0 of the digits recipe: the multi-step teacher and two classifiers of different architecture, one to reward and
-# one to evaluate. What is there already is kept.
+# one to evaluate. What is finished is kept, what was interrupted continues.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 DIGITS="${DIGITS:-runs/digits}"
 SEED="${SEED:-30}"
 
+finished() { # FOLDER: the network is there, and its record, where there is one, says that it is the finished one
+    ls "$1/config.json" "$1"/*.safetensors >/dev/null 2>&1 &&
+        { [ ! -f "$1/args.json" ] || grep -q '"finished"' "$1/args.json"; }
+}
+
+need() { # a command that was asked to stop ends well, but has not finished
+    finished "$1" || { echo "$1 is not finished; the same command continues" >&2; exit 1; }
+}
+
 [ -f "$DIGITS/reference.npz" ] || python -m train_cc.pretrain.data --dataset digits --output "$DIGITS/reference.npz"
-[ -f "$DIGITS/teacher/config.json" ] || python -m train_cc.pretrain.teacher \
+finished "$DIGITS/teacher" || python -m train_cc.pretrain.teacher \
     --dataset digits \
     --output-dir "$DIGITS/teacher" \
     --hidden-size 64 \
@@ -15,27 +24,35 @@ SEED="${SEED:-30}"
     --patch-size 2 \
     --max-train-steps 2000 \
     --batch-size 128 \
+    --checkpoint-steps 250 \
     --learning-rate 2e-3 \
     --label-dropout 0.1 \
     --ema-decay 0.999 \
     --seed "$SEED"
-[ -f "$DIGITS/classifier_reward/config.json" ] || python -m train_cc.pretrain.classifier \
+need "$DIGITS/teacher"
+finished "$DIGITS/classifier_reward" || python -m train_cc.pretrain.classifier \
     --dataset digits \
     --output-dir "$DIGITS/classifier_reward" \
+    --purpose reward \
     --architecture test_efficientnet \
     --image-size 32 \
     --noise-augmentation 0.2 \
     --max-train-steps 400 \
+    --checkpoint-steps 100 \
     --batch-size 128 \
     --learning-rate 2e-3 \
     --seed "$SEED"
-[ -f "$DIGITS/classifier_evaluation/config.json" ] || python -m train_cc.pretrain.classifier \
+need "$DIGITS/classifier_reward"
+finished "$DIGITS/classifier_evaluation" || python -m train_cc.pretrain.classifier \
     --dataset digits \
     --output-dir "$DIGITS/classifier_evaluation" \
+    --purpose evaluation \
     --architecture test_resnet \
     --image-size 32 \
     --noise-augmentation 0.1 \
     --max-train-steps 400 \
+    --checkpoint-steps 100 \
     --batch-size 128 \
     --learning-rate 2e-3 \
     --seed 30
+need "$DIGITS/classifier_evaluation"

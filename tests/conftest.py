@@ -1,16 +1,26 @@
 """Small fakes that the tests own: a two-block SiT as teacher, and stages run in this process."""
 
 import json
+import os
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from train_cc import cold_start
 from train_cc.models import SiT
 from train_cc.models.classifier import ImageClassifier
+from train_cc.rewards.at_x0 import Reward, rewards_at_x0
+from train_cc.rewards.classifier import classifier_losses
+from train_cc.run.session import open_session
+from train_cc.setup.build import build
 
-torch.set_num_threads(2)
+# On a busy machine a second thread waits at every small product for its turn: OMP_NUM_THREADS=1 is then much faster.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 TINY = {"input_size": 8, "in_channels": 1, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 
 
@@ -68,6 +78,33 @@ def run_cold_start(teacher: Path, output: Path, *more: object) -> Path:
     return output
 
 
+def build_run(teacher: Path, output: Path, *more: object, stage=cold_start):
+    """A run as a stage's command line builds it, not yet begun."""
+    args = stage.stage_parser().parse_args(flags(teacher, output, *more))
+    return build(args, open_session(args.mixed_precision))
+
+
+@torch.no_grad()
+def spread_lora_b(model: nn.Module, spread: float = 0.3) -> None:
+    """B starts at zero: real and fake would be one score, and every gradient of matching and of A zero."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_close_and_not_zero(actual: torch.Tensor, expected: torch.Tensor, rel: float, name: str = "") -> None:
+    """The largest difference against the largest value: nothing compares zero with zero."""
+    largest = expected.abs().max().item()
+    difference = (actual.double() - expected.double()).abs().max().item()
+    assert largest > 0, f"{name}: zero is compared with zero"
+    assert difference <= rel * largest, f"{name}: {difference:.3g} apart, of {largest:.3g}"
+
+
 def logged(run: Path, name: str = "gen") -> list[dict]:
     """The rows of a loss log without the one column that depends on the machine."""
     lines = (run / "loss_logs" / f"loss_{name}_log.jsonl").read_text().splitlines()
@@ -82,3 +119,17 @@ def refused(call, *args, capsys) -> str:
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ")
     return message
+
+
+def reward_gradient(classifier, decode, x0, y, micro_batch=0) -> SimpleNamespace:
+    """A classifier's reward at x0: its loss, accuracy, and the gradient of the loss."""
+    reward = Reward("classifier", 1.0, partial(classifier_losses, classifier))
+    (found,) = rewards_at_x0([reward], decode, x0, y, micro_batch)
+    return SimpleNamespace(loss=found.losses.mean(), accuracy=found.figures["accuracy"].mean(), gradient=found.gradient)
+
+
+def save_unchecked(classifier: ImageClassifier, folder: Path) -> None:
+    """What `save_pretrained` refuses to write, for tests of what refuses to read it."""
+    folder.mkdir()
+    save_file(classifier.network.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(classifier.config))

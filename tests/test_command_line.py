@@ -15,8 +15,8 @@ import torch
 from convert_weight import export_generator
 from tests.conftest import flags, random_sit, refused, run_cold_start
 from train_cc import cold_start, dmdr_refl
-from train_cc.arguments import validate
 from train_cc.models import SiT
+from train_cc.setup.arguments import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"train_cc.cold_start": cold_start, "train_cc.dmdr_refl": dmdr_refl}
@@ -51,8 +51,10 @@ def test_flags_of_the_launchers_parse(script, words):
 def test_flags_of_the_other_commands_exist(script, words):
     if words[0] == "pytest":
         return
-    files = (words[0].replace(".", "/") + ".py", "train_cc/pretrain/data.py")
-    source = "".join((ROOT / file).read_text() for file in files)
+    module = ROOT / words[0].replace(".", "/")
+    files = list(module.glob("*.py")) if module.is_dir() else [module.with_suffix(".py")]
+    files += [ROOT / "train_cc/pretrain" / name for name in ("data.py", "resumable.py")]
+    source = "".join(file.read_text() for file in files)
     for word in words[1:]:
         if word.startswith("--") and " " not in word:
             assert f'"{word}"' in source, f"{script}: {word}"

@@ -1,25 +1,30 @@
 """Published checkpoints to model folders: every layout, against a plain reading of the format, and what is refused."""
 
 import argparse
+import errno
 import http.server
 import json
 import math
+import os
 import pickle
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from convert_weight import export_generator, sit_convert
+from convert_weight.pipeline import DMDRPipeline
 from convert_weight.state_dicts import reverse_time
-from evaluation.pipeline import DMDRPipeline
-from evaluation.standins import authors_state, repa_state, sit_shapes, write_vae
+from evaluation.standins import authors_state, repa_state, sit_shapes, write_dinov2, write_vae
 from tests.conftest import refused, run_cold_start
+from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError
-from train_cc.models import SiT
-from train_cc.models.latents import load_vae
+from train_cc.io.write import record, write_record
+from train_cc.models import DINOv2Classifier, SiT
+from train_cc.models.vae import load_vae
 
 SMALL = {"depth": 3, "hidden": 64, "input_size": 8, "classes": 10}
 HEADS = 4
@@ -265,7 +270,7 @@ def test_check_tells_right_from_wrong():
 class Server:
     """A local file server that understands ranges, or not, and can break off."""
 
-    def __init__(self, content, ranges=True, break_after=None):
+    def __init__(self, content, ranges=True, break_after=None, length=True, kind="application/octet-stream"):
         outer = self
         self.requests = []
 
@@ -275,10 +280,15 @@ class Server:
                 outer.requests.append(asked)
                 start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and ranges else 0
                 if start >= len(content):
-                    self.send_error(416)
+                    self.send_response(416)
+                    self.send_header("Content-Range", f"bytes */{len(content)}")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
                     return
                 self.send_response(206 if asked and ranges else 200)
-                self.send_header("Content-Length", str(len(content) - start))
+                self.send_header("Content-Type", kind)
+                if length:
+                    self.send_header("Content-Length", str(len(content) - start))
                 self.end_headers()
                 cut = outer.break_after or len(content)
                 self.wfile.write(content[start : start + cut])
@@ -317,6 +327,210 @@ def test_a_download_needs_a_server_and_space(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def archive(tmp_path):
+    torch.save({"weight": torch.ones(1000)}, tmp_path / "whole.pt")
+    content = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "whole.pt").unlink()
+    return content
+
+
+@pytest.mark.parametrize("how", ["web page", "web page without its type", "cut without a length", "too small"])
+def test_what_is_no_whole_file_never_counts(tmp_path, how):
+    content, options, words = archive(tmp_path), {}, "no PyTorch file"
+    if how == "web page":
+        server, words = Server(b"<html>sign in</html>", kind="text/html; charset=utf-8"), "web page"
+    elif how == "web page without its type":
+        server = Server(b"<html>sign in</html>")
+    elif how == "cut without a length":
+        server = Server(content, break_after=2000, length=False)
+    else:
+        server, words, options = Server(content), "at least 1,000,000", {"least": 10**6}
+    with pytest.raises(InputError, match=words):
+        download(server.url, tmp_path / "last.pt", problem=whole_archive, **options)
+    assert not list(tmp_path.iterdir())
+    server = Server(content)
+    download(server.url, tmp_path / "last.pt", problem=whole_archive)
+    assert (tmp_path / "last.pt").read_bytes() == content
+
+
+@pytest.mark.parametrize("left", ["all of it", "more than it"])
+def test_a_part_that_is_whole_or_of_another_file(tmp_path, left):
+    content = archive(tmp_path)
+    (tmp_path / "last.pt.part").write_bytes(content if left == "all of it" else content + b"more")
+    server = Server(content)
+    download(server.url, tmp_path / "last.pt", problem=whole_archive)
+    assert (tmp_path / "last.pt").read_bytes() == content
+    assert len(server.requests) == (1 if left == "all of it" else 2)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http://[", "https://127.0.0.1:99999/x", "http://a b/x", "http://127.0.0.1:9/x"]
+)
+def test_a_url_that_leads_nowhere_is_a_message(tmp_path, url):
+    with pytest.raises(InputError):
+        download(url, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_dinov2_is_downloaded_whole_and_a_damaged_copy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    backbone, head = write_dinov2(tmp_path / "official", width=64, depth=4, classes=10)
+    backbone_url, head_url = Server(backbone.read_bytes()).url + "?a=b", str(head)
+    kept = tmp_path / "home" / "hub" / "checkpoints" / "last.pt"
+    model = DINOv2Classifier.from_official(backbone_url, head_url)
+    assert model.files == [kept, head] and kept.read_bytes() == backbone.read_bytes()
+    for damage in (backbone.read_bytes()[:5000], b"<html></html>"):
+        kept.write_bytes(damage)
+        with pytest.raises(InputError, match=f"{kept} .*delete it"):
+            DINOv2Classifier.from_official(backbone_url, head_url)
+    kept.unlink()
+    assert DINOv2Classifier.from_official(backbone_url, head_url).files[0] == kept
+
+
+def test_the_command_names_a_downloaded_file_that_is_damaged(tmp_path, capsys):
+    (tmp_path / "last.pt").write_bytes(b"<html></html>")
+    assert "delete" in refused(sit_convert.main, ["--save-dir", str(tmp_path)], capsys=capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+# Whose folder is it?
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/tmp/x", "../x", "a\nb", "x" * 300])
+def test_a_name_is_one_plain_folder_name(tmp_path, capsys, name):
+    (tmp_path / "mine.txt").write_text("kept")
+    message = refused(convert_file, repa_state(**SMALL), tmp_path, "--name", name, "--overwrite", capsys=capsys)
+    assert "name" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "mine.txt"]
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+FOREIGN = [
+    "a folder of somebody",
+    "a file",
+    "a folder of ours with more in it",
+    "its temporary name",
+    "temporary file",
+    "a run",
+]
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_what_is_not_ours_is_never_replaced(tmp_path, capsys, what):
+    target = tmp_path / "out" / "mine"
+    if what == "a folder of somebody":
+        target.mkdir(parents=True)
+        (target / "args.json").write_text("{}")
+        (target / "config.json").write_text("thesis")
+    elif what == "a file":
+        target.parent.mkdir()
+        target.write_text("thesis")
+    elif what == "a folder of ours with more in it":
+        convert_file(repa_state(**SMALL), tmp_path, "--name", "mine")
+        (target / "thesis.txt").write_text("thesis")
+    elif what == "a run":
+        (target / "checkpoints").mkdir(parents=True)
+        write_record(target, record("cold_start", {}))
+    elif what == "temporary file":
+        target.parent.mkdir()
+        target.with_name("mine.tmp").write_text("thesis")
+    else:
+        (tmp_path / "out" / "mine.tmp").mkdir(parents=True)
+        (tmp_path / "out" / "mine.tmp" / "thesis.txt").write_text("thesis")
+    before = tree(tmp_path / "out")
+    for more in ([], ["--overwrite"]):
+        refused(convert_file, repa_state(seed=1, **SMALL), tmp_path, "--name", "mine", *more, capsys=capsys)
+        assert tree(tmp_path / "out") == before
+
+
+def test_overwriting_replaces_what_the_command_wrote(tmp_path):
+    for seed in (0, 1):
+        convert_file(repa_state(seed=seed, **SMALL), tmp_path, "--overwrite")
+        found = SiT.from_pretrained(tmp_path / "out" / "SiT-custom").state_dict()
+        assert torch.equal(found["pos_embed"], repa_state(seed=seed, **SMALL)["pos_embed"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["SiT-custom"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(moment, call, monkeypatch):
+    """``call()`` until ``moment``; from then on nothing is renamed, written or removed, as after a kill."""
+    renames = []
+
+    def die(*args, **kwargs):
+        for place, name in ((Path, "rename"), (Path, "unlink"), (shutil, "rmtree"), (os, "replace")):
+            alive.append((place, name, getattr(place, name)))
+            setattr(place, name, stop)
+        raise Killed
+
+    def stop(*args, **kwargs):
+        raise Killed
+
+    alive = []
+    rename, rmtree = Path.rename, shutil.rmtree
+
+    def counted(self, target):
+        renames.append(target)
+        return die() if moment == f"rename {len(renames)}" else rename(self, target)
+
+    def cleaning(path, **options):
+        return die() if moment == "clean up" and Path(path).name.endswith(".tmp") else rmtree(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", counted)
+        patched.setattr(shutil, "rmtree", cleaning)
+        if moment == "save_pretrained":
+            patched.setattr(SiT, "save_pretrained", die)
+        elif moment == "write_record":
+            patched.setattr("train_cc.io.write.write_record", die)
+        with pytest.raises(Killed):
+            call()
+        for place, name, function in alive:
+            setattr(place, name, function)
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["over an older one", "anew"])
+@pytest.mark.parametrize("moment", ["write_record", "save_pretrained", "rename 1", "rename 2", "clean up"])
+def test_a_killed_conversion_continues_by_the_same_command(tmp_path, monkeypatch, moment, again):
+    if moment == "rename 2" and not again:
+        return  # a new folder needs one
+    more = ["--overwrite"] if again else []
+    if again:
+        convert_file(repa_state(**SMALL), tmp_path, *more)
+    state = repa_state(seed=1, **SMALL)
+    killed_at(moment, lambda: convert_file(state, tmp_path, *more), monkeypatch)
+    if again:  # one of the two is there, whole
+        SiT.from_pretrained(next(path.parent for path in (tmp_path / "out").rglob("config.json")))
+    convert_file(state, tmp_path, *more)
+    assert torch.equal(SiT.from_pretrained(tmp_path / "out" / "SiT-custom").pos_embed, state["pos_embed"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["SiT-custom"]
+
+
+def test_an_older_folder_comes_back_after_a_kill_or_an_error_between_the_renames(tmp_path, monkeypatch, capsys):
+    convert_file(repa_state(**SMALL), tmp_path)
+    target = tmp_path / "out" / "SiT-custom"
+    before, state = tree(target), repa_state(seed=1, **SMALL)
+    killed_at("rename 2", lambda: convert_file(state, tmp_path, "--overwrite"), monkeypatch)
+    assert not target.exists()
+    refused(convert_file, state, tmp_path, capsys=capsys)  # without --overwrite
+    assert tree(target) == before
+    rename = Path.rename
+
+    def full(self, to):
+        if self.name == "new":
+            raise OSError(errno.ENOSPC, "full")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", full)
+    refused(convert_file, state, tmp_path, "--overwrite", capsys=capsys)
+    assert tree(target) == before and [path.name for path in target.parent.iterdir()] == ["SiT-custom"]
+
+
 # The pipeline
 
 
@@ -338,9 +552,56 @@ def test_pipeline_round_trip_is_bit_identical(tmp_path, pixels):
         other([10])
 
 
-def test_a_checkpoint_becomes_a_pipeline(teacher, tmp_path):
-    run = run_cold_start(teacher, tmp_path / "run")
-    words = ["--checkpoint", run / "checkpoints/torch_units/step-3.pt", "--pipeline", tmp_path / "pipeline"]
+@pytest.fixture(scope="module")
+def run(teacher, tmp_path_factory):
+    more = ["--num-steps", 2, "--timestep-shift", 1.5, "--ema-decay", 0.5]
+    return run_cold_start(teacher, tmp_path_factory.mktemp("run") / "run", *more)
+
+
+def export(run, *more):
+    words = ["--checkpoint", run / "checkpoints/torch_units/step-3.pt", *more]
     export_generator.main([str(word) for word in words])
-    image = DMDRPipeline.from_pretrained(tmp_path / "pipeline")(class_labels=[3], num_inference_steps=1).images[0]
-    assert image.size == (8, 8)
+
+
+def test_a_checkpoint_becomes_a_generator_and_a_pipeline_that_know_their_steps(run, tmp_path):
+    export(run, "--pipeline", tmp_path / "pipeline", "--output-dir", tmp_path / "generator")
+    told = json.loads((tmp_path / "generator" / "generation_config.json").read_text())
+    units = torch.load(run / "checkpoints/torch_units/step-3.pt", weights_only=True)
+    assert told == {
+        "num_inference_steps": 2,
+        "timestep_shift": 1.5,
+        "run": str(run),
+        "step": 3,
+        "weights": "ema",
+        "teacher_sha256": units["teacher_sha256"],
+    }
+    pipeline = DMDRPipeline.from_pretrained(tmp_path / "pipeline")
+    assert (pipeline.config.num_inference_steps, pipeline.config.timestep_shift) == (2, 1.5)
+    assert pipeline(class_labels=[3]).images[0].size == (8, 8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generator", "pipeline"]
+
+
+def test_an_export_replaces_nothing_but_exports(run, tmp_path, capsys):
+    before = tree(run)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("thesis")
+    for flag in ("--output-dir", "--pipeline"):
+        for folder in (run, run / "checkpoints", run.parent, tmp_path / "mine"):
+            refused(export, run, flag, folder, "--overwrite", capsys=capsys)
+    same = tmp_path / "new"
+    refused(export, run, "--output-dir", same, "--pipeline", same, capsys=capsys)
+    refused(export, run, "--output-dir", same, "--pipeline", same / "pipeline", capsys=capsys)
+    assert tree(run) == before and not same.exists()
+    for seed in range(2):
+        export(run, "--output-dir", same, "--pipeline", tmp_path / "pipeline", *(["--overwrite"] if seed else []))
+    refused(export, run, "--output-dir", same, capsys=capsys)
+
+
+def test_an_export_killed_between_its_two_folders_continues(run, tmp_path, monkeypatch):
+    folders = ["--output-dir", tmp_path / "generator", "--pipeline", tmp_path / "pipeline"]
+    killed_at("rename 2", lambda: export(run, *folders), monkeypatch)
+    assert {path.name for path in tmp_path.iterdir()} >= {"generator.tmp", "pipeline"}
+    export(run, *folders)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generator", "pipeline"]
+    SiT.from_pretrained(tmp_path / "generator")
+    DMDRPipeline.from_pretrained(tmp_path / "pipeline")

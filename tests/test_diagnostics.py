@@ -8,14 +8,16 @@ from torch import nn
 
 from tests.conftest import flags, logged, refused, run_cold_start
 from train_cc import cold_start
-from train_cc.diagnostics import UpdateSize, band_means, by_band
+from train_cc.run.diagnostics import UpdateSize, by_band, columns
 
 
 def test_bands_add_up_to_the_whole():
     t, values = torch.tensor([0.0, 0.1, 0.25, 0.6, 0.74, 1.0]), torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0, 11.0])
-    figures = {name: value.item() for name, value in by_band("gap", values, t).items()}
-    assert band_means(figures) == {"gap_t00": 2, "gap_t25": 5, "gap_t50": 8, "gap_t75": 11}
-    empty = band_means({name: value.item() for name, value in by_band("gap", values[:1], t[:1]).items()})
+    assert columns({"gap_by_band": by_band(values, t).tolist(), "all": 6.0}) == {
+        "all": 6.0,
+        **{"gap_t00": 2, "gap_t25": 5, "gap_t50": 8, "gap_t75": 11},
+    }
+    empty = columns({"gap_by_band": by_band(values[:1], t[:1]).tolist()})
     assert empty == {"gap_t00": 1, "gap_t25": None, "gap_t50": None, "gap_t75": None}
 
 

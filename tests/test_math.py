@@ -2,15 +2,22 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from train_cc.draws import Draws
+from train_cc.draws import Draws, rng_of
 from train_cc.flow import interpolate, velocity, x0_from_velocity
-from train_cc.objectives import dmd_direction, dmd_loss, dmd_normaliser, velocity_matching_loss
-from train_cc.samplers import euler_sample, few_step_input, few_step_sample, guide, heun_sample
-from train_cc.schedules import annealing, beta_times, renoise_density, timestep_grid
+from train_cc.objectives import (
+    dmd_direction,
+    dmd_loss,
+    dmd_normaliser,
+    velocity_matching_loss,
+    velocity_matching_losses,
+)
+from train_cc.samplers import euler_sample, few_step_input, few_step_sample, guide, guided_rows, heun_sample
+from train_cc.schedules import annealing, beta_times, dynamic_guidance_scale, renoise_density, timestep_grid
 
 
 def random(*shape, seed=0):
@@ -54,9 +61,21 @@ def test_annealing_ends():
     assert annealing(0, 0) == 0.0
 
 
+def test_annealing_is_a_half_cosine():
+    assert annealing(25, 100) == pytest.approx(0.8535534)  # 0.5 (1 + cos(pi / 4))
+    assert annealing(75, 100) == pytest.approx(0.1464466)
+
+
+def test_the_real_scores_lora_fades_with_the_dynamic_phase():
+    assert dynamic_guidance_scale(0.75, 1.0) == 0.75
+    assert dynamic_guidance_scale(0.75, 0.4) == pytest.approx(0.3)
+    assert dynamic_guidance_scale(0.75, 0.0) == 0.0
+
+
 def test_renoise_density_ends():
     assert renoise_density(4, 1.5, 1.0) == (4, 1.5)
     assert renoise_density(4, 1.5, 0.0) == (1, 1)
+    assert renoise_density(4, 1.5, 0.5) == (2.5, 1.25)
 
 
 @pytest.mark.parametrize("a,b", [(4.0, 1.5), (1.0, 1.0), (2.5, 1.25)])
@@ -82,6 +101,31 @@ def test_draws_are_a_function_of_their_key():
     for i, a in enumerate(drawn):
         for b in drawn[:i]:
             assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.15
+
+
+@pytest.mark.parametrize(
+    "key,words",
+    [
+        ((5,), [1, 1, 5]),
+        ((0,), [1, 1, 0]),
+        ((5, 0), [2, 1, 5, 1, 0]),
+        ((2**32 - 1,), [1, 1, 2**32 - 1]),
+        ((2**32 + 5, 7), [2, 2, 5, 1, 1, 7]),
+        ((3 * 2**64 + 2,), [1, 3, 2, 0, 3]),
+    ],
+)
+def test_a_key_goes_in_behind_its_lengths(key, words):
+    """Number of integers, then each with its number of words of 32 bits, lowest first: no key is another's padding."""
+    low, high = np.random.SeedSequence(words).generate_state(2, np.uint32)
+    assert rng_of(*key).initial_seed() == int(low) + int(high) * 2**32
+
+
+def test_noise_and_numbers_have_streams_of_their_own():
+    draws = Draws(5, 6)
+    assert torch.equal(draws.noise(8), torch.randn(8, generator=rng_of(5, 6, 1)))
+    numbers = rng_of(5, 6, 0)
+    assert torch.equal(draws.integers(10, 8), torch.randint(10, (8,), generator=numbers))
+    assert torch.equal(draws.uniform(8), torch.rand(8, generator=numbers, dtype=torch.float64))
 
 
 def test_draws_of_one_kind_do_not_move_the_others():
@@ -122,6 +166,14 @@ def test_direction_is_normalised_per_sample():
         one = slice(i, i + 1)
         torch.testing.assert_close(together[one], dmd_direction(v_real[one], v_fake[one], x0[one], noise[one]))
     assert dmd_normaliser(v_real, x0, noise).shape == (3, 1, 1, 1)
+
+
+def test_velocity_matching_is_a_mean_a_sample():
+    x0, noise, v = (random(2, 3, 4, 4, seed=i) for i in range(3))
+    losses = velocity_matching_losses(v, x0, noise)
+    expected = [((v[i] - (noise[i] - x0[i])) ** 2).mean().item() for i in range(2)]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5) and expected[0] != pytest.approx(expected[1], rel=1e-2)
+    assert velocity_matching_loss(v, x0, noise).item() == pytest.approx(sum(expected) / 2, rel=1e-5)
 
 
 def test_velocity_matching_is_zero_at_the_velocity():
@@ -212,8 +264,17 @@ def test_guidance_off_costs_one_row_a_sample():
     x, t, y = random(4, 1, 2, 2), torch.linspace(0, 1, 4), torch.arange(4)
     for scale in (1.0, 0.5, 0.0, -1.0):
         model = Counted(by_class)
+        assert guide(model, 9, scale) is model
         torch.testing.assert_close(guide(model, 9, scale)(x, t, y), by_class(x, t, y))
         assert model.rows == [4]
+
+
+def test_guided_rows_are_those_of_the_closed_interval():
+    t = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    assert guided_rows(t, 1.5, (0.25, 0.75)).tolist() == [1, 2, 3]
+    assert guided_rows(t, 1.5, (0, 1)).tolist() == [0, 1, 2, 3, 4]
+    for scale in (1.0, 0.5, 0.0):
+        assert guided_rows(t, scale, (0, 1)).tolist() == []
 
 
 def test_guidance_costs_two_rows_inside_the_interval_alone():
@@ -260,6 +321,46 @@ def test_multi_step_training_input_is_what_inference_feeds(shift):
             x_inference, t_inference, _ = model.inputs[step]
             torch.testing.assert_close(x_t[row], x_inference[row])
             assert t[row].item() == pytest.approx(t_inference[row].item())
+
+
+class Noises:
+    """Counts what is drawn, and hands out the same at every call's number."""
+
+    def __init__(self):
+        self.drawn = 0
+
+    def __call__(self, like):
+        self.drawn += 1
+        return random(*like.shape, seed=100 + self.drawn)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_the_sampler_draws_noise_between_its_steps_alone(num_steps):
+    noise, y, fresh = random(2, 1, 2, 2), torch.zeros(2, dtype=torch.long), Noises()
+    few_step_sample(by_class, noise, y, num_steps, 1.0, fresh)
+    assert fresh.drawn == num_steps - 1
+
+
+def test_two_steps_by_hand_without_a_shift():
+    """x0_hat = x_t - t v at t = 1 and 1/2: the default grid."""
+    noise, y, fresh = random(2, 1, 2, 2), torch.tensor([1, 2]), random(2, 1, 2, 2, seed=101)
+    x0 = noise - by_class(noise, None, y)
+    x_t = 0.5 * x0 + 0.5 * fresh
+    expected = x_t - 0.5 * by_class(x_t, None, y)
+    torch.testing.assert_close(few_step_sample(by_class, noise, y, 2, fresh_noise=Noises()), expected)
+    x_input, t = few_step_input(by_class, noise, y, torch.tensor([0, 1]), 2, fresh_noise=Noises())
+    torch.testing.assert_close(x_input, torch.stack([noise[0], x_t[1]]))
+    assert t.tolist() == [1.0, 0.5]
+
+
+def test_training_input_has_no_gradient_and_costs_no_call_more():
+    weight = torch.ones((), requires_grad=True)
+    model = Counted(lambda x, t, y: weight * by_class(x, t, y))
+    fresh = Noises()
+    noise, y = random(3, 1, 2, 2), torch.arange(3)
+    x_t, _ = few_step_input(model, noise, y, torch.tensor([0, 1, 2]), 3, 1.0, fresh)
+    assert not x_t.requires_grad
+    assert model.rows == [2, 1] and fresh.drawn == 2
 
 
 def test_one_step_training_input_is_noise_and_calls_nothing():

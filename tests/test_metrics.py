@@ -97,3 +97,44 @@ def test_too_few_or_not_finite_features():
 def test_frechet_distance_refuses_another_size():
     with pytest.raises(InputError, match="feature size"):
         frechet_distance(*statistics(features(10, 3)), *statistics(features(10, 4)))
+
+
+def test_a_point_on_the_edge_of_a_ball_is_inside():
+    """Whole numbers on a line, k = 1: every radius is 1, and -1 and 10 lie exactly on the outermost edges."""
+    reference = torch.arange(10.0)[:, None]
+    generated = torch.tensor([[-1.0], [10.0], [-1.5], [10.5]])
+    assert precision_recall(reference, generated, k=1)[0] == 0.5
+
+
+def test_precision_and_recall_take_the_third_neighbour_unless_told():
+    reference, generated = features(60, 5), features(50, 5, seed=1)
+    results = [precision_recall(reference, generated, k) for k in (2, 3, 4)]
+    assert precision_recall(reference, generated) == results[1] and results[0] != results[1] != results[2]
+
+
+def test_chunks_of_five_thousand_in_order():
+    """5000 of one class, then one of another: a chunk of its own each, and a score of 1. Any other cut mixes them."""
+    logits = torch.zeros(5001, 10)
+    logits[:5000, 0], logits[5000, 1] = 100, 100
+    assert inception_score(logits) == pytest.approx(1, abs=1e-6)
+
+
+def test_four_images_are_enough_and_three_are_not():
+    four, many = features(4, 2), features(10, 2)
+    for least, sets in (("reference", (four[:3], many)), ("generated", (many, four[:3]))):
+        precision_recall(four, many), precision_recall(many, four)
+        with pytest.raises(InputError, match=f"4 {least} images or more"):
+            precision_recall(*sets)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3, 4), (3, 4, 3, 3), (3, 3, 4, 3), (4, 3, 3, 3), (3, 4, 3, 4), (4, 3, 4, 3)])
+def test_statistics_of_two_sizes_are_refused(sizes):
+    """Of mu and sigma, generated and reference: whichever differs."""
+    mu_g, sigma_g, mu_r, sigma_r = sizes
+    with pytest.raises(InputError, match="feature size"):
+        frechet_distance(np.zeros(mu_g), np.eye(sigma_g), np.zeros(mu_r), np.eye(sigma_r))
+
+
+def test_rounding_never_makes_a_distance_negative():
+    sets = [statistics(features(40, 24, seed)) for seed in range(8)]
+    assert min(frechet_distance(*a, *a) for a in sets) >= 0

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation import report
-from evaluation.rules import RULES, Series
-from tests.conftest import refused, run_cold_start
+from evaluation.report import page as report
+from evaluation.report.rules import RULES, Series, collapsed_recall
+from evaluation.report.runs import read_run
+from tests.conftest import flags, refused, run_cold_start
+from train_cc import dmdr_refl
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,19 @@ def test_a_page_shows_arguments_curves_pictures_and_nothing_from_outside(run, tm
     assert "report: " in capsys.readouterr().out
 
 
+def test_every_chart_finds_its_columns_in_the_log_of_a_run_with_a_reward(run, teacher, tmp_path, reward_folder):
+    """A batch of 64, so that no band of t is empty. The rules' columns are there too."""
+    words = flags(teacher, tmp_path / "run", "--encoder-type", "classifier", "--reward-classifier", reward_folder)
+    words += ["--reward-weight", "0.5", "--holdout-classifier", str(reward_folder), "--batch-size", "64"]
+    words += ["--resume-ckpt", str(run / "checkpoints/torch_units/step-3.pt"), "--max-train-steps", "4"]
+    dmdr_refl.main([*words, "--dynamic-steps", "0"])
+    series = read_run(tmp_path / "run").series
+    assert not [name for chart in report.CHARTS for panel in chart.panels for name in panel if not series.has(name)]
+    assert all(series.has(name) for name in HEALTHY)
+    text = made(tmp_path, tmp_path / "run")
+    assert text.count("<svg") == len(report.CHARTS) and "Fake loss by band of t" in text
+
+
 def test_several_runs_lie_over_one_another(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other" / "cold_start")
     text = made(tmp_path, run, other, "--curves", tmp_path / "curves")
@@ -61,7 +76,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_shown(run, tmp_path):
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path, capsys):
-    assert "is no folder" in refused(report.main, [str(tmp_path / "nowhere")], capsys=capsys)
+    assert "does not exist" in refused(report.main, [str(tmp_path / "nowhere")], capsys=capsys)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +184,6 @@ def test_precision_up_and_recall_down_is_a_collapse():
         return {"Precision": precision, "Recall": recall}
 
     rows = {"control: 100 more": figures(0.64, 0.77), "DMDR: 100 more": figures(0.9, 0.3)}
-    assert "diversity has collapsed" in report.collapsed_recall(rows)[0]
+    assert "diversity has collapsed" in collapsed_recall(rows)[0]
     rows["DMDR: 100 more"] = figures(0.78, 0.64)
-    assert report.collapsed_recall(rows) == []
+    assert collapsed_recall(rows) == []

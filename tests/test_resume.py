@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 
 from tests.conftest import flags, logged, random_sit, refused, run_cold_start
 from train_cc import cold_start, dmdr_refl
+from train_cc.io.write import record, write_record
 from train_cc.run import checkpoint as checkpoints
+from train_cc.run.folder import exported_step
 
 ROOT = Path(__file__).resolve().parents[1]
 REWARD = "REWARD"  # stands for the reward's flags in a list of modes
@@ -140,12 +142,12 @@ def test_the_learning_rate_of_the_new_command_applies(teacher, tmp_path):
     assert moved[0] > 100 * moved[1] > 0
 
 
-def test_a_finished_run_has_nothing_left(teacher, tmp_path):
+def test_a_finished_run_has_nothing_left(teacher, tmp_path, capsys):
     run = run_cold_start(teacher, tmp_path / "run")
-    before = (run / "loss_logs" / "loss_gen_log.jsonl").read_text()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
     run_cold_start(teacher, run, "--auto-resume")
-    assert "nothing is left to train" in (run / "log.txt").read_text()
-    assert (run / "loss_logs" / "loss_gen_log.jsonl").read_text() == before
+    assert "nothing is left to train" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
 
 
 def test_resume_drops_later_rows_and_a_torn_line(teacher, tmp_path):
@@ -169,7 +171,7 @@ def test_auto_resume_wins_over_resume_ckpt(teacher, tmp_path):
 def test_a_kill_before_the_first_checkpoint_starts_again(teacher, tmp_path):
     run = tmp_path / "run"
     (run / "loss_logs").mkdir(parents=True)
-    (run / "args.json").write_text("{}")
+    write_record(run, record("cold_start", {}))
     (run / "checkpoints" / "accelerator_1" / "step-1.tmp").mkdir(parents=True)
     run_cold_start(teacher, run, "--auto-resume")
     assert len(logged(run)) == 3
@@ -221,7 +223,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(teacher, tmp_path, number):
     assert not (tmp_path / "run" / "generator").exists()
 
 
-def kill_and_resume(teacher, tmp_path, kills, steps=60):
+def kill_and_resume(teacher, tmp_path, kills, steps=60, keep=2):
     """-> how many updates each killed process had done, None where it died before its first."""
     more = ("--max-train-steps", steps, "--checkpoint-steps", 1, "--ema-decay", 0.9, "--sample-steps", 5)
     straight = tmp_path / "straight"
@@ -229,27 +231,36 @@ def kill_and_resume(teacher, tmp_path, kills, steps=60):
     generator, run, moments = random.Random(0), tmp_path / "run", []
     while len(moments) < kills:
         began = time.time()
-        process = start(teacher, run, *more, "--auto-resume", "--keep-checkpoints", 2)
+        process = start(teacher, run, *more, "--auto-resume", "--keep-checkpoints", keep)
         if generator.random() < 0.8:  # while it trains and writes; else anywhere, start-up included
             while process.poll() is None and not (run / "log.txt").exists():
                 time.sleep(0.005)
             while process.poll() is None and (run / "args.json").stat().st_mtime < began:
                 time.sleep(0.005)
-            time.sleep(generator.uniform(0, 1.0))
+            if generator.random() < 0.3:  # while it rotates, or exports
+                waiting = generator.choice(["checkpoints/torch_units/*.tmp", "checkpoints/*/*.tmp/*", "generator*/*"])
+                while process.poll() is None and not list(run.glob(waiting)):
+                    time.sleep(0.001)
+                time.sleep(generator.uniform(0, 0.02))
+            else:
+                time.sleep(generator.uniform(0, 1.0))
         else:
             time.sleep(generator.uniform(0, 6))
         process.kill()
         process.communicate()
         done = checkpoints.complete_steps(run / "checkpoints")
         moments.append(done[-1] if done else None)
-        if (run / "generator").exists():  # it had finished: once more from the beginning
+        assert not done or checkpoints.open_checkpoint(units(run, done[-1]))
+        if exported_step(run) is not None:  # it had finished: once more from the beginning
             assert_same_run(straight, run, steps)
             shutil.rmtree(run)
-    process = start(teacher, run, *more, "--auto-resume", "--keep-checkpoints", 2)
+    process = start(teacher, run, *more, "--auto-resume", "--keep-checkpoints", keep)
     _, told = process.communicate()
     assert process.returncode == 0, told[-2000:]
     assert_same_run(straight, run, steps)
-    assert not list(run.rglob("*.tmp"))
+    assert not list(run.rglob("*.tmp*"))
+    left = {path.name for path in (run / "checkpoints").glob("accelerator_*/*")}
+    assert left == {f"step-{step}" for step in checkpoints.complete_steps(run / "checkpoints")}
     return moments
 
 
@@ -258,8 +269,9 @@ def test_a_killed_run_resumes(teacher, tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_kills(teacher, tmp_path):
-    print(kill_and_resume(teacher, tmp_path, kills=20))
+@pytest.mark.parametrize("steps,keep", [(60, 2), (4, 1)], ids=["long", "rotation and export"])
+def test_twenty_kills(teacher, tmp_path, steps, keep):
+    print(kill_and_resume(teacher, tmp_path, kills=20, steps=steps, keep=keep))
 
 
 # Bad checkpoints
@@ -347,8 +359,10 @@ def test_a_lora_checkpoint_does_not_fit_a_whole_generator(teacher, tmp_path, cap
 def test_a_damaged_newest_checkpoint_is_named(teacher, tmp_path, capsys):
     run = run_cold_start(teacher, tmp_path / "run")
     spoil(run, "truncated weights", tmp_path)
-    message = refused(cold_start.main, flags(teacher, run, "--auto-resume", "--max-train-steps", 5), capsys=capsys)
-    assert "step-3" in message
+    arguments = flags(teacher, run, "--resume-ckpt", units(run, 3), "--max-train-steps", 5)
+    assert "step-3" in refused(cold_start.main, arguments, capsys=capsys)
+    run_cold_start(teacher, run, "--auto-resume", "--max-train-steps", 3)
+    assert "step-3" in capsys.readouterr().err and len(logged(run)) == 3
 
 
 def test_a_full_disk_stops_with_a_message_and_keeps_the_last_checkpoint(teacher, tmp_path, capsys, monkeypatch):
@@ -381,7 +395,7 @@ def test_a_linked_checkpoints_folder_resumes(teacher, tmp_path):
     assert_same_run(straight, run, 3)
 
 
-@pytest.mark.parametrize("how", ["strange checkpoints", "checkpoints moved away", "strange file"])
+@pytest.mark.parametrize("how", ["strange checkpoints", "checkpoints moved away", "no record"])
 def test_auto_resume_deletes_no_folder_that_is_not_a_killed_run(teacher, tmp_path, capsys, how):
     run = tmp_path / "run"
     if how == "strange checkpoints":
@@ -391,9 +405,9 @@ def test_auto_resume_deletes_no_folder_that_is_not_a_killed_run(teacher, tmp_pat
         run_cold_start(teacher, run)
         shutil.rmtree(run / "generator")
         shutil.rmtree(run / "checkpoints")
-        if how == "strange file":
+        if how == "no record":
             (run / "log.txt").unlink()
-            (run / "notes.md").write_text("mine")
+            (run / "args.json").write_text("{}")
     before = sorted(run.rglob("*"))
     assert "not empty" in refused(cold_start.main, flags(teacher, run, "--auto-resume"), capsys=capsys)
     assert sorted(run.rglob("*")) == before

@@ -1,20 +1,32 @@
 """The reward: DINOv2 against its official forward, gradients through decoder and classifier, micro-batches."""
 
 import copy
+import math
 import pickle
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
 from evaluation.standins import write_dinov2, write_vae
-from tests.conftest import flags, random_sit, refused
-from train_cc import distill, dmdr_refl
+from tests.conftest import (
+    assert_close_and_not_zero,
+    build_run,
+    flags,
+    random_sit,
+    refused,
+    reward_gradient,
+    spread_lora_b,
+)
+from train_cc import dmdr_refl
+from train_cc.distillation import turns
 from train_cc.io.errors import InputError
 from train_cc.models import DINOv2Classifier
-from train_cc.models.latents import load_decoder
-from train_cc.models.reward import reward_gradient
+from train_cc.models.classifier import ImageClassifier
+from train_cc.models.vae import images_to_uint8, load_decoder, pixels_to_images
 from train_cc.objectives import dmd_loss
+from train_cc.rewards.classifier import classifier_losses
 
 
 def official_logits(backbone, head, images):
@@ -179,41 +191,110 @@ def test_images_are_not_clamped_again(tmp_path):
     assert not torch.equal(classifier(images * 2), classifier((images * 2).clamp(0, 1)))
 
 
+def test_images_are_the_decoded_latents_over_the_scaling_factor(tmp_path):
+    """clamp((decode(x0 / 0.18215) + 1) / 2, 0, 1), the stand-in's config naming no factor, as the official one's."""
+    folder = write_vae(tmp_path / "vae")
+    decode = load_decoder(str(folder))
+    x0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    vae = AutoencoderKL.from_pretrained(folder)
+    plain, unscaled = ((vae.decode(z).sample + 1) / 2 for z in (x0 / 0.18215, x0))
+    assert plain.min() < -0.1 and plain.max() > 1.1 and (plain - unscaled).abs().max() > 0.1
+    torch.testing.assert_close(decode(x0), plain.clamp(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_loss_and_hits_of_a_classifier_a_sample():
+    """Logits are the images: labels above, at and below what is said."""
+    logits = torch.tensor([[0.0, 5.0, 1.0], [0.0, 5.0, 1.0], [0.0, 5.0, 1.0]])
+    losses, figures = classifier_losses(torch.nn.Identity(), logits, torch.tensor([0, 1, 2]))
+    hits = figures["accuracy"]
+    assert hits.tolist() == [0, 1, 0]
+    total = sum(math.exp(value) for value in (0, 5, 1))
+    assert losses.tolist() == pytest.approx([math.log(total) - value for value in (0, 5, 1)], rel=1e-5)
+
+
+def test_pixels_are_images_clamped():
+    x0 = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0]).view(1, 1, 1, 7)
+    assert pixels_to_images(x0).flatten().tolist() == [0, 0, 0.25, 0.5, 0.75, 1, 1]
+    assert images_to_uint8(pixels_to_images(x0)).flatten().tolist() == [0, 0, 64, 128, 191, 255, 255]
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2_resizes_bicubic_with_antialias(tmp_path, registers):
+    """256 pixels, as ImageNet's, down to 224: without antialias the logits are others."""
+    backbone, head = write_dinov2(tmp_path, width=64, depth=4, classes=10, registers=registers)
+    images = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    plain = [
+        official_logits(torch.load(backbone), torch.load(head), F.interpolate(images, (224, 224), **how))
+        for how in (
+            {"mode": "bicubic", "antialias": True},
+            {"mode": "bicubic"},
+            {"mode": "bilinear", "antialias": True},
+        )
+    ]
+    logits = DINOv2Classifier.from_official(backbone, head)(images)
+    difference = [(logits - each).abs().max().item() for each in plain]
+    assert difference[0] < 1e-4 and min(difference[1:]) > 10 * max(difference[0], 1e-6)
+
+
+def test_a_timm_classifier_resizes_bicubic_with_antialias_and_normalises(reward_folder):
+    classifier = ImageClassifier.from_pretrained(reward_folder)
+    images = torch.rand(2, 1, 80, 80, generator=torch.Generator().manual_seed(0))
+    resized = F.interpolate(images, (32, 32), mode="bicubic", antialias=True)
+    expected = classifier.network((resized - 0.5) / 0.5)
+    torch.testing.assert_close(classifier(images), expected, rtol=1e-5, atol=1e-6)
+    aliased = classifier.network((F.interpolate(images, (32, 32), mode="bicubic") - 0.5) / 0.5)
+    assert (aliased - expected).abs().max() > 1e-3
+    features, logits = classifier.features_and_logits(images)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(classifier.network.get_classifier()(features), expected, rtol=1e-5, atol=1e-6)
+
+
+def rewarded_run(teacher, tmp_path, reward_folder, *more):
+    words = ["--encoder-type", "classifier", "--reward-classifier", reward_folder, *more]
+    run = build_run(teacher, tmp_path / "run", *words, stage=dmdr_refl)
+    spread_lora_b(run.estimator)
+    return run
+
+
 def rewarded(teacher, tmp_path, reward_folder, *more):
     words = ["--encoder-type", "classifier", "--reward-classifier", reward_folder, "--reward-weight", 0.5]
     return flags(teacher, tmp_path / "run", *words, *more)
 
 
 def test_the_generators_gradient_is_that_of_both_losses_on_one_graph(teacher, tmp_path, reward_folder, monkeypatch):
-    from train_cc.run.session import open_session
+    """With B spread, so that matching pulls; at a weight at which neither gradient hides the other."""
+    run = rewarded_run(teacher, tmp_path, reward_folder, "--reward-weight", 4.0)
+    kept, direction = {}, turns.dmd_direction
 
-    args = dmdr_refl.stage_parser().parse_args(rewarded(teacher, tmp_path, reward_folder))
-    run = distill.build(args, open_session("no"))
-    kept = {}
-
-    def keep(accelerator, model, *rest):
-        kept.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        return torch.zeros(()), torch.zeros(())
-
-    def direction_of(v_real, v_fake, x0, noise):
-        kept["direction"] = direction(v_real, v_fake, x0, noise)
+    def direction_of(*tensors):
+        kept["direction"] = direction(*tensors)
         return kept["direction"]
 
-    direction = distill.dmd_direction
-    monkeypatch.setattr(distill, "update", keep)
-    monkeypatch.setattr(distill, "dmd_direction", direction_of)
-    figures = distill.generator_turn(run, args, 0)
+    monkeypatch.setattr(turns, "dmd_direction", direction_of)
+    figures = turns.generator_turn(run, 0)
+    kept |= {name: p.grad.clone() for name, p in run.generator.named_parameters() if p.grad is not None}
 
-    draws = distill.chunk_draws(run, args, distill.GENERATOR_TURN, 0, 0)
-    y = distill.labels_of(run, args, draws)
+    draws = turns.chunk_draws(run, turns.GENERATOR_TURN, 0, 0)
+    y = turns.draw_labels(run, draws)
     run.generator.zero_grad()
-    x0 = distill.generate(run, args, draws, y)
+    x0 = turns.generate(run, draws, y)
     loss_reward = F.cross_entropy(run.judges["reward"](run.decode(x0)), y)
-    (dmd_loss(x0, kept["direction"]) + 0.5 * loss_reward).backward()
+    loss_dmd = dmd_loss(x0, kept.pop("direction"))
+    (loss_dmd + 4.0 * loss_reward).backward(retain_graph=True)
     torch.testing.assert_close(figures["loss_reward"], loss_reward.detach())
-    for name, parameter in run.generator.named_parameters():
-        torch.testing.assert_close(kept[name], parameter.grad, rtol=1e-4, atol=1e-6)
-    assert figures["grad_norm_reward_x0"] > 0 and -1 <= figures["grad_cosine_x0"] <= 1
+    expected = {name: p.grad for name, p in run.generator.named_parameters()}
+    assert kept.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close_and_not_zero(kept[name], gradient, 1e-4, name)
+
+    of_dmd, of_reward = (torch.autograd.grad(each, x0, retain_graph=True)[0] for each in (loss_dmd, 4.0 * loss_reward))
+    assert 0.1 < of_reward.norm() / of_dmd.norm() < 10
+    torch.testing.assert_close(figures["grad_norm_dmd_x0"], of_dmd.norm(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(figures["grad_norm_reward_x0"], of_reward.norm(), rtol=1e-4, atol=0)
+    cosine = torch.cosine_similarity(of_dmd.flatten(), of_reward.flatten(), dim=0)
+    torch.testing.assert_close(figures["grad_cosine_x0"], cosine, rtol=1e-3, atol=1e-5)
+    hits = run.judges["reward"](run.decode(x0)).argmax(dim=1) == y
+    assert figures["accuracy_reward"] == hits.float().mean()
 
 
 def test_both_stages_in_latent_space_with_dinov2(tmp_path):

@@ -9,23 +9,38 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaluation import benchmark
-from evaluation.standins import write_vae
-from tests.conftest import flags, logged, random_sit, refused, run_cold_start
-from train_cc import cold_start, distill
-from train_cc.arguments import build_parser, validate
-from train_cc.flow import x0_from_velocity
+from evaluation.standins import write_dinov2, write_vae
+from tests.conftest import build_run, flags, logged, random_sit, refused, reward_gradient, run_cold_start, spread_lora_b
+from train_cc import cold_start
+from train_cc.distillation import loop, turns
+from train_cc.distillation.scores import scores
+from train_cc.distillation.settings import Optimisation
 from train_cc.io.errors import InputError
 from train_cc.models.estimator import ScoreEstimator
-from train_cc.models.latents import load_decoder
 from train_cc.models.lora import hold_frozen_in
-from train_cc.models.reward import reward_gradient
-from train_cc.parts import build_optimizer, choose_attention
-from train_cc.run.session import open_session
+from train_cc.models.vae import load_decoder
+from train_cc.setup.arguments import build_parser, validate
+from train_cc.setup.build import build_optimizer, choose_attention
 
 
 def tiny_run(teacher, tmp_path, *more):
-    args = cold_start.stage_parser().parse_args(flags(teacher, tmp_path / "run", *more))
-    return distill.build(args, open_session(args.mixed_precision)), args
+    return build_run(teacher, tmp_path / "run", *more)
+
+
+def kept_bytes(model: nn.Module, forward) -> int:
+    """Bytes that autograd keeps between ``forward`` and its backward, parameters apart."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held = forward()  # noqa: F841  (kept alive until all addresses have been seen)
+    return sum(kept.values())
 
 
 def estimator_of(seed: int = 0) -> ScoreEstimator:
@@ -33,14 +48,6 @@ def estimator_of(seed: int = 0) -> ScoreEstimator:
     model = ScoreEstimator(random_sit(), 4, 0.3, seed)
     spread_lora_b(model)
     return model
-
-
-@torch.no_grad()
-def spread_lora_b(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def inputs(batch: int = 4):
@@ -69,9 +76,9 @@ def test_half_precision_is_within_its_rounding_of_fp32(teacher, tmp_path):
     rows = {}
     for precision in ("bf16", "no"):
         AcceleratorState._reset_state(True)  # a process has one precision
-        run, args = tiny_run(teacher, tmp_path, "--mixed-precision", precision)
+        run = tiny_run(teacher, tmp_path, "--mixed-precision", precision)
         spread_lora_b(run.estimator)  # at B = 0 real and fake are one, and their gap all rounding
-        estimator_rows, row, _ = distill.cycle(run, args, 0)
+        estimator_rows, row, _ = loop.cycle(run, 0)
         rows[precision] = [row["loss_fake"] for row in estimator_rows] + [row["loss_dmd"] ** 0.5, row["normaliser"]]
     assert rows["no"] != rows["bf16"]
     assert rows["bf16"] == pytest.approx(rows["no"], rel=0.01)
@@ -89,10 +96,10 @@ def test_plain_attention_is_the_fused_one():
 
 @pytest.mark.parametrize("scale,interval", [(1.0, (0, 1)), (2.0, (0, 0.5))])
 def test_fake_and_real_in_one_call_are_those_of_two(teacher, tmp_path, scale, interval):
-    run, args = tiny_run(teacher, tmp_path, "--real-guidance-scale", scale, "--real-guidance-interval", *interval)
+    run = tiny_run(teacher, tmp_path, "--real-guidance-scale", scale, "--real-guidance-interval", *interval)
     spread_lora_b(run.estimator)
     (x, t, y), c = inputs(), 0.6
-    v_fake, v_real = distill.scores(run, args, x, t, t, y, c)
+    v_fake, v_real = scores(run, x, t, t, y, c)
     real = 0.75 * c
     with torch.no_grad():
         torch.testing.assert_close(v_fake, run.estimator(x, t, y, 2.0), rtol=1e-4, atol=1e-5)
@@ -107,25 +114,24 @@ def test_fake_and_real_in_one_call_are_those_of_two(teacher, tmp_path, scale, in
 
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_the_samples_of_all_estimator_turns_under_one_autocast_are_those_of_one_each(teacher, tmp_path, num_steps):
-    run, args = tiny_run(teacher, tmp_path, "--num-steps", num_steps, "--gradient-accumulation-steps", 2)
-    turns = distill.estimator_batches(run, args, 3)
-    assert len(turns) == 2 and len(turns[0]) == 2
-    for turn, batches in enumerate(turns):
+    run = tiny_run(teacher, tmp_path, "--num-steps", num_steps, "--gradient-accumulation-steps", 2)
+    of_turns = turns.estimator_batches(run, 3)
+    assert len(of_turns) == 2 and len(of_turns[0]) == 2
+    for turn, batches in enumerate(of_turns):
         for chunk, (_, y, x0) in enumerate(batches):
-            draws = distill.chunk_draws(run, args, distill.ESTIMATOR_TURN, 3 * 2 + turn, chunk)
-            assert torch.equal(y, distill.labels_of(run, args, draws))
+            draws = turns.chunk_draws(run, turns.ESTIMATOR_TURN, 3 * 2 + turn, chunk)
+            assert torch.equal(y, turns.draw_labels(run, draws))
             with torch.no_grad():
-                expected = distill.generate(run, args, draws, y)
+                expected = turns.generate(run, draws, y)
             torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_fused_adamw_is_the_loop():
-    args = build_parser("").parse_args(["--teacher", "-", "--output-dir", "-"])
     results = []
     for fused in (True, False):
         torch.manual_seed(0)
         model = nn.Linear(64, 64)
-        optimizer = build_optimizer(model, 1e-3, 0.1, args)
+        optimizer = build_optimizer(model, 1e-3, 0.1, Optimisation())
         assert optimizer.defaults["fused"]
         if not fused:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False, fused=False)
@@ -148,28 +154,42 @@ def test_decoder_in_half_precision_and_checkpointed(tmp_path):
     """Checkpointing changes no bit of the gradient and keeps less; bf16 keeps its direction."""
     vae = str(write_vae(tmp_path / "vae", channels=(16, 16, 16, 16)))
     x0, y = torch.randn(2, 4, 8, 8), torch.tensor([0, 1])
-
-    def gradient(decode):
-        kept = 0
-
-        def pack(tensor):
-            nonlocal kept
-            kept += tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = reward_gradient(Judge(), decode, x0, y)
-        return result.gradient, kept
-
-    plain, kept_plain = gradient(load_decoder(vae))
-    decode = load_decoder(vae)
-    decode.enable_gradient_checkpointing()
-    checkpointed, kept_checkpointed = gradient(decode)
-    assert torch.equal(plain, checkpointed) and plain.abs().sum() > 0
-    half, _ = gradient(load_decoder(vae, dtype=torch.bfloat16))
+    plain, recomputing = load_decoder(vae), load_decoder(vae)
+    recomputing.enable_gradient_checkpointing()
+    gradient, recomputed = (reward_gradient(Judge(), decode, x0, y).gradient for decode in (plain, recomputing))
+    assert torch.equal(gradient, recomputed) and gradient.abs().sum() > 0
+    kept = [kept_bytes(decode, lambda d=decode: d(x0.clone().requires_grad_())) for decode in (plain, recomputing)]
+    assert 0 < kept[1] < 0.5 * kept[0]
+    half = reward_gradient(Judge(), load_decoder(vae, dtype=torch.bfloat16), x0, y).gradient
     assert half.dtype == torch.float32
-    assert torch.cosine_similarity(half.flatten(), plain.flatten(), dim=0) > 0.99
-    assert kept_plain > 0 and kept_checkpointed > 0
+    assert torch.cosine_similarity(half.flatten(), gradient.flatten(), dim=0) > 0.99
+
+
+def test_both_networks_recompute_their_blocks(teacher, tmp_path):
+    """--gradient-checkpointing: of a block its input is kept, where without it some twenty tensors are."""
+    x, t, y = inputs(8)
+    kept = []
+    for more in ([], ["--gradient-checkpointing"]):
+        run = tiny_run(teacher, tmp_path, *more)
+        generator, estimator = run.generator, run.estimator
+        kept.append(kept_bytes(generator, lambda g=generator: g(x, t, y)))
+        kept.append(kept_bytes(estimator, lambda e=estimator: e(x, t, y, lora_scale=2.0)))
+    assert 0 < kept[2] < 0.4 * kept[0] and 0 < kept[3] < 0.4 * kept[1]
+
+
+def test_decoder_and_classifier_of_the_reward_recompute(tmp_path):
+    random_sit(in_channels=4).save_pretrained(tmp_path / "sit")
+    backbone, head = write_dinov2(tmp_path / "dinov2", width=64, depth=4, classes=10)
+    words = ["--vae", write_vae(tmp_path / "vae", channels=(16, 16, 16, 16)), "--encoder-type", "dinov2"]
+    words += ["--dinov2-backbone", backbone, "--dinov2-head", head]
+    x0, images = torch.randn(2, 4, 8, 8), torch.rand(2, 3, 64, 64)
+    kept = []
+    for more in ([], ["--reward-checkpointing"]):
+        run = tiny_run(tmp_path / "sit", tmp_path, *words, *more)
+        decode, judge = run.decode, run.judges["reward"]
+        kept.append(kept_bytes(decode, lambda d=decode: d(x0.clone().requires_grad_())))
+        kept.append(kept_bytes(judge, lambda j=judge: j(images.clone().requires_grad_())))
+    assert 0 < kept[2] < 0.5 * kept[0] and 0 < kept[3] < 0.5 * kept[1]
 
 
 class NoReading(TorchDispatchMode):
@@ -183,12 +203,12 @@ class NoReading(TorchDispatchMode):
 
 def test_the_turns_never_read_a_tensor(teacher, tmp_path, reward_folder):
     more = ["--encoder-type", "classifier", "--reward-classifier", reward_folder, "--real-guidance-scale", 1.5]
-    run, args = tiny_run(teacher, tmp_path, *more, "--ema-decay", 0.9)
-    distill.cycle(run, args, 0)
+    run = tiny_run(teacher, tmp_path, *more, "--ema-decay", 0.9)
+    loop.cycle(run, 0)
     with NoReading():
-        for batches in distill.estimator_batches(run, args, 1):
-            distill.estimator_turn(run, args, 1, batches)
-        figures = distill.generator_turn(run, args, 1)
+        for batches in turns.estimator_batches(run, 1):
+            turns.estimator_turn(run, 1, batches)
+        figures = turns.generator_turn(run, 1)
         with pytest.raises(AssertionError, match="was read"):
             figures["loss_dmd"].item()
 
@@ -275,13 +295,21 @@ def test_flop_of_a_forward_are_those_counted_by_hand():
     assert counter.total == 2 * 2 * (2 * 3 * 16 * 16 * 8)
 
 
-def test_few_flop_are_wasted():
-    """A cycle of R = 5 is 20 forward-equivalents: 5 samples, 5 x 2 estimator, 3 generator, 2 scores."""
-    model = random_sit()
+def test_few_flop_are_wasted(tmp_path):
+    """A cycle of R = 5 is 20 forwards: 5 samples, 5 x 2 estimator, 3 generator, 2 scores; guidance adds its rows.
+
+    A frozen weight has no gradient of its own: the estimator's backward costs one forward, the generator's two.
+    """
+    teacher = tmp_path / "sit"
+    random_sit(hidden_size=64, depth=6).save_pretrained(teacher)
+    more = ["--ratio-update", 5, "--lora-rank", 1, "--batch-size", 4]
+    counted = {}
+    for name, words in (("plain", []), ("guided", ["--real-guidance-scale", 2])):
+        run = tiny_run(teacher, tmp_path, *more, *words)
+        with benchmark.FlopCounter() as cycle:
+            loop.cycle(run, 0)
+        counted[name] = cycle.total
     with benchmark.FlopCounter() as forward:
-        model(*inputs(4))
-    assert forward.total > 0
-    x, t, y = inputs(4)
-    with benchmark.FlopCounter() as backward:
-        x0_from_velocity(x, model(x, t, y), t).sum().backward()
-    assert backward.total == pytest.approx(3 * forward.total, rel=0.05)
+        random_sit(hidden_size=64, depth=6)(*inputs(4))
+    assert counted["plain"] == pytest.approx(20 * forward.total, rel=0.03)
+    assert counted["guided"] == pytest.approx(21 * forward.total, rel=0.03)

@@ -5,9 +5,8 @@ Run by `scripts/cold_start_sitxl.sh` and `scripts/cold_start_digits.sh`; the def
 
 import argparse
 
-from train_cc.arguments import build_parser, validate
-from train_cc.distill import run_stage
 from train_cc.io.errors import exits_on_input_error
+from train_cc.setup.arguments import build_parser, validate
 
 
 def stage_parser() -> argparse.ArgumentParser:
@@ -17,7 +16,10 @@ def stage_parser() -> argparse.ArgumentParser:
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     args = stage_parser().parse_args(argv)
-    run_stage("cold_start", args, validate(args))
+    notes = validate(args)
+    from train_cc.setup.stage import run_stage  # torch takes seconds: a wrong flag is told before
+
+    run_stage("cold_start", args, notes)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@ Run by `scripts/dmdr_sitxl_refl.sh` and `scripts/dmdr_digits_refl.sh`; the defau
 
 import argparse
 
-from train_cc.arguments import build_parser, validate
-from train_cc.distill import run_stage
 from train_cc.io.errors import exits_on_input_error
+from train_cc.setup.arguments import build_parser, validate
 
 
 def stage_parser() -> argparse.ArgumentParser:
@@ -28,7 +27,10 @@ def stage_parser() -> argparse.ArgumentParser:
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     args = stage_parser().parse_args(argv)
-    run_stage("dmdr_refl", args, validate(args))
+    notes = validate(args)
+    from train_cc.setup.stage import run_stage  # torch takes seconds: a wrong flag is told before
+
+    run_stage("dmdr_refl", args, notes)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 
-def generator_of(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator seeded by mixing all integers of ``key``: equal keys give equal draws, others are independent.
+def rng_of(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random generator seeded by mixing all integers of ``key``: equal keys give equal draws, others are independent.
 
     `SeedSequence` pads with zeros and cuts into words of 32 bits, so that (5,) would be (5, 0) and 2^32 + 5 would be
     (5, 1): each integer goes in behind its length in words, and all behind their number.
@@ -28,8 +28,8 @@ class Draws:
 
     def __init__(self, *key: int, device: torch.device | str = "cpu"):
         device = torch.device(device)
-        self._cpu = generator_of(*key, 0)
-        self._device = generator_of(*key, 1, device=device)
+        self._cpu = rng_of(*key, 0)
+        self._device = rng_of(*key, 1, device=device)
 
     def noise(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._device, device=self._device.device)

@@ -21,6 +21,11 @@ def guided_rows(t: Tensor, scale: float, interval: tuple[float, float]) -> Tenso
     return ((t >= low) & (t <= high) & (scale > 1)).nonzero().flatten()
 
 
+def with_null_rows(x: Tensor, t: Tensor, y: Tensor, rows: Tensor, null_class: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch, and below it once more its ``rows`` with the null class: one network call for both."""
+    return torch.cat([x, x[rows]]), torch.cat([t, t[rows]]), torch.cat([y, torch.full_like(rows, null_class)])
+
+
 def apply_guidance(v: Tensor, v_null: Tensor, rows: Tensor, scale: float) -> Tensor:
     """v_null + w (v - v_null) at ``rows``, v elsewhere; ``v_null`` holds these rows alone."""
     return v.index_copy(0, rows, v_null + scale * (v[rows] - v_null))
@@ -37,7 +42,7 @@ def guide(model: VelocityModel, null_class: int, scale: float, interval: tuple[f
 
     def guided(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         rows = guided_rows(t, scale, interval)
-        v = model(torch.cat([x, x[rows]]), torch.cat([t, t[rows]]), torch.cat([y, torch.full_like(rows, null_class)]))
+        v = model(*with_null_rows(x, t, y, rows, null_class))
         v, v_null = v.split([len(x), len(rows)])
         return apply_guidance(v, v_null, rows, scale)
 

@@ -53,7 +53,8 @@ def report(message: str) -> None:
     """Show ``message`` on stderr. Under the launcher of several processes it shows what they report, each text once."""
     folder = os.environ.get("DMDR_ERRORS")
     if folder:
-        (Path(folder) / f"rank-{os.environ.get('RANK', 0)}").write_text(message)
+        file = Path(folder) / f"rank-{os.environ.get('RANK', 0)}"
+        file.write_text(message, encoding="utf-8", errors="backslashreplace")
     else:
         print(f"error: {message}", file=sys.stderr)
 
@@ -63,6 +64,8 @@ def exits_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
         try:
             return main(*args, **kwargs)
         except KeyboardInterrupt:

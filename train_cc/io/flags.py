@@ -87,7 +87,7 @@ COUNT_OR_0 = integer(0)
 BATCH = integer(1, 2**20)
 STEPS = integer(1, 10_000)  # of a solver
 SEED = integer(0, 2**63 - 1)
-LEARNING_RATE = number(0, low_open=True)
+LEARNING_RATE = number(0, 1e3, low_open=True)
 WEIGHT_DECAY = number(0, 1e3)
 DECAY = number(0, 1, high_open=True)  # of an average
 SHIFT = number(1e-3, 1e3)

@@ -1,12 +1,13 @@
 """What commands write: checked before the work, locked, replaced whole, and only where it is ours."""
 
 import contextlib
+import errno
 import json
 import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -28,7 +29,12 @@ def library_versions() -> dict[str, str]:
 # Whose is it? -----------------------------------------------------------------------------------------------------
 
 
-def is_ours(path: Path) -> bool:
+def mark_of(kind: str = "") -> str:
+    """The mark of files of one ``kind``, such as "samples": one kind does not replace another."""
+    return f"{MARK}: {kind}" if kind else MARK
+
+
+def is_ours(path: Path, kind: str = "") -> bool:
     """Whether a command of this project wrote the file or folder ``path``: its mark or its record says so."""
     if path.is_dir():
         return bool(record_of(path))
@@ -36,7 +42,7 @@ def is_ours(path: Path) -> bool:
         with path.open("rb") as file:
             head = file.read(ENDS)
             file.seek(max(0, os.fstat(file.fileno()).st_size - ENDS))
-            return MARK.encode() in head + file.read(ENDS)
+            return mark_of(kind).encode() in head + file.read(ENDS)
     except OSError:
         return False
 
@@ -77,6 +83,9 @@ def check_parent(path: Path) -> None:
         if parent.is_symlink():
             raise InputError(f"{parent} is a link that leads nowhere; mend it, or choose another output")
         parent = parent.parent
+    for part in path.relative_to(parent).parts:  # names that are too long show above only where the parent is there
+        if len(os.fsencode(part)) + len(".0123456789abcdef.tmp") > os.pathconf(parent, "PC_NAME_MAX"):
+            raise InputError(f"{str(path)[:300]} cannot be written: {os.strerror(errno.ENAMETOOLONG)}")
     probe = parent / f".{secrets.token_hex(8)}.tmp"
     try:
         probe.touch(exist_ok=False)
@@ -85,14 +94,15 @@ def check_parent(path: Path) -> None:
         raise InputError(f"{parent} takes no new file: {os.strerror(error.errno)}; choose another output") from error
 
 
-def check_output_file(path: Path, overwrite: bool = True, flag: str = "--output") -> None:
-    """``path`` can be written, and is not there, or is ours to replace. Raises `InputError`."""
+def check_output_file(path: Path, overwrite: bool = True, flag: str = "--output", kind: str = "") -> None:
+    """``path`` can be written, and is not there, or is ours (of ``kind``) to replace. Raises `InputError`."""
     check_parent(path)
     if path.is_dir():
         raise InputError(f"{flag} {path} is a folder; a file is expected")
     if path.exists():
-        if not is_ours(path):
-            raise InputError(f"{flag} {path} exists and is not a file of this project: move it, or choose another")
+        if not is_ours(path, kind):
+            told = f"is not a file of this project{f' that holds {kind}' if kind else ''}"
+            raise InputError(f"{flag} {path} exists and {told}: move it, or choose another")
         if not overwrite:
             raise InputError(f"{flag} {path} exists; choose another, or replace it with --overwrite")
 
@@ -128,6 +138,7 @@ def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
     """``folder`` is written by this process alone. Made where missing, and removed again if nothing came of it."""
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    before = {path.name for path in folder.iterdir()}
     lock = FileLock(folder / name)
     try:
         lock.acquire(timeout=0)
@@ -138,7 +149,7 @@ def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
     try:
         yield
     finally:
-        if made and {path.name for path in folder.iterdir()} <= {name}:
+        if folder.is_dir() and name not in before and {path.name for path in folder.iterdir()} - {name} == before:
             (folder / name).unlink(missing_ok=True)
             for parent in made:
                 with contextlib.suppress(OSError):
@@ -147,14 +158,102 @@ def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
             lock.release()
 
 
+def plain_mode(path: Path) -> None:
+    """The mode that a plain ``open`` would have given: some libraries write files that only their owner reads."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 # Whole or not at all ----------------------------------------------------------------------------------------------
 
 
+def work_folder(target: Path) -> Path:
+    """Where `whole_folder` makes ``target``: beside it, on its disk, even where ``target`` is a link."""
+    target = target.resolve()
+    return target.with_name(target.name + ".tmp")
+
+
+def was_interrupted(content: dict, *targets: Path) -> bool:
+    """Whether the command of record ``content`` was killed between finishing ``targets`` and cleaning up.
+
+    Then it may replace what it finished itself, and nothing else.
+    """
+
+    def same(folder: Path) -> bool:
+        found = record_of(folder)
+        return all(found.get(name) == content[name] for name in ("stage", "arguments"))
+
+    return any(same(work_folder(target)) for target in targets) and all(
+        same(target) for target in targets if target.exists()
+    )
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, content: dict, names: Collection[str], overwrite: bool) -> Iterator[Path]:
+    """``target`` is made whole or not at all. Yields a folder to fill; it becomes ``target``, ``content`` its record.
+
+    Filled in ``target``.tmp, which a killed command leaves to the next one. What is replaced must be ours and hold
+    nothing but ``names``. Call `check_whole_folder` first, before the work. Raises `InputError`.
+    """
+    target, work = target.resolve(), work_folder(target)
+    with locked(work):
+        write_record(work, content)
+        fresh, before = work / "new", work / "old"
+        if before.exists() and not target.exists():  # killed between the two renames below
+            before.rename(target)
+        try:
+            check_whole_folder(target, names, overwrite)
+            for leftover in (fresh, before):
+                shutil.rmtree(leftover, ignore_errors=True)
+            fresh.mkdir()
+            yield fresh
+            write_record(fresh, content)
+            for path in fresh.rglob("*"):
+                flush(path)
+            if target.exists():
+                target.rename(before)
+            fresh.rename(target)
+            flush(target.parent)
+        finally:
+            if before.exists() and not target.exists():
+                before.rename(target)
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def check_whole_folder(target: Path, names: Collection[str], overwrite: bool, flag: str = "--output-dir") -> None:
+    """`whole_folder` can make ``target``. Raises `InputError`."""
+    check_output_dir(target, overwrite, flag)
+    target, work = target.resolve(), work_folder(target)
+    if target.is_dir():
+        strangers = sorted({path.name for path in target.iterdir()} - {*names, RECORD, ".lock"})
+        if strangers:
+            raise InputError(f"{target} also holds {', '.join(strangers[:6])}: move it, or choose another {flag}")
+    check_parent(work / RECORD)
+    made = {RECORD, RECORD + ".tmp", ".lock"}
+    if work.is_dir() and not is_ours(work) and not {path.name for path in work.iterdir()} <= made:
+        raise InputError(
+            f"{work} is needed, and no command of this project wrote it: move it, or choose another {flag}"
+        )
+    if os.path.lexists(work) and (work.is_symlink() or not work.is_dir()):
+        raise InputError(f"{work} is needed, and is no folder: move it, or choose another {flag}")
+
+
+def copy_mode(like: Path, path: Path) -> None:
+    """``path`` may be read by whom ``like`` may be: safetensors makes its files for their owner alone."""
+    path.chmod(like.stat().st_mode & 0o777)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    flush(temporary)
-    os.replace(temporary, path)
+    """``path`` holds ``content``, text as UTF-8, or what it held before."""
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # a name that nobody else's file has
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_record(folder: Path, content: dict) -> None:
@@ -163,8 +262,6 @@ def write_record(folder: Path, content: dict) -> None:
 
 def flush(path: Path) -> None:
     """Make a file or folder durable. A full disk may show only here: then the error stops what writes."""
-    import errno
-
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

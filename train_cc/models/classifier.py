@@ -1,17 +1,59 @@
 """A timm classifier with its preprocessing inside: a reward, or the feature space of an evaluation."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from train_cc.io.download import hub_file
 from train_cc.io.errors import InputError
+from train_cc.io.read import (
+    Number,
+    check_numbers,
+    fit_shapes,
+    load_weights,
+    parsing,
+    read_json,
+    read_safetensors,
+    require_finite,
+    require_folder,
+    require_keys,
+    require_tensors,
+    safetensors_shapes,
+)
+from train_cc.io.write import copy_mode
+
+WEIGHTS_NAME = "model.safetensors"
+EXPECTED = "a folder of train_cc/pretrain/classifier.py"
+CLASSIFIER_CONFIG = {
+    "num_classes": Number(int, 1, 10**6),
+    "in_channels": Number(int, 1, 1024),
+    "image_size": Number(int, 8, 4096),
+}
+MEAN, STD = Number(float, -1e3, 1e3), Number(float, 1e-6, 1e3)
+
+
+def check_classifier_config(config: Mapping, source: Path | str) -> dict:
+    """The arguments of `ImageClassifier` in ``config``. Raises `InputError`."""
+    require_keys(config, ["architecture", *CLASSIFIER_CONFIG], ["mean", "std"], source)
+    check_numbers(config, CLASSIFIER_CONFIG, source)
+    name = config["architecture"]
+    if not isinstance(name, str) or not timm.is_model(name):
+        told = "timm.list_models() has the names"
+        raise InputError(f"{source}: timm knows no architecture {str(name)[:80]!r}; {told}")
+    for key, allowed in (("mean", MEAN), ("std", STD)):
+        value = config.get(key, 0.5)
+        each = value if isinstance(value, list | tuple) else [value]
+        for one in each:
+            check_numbers({key: one}, {key: allowed}, source)
+        if len(each) not in (1, config["in_channels"]):
+            raise InputError(f"{source}: {key} has {len(each)} values; one, or one a channel, is allowed")
+    return {name: value for name, value in config.items() if name[:1] != "_"}
 
 
 class ImageClassifier(nn.Module):
@@ -25,27 +67,33 @@ class ImageClassifier(nn.Module):
         image_size: int,
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
-        pretrained: bool = False,
+        weights: dict[str, Tensor] | None = None,
     ):
+        """``weights``: what timm publishes for ``architecture``; without them they are random. Raises `InputError`."""
         super().__init__()
-        if not timm.is_model(architecture):
-            raise InputError(f"timm knows no architecture {architecture!r}; timm.list_models() has the names")
-        self.config = {
-            "architecture": architecture,
-            "num_classes": num_classes,
-            "in_channels": in_channels,
-            "image_size": image_size,
-            "mean": mean,
-            "std": std,
-        }
+        self.config = check_classifier_config(
+            {
+                "architecture": architecture,
+                "num_classes": num_classes,
+                "in_channels": in_channels,
+                "image_size": image_size,
+                "mean": mean,
+                "std": std,
+            },
+            "the classifier",
+        )
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
-        # Vision transformers are built for one size; other architectures know no such argument.
-        options = {"in_chans": in_channels, "num_classes": num_classes, "pretrained": pretrained}
-        try:
-            self.network = timm.create_model(architecture, img_size=image_size, **options)
-        except TypeError:
-            self.network = timm.create_model(architecture, **options)
+        options = {"in_chans": in_channels, "num_classes": num_classes}
+        if weights is not None:  # tensors, not a name: timm would look for pickles too
+            options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": weights}}
+        size = f"{in_channels} channels, {image_size} pixels and {num_classes} classes"
+        with parsing(f"timm's {architecture}", size, "cannot be built"):
+            try:  # vision transformers are built for one size; other architectures know no such argument
+                self.network = timm.create_model(architecture, img_size=image_size, **options)
+            except TypeError:
+                self.network = timm.create_model(architecture, **options)
+        self.files: list[Path] = []  # that it was read from
 
     @property
     def num_classes(self) -> int:
@@ -73,41 +121,58 @@ class ImageClassifier(nn.Module):
         self.network.set_grad_checkpointing(True)
 
     def save_pretrained(self, folder: str | Path) -> None:
+        """`config.json` and `model.safetensors`, with one mode."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.network.state_dict(), folder / "model.safetensors")
+        save_file(self.network.state_dict(), folder / WEIGHTS_NAME)
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        copy_mode(folder / "config.json", folder / WEIGHTS_NAME)
+
+    @classmethod
+    def untrained(cls, name: str) -> "ImageClassifier":
+        """The architecture and preprocessing of a timm model with published weights. Raises `InputError`."""
+        return cls(name, **published_arguments(name)[0])
 
     @classmethod
     def from_timm(cls, name: str) -> "ImageClassifier":
         """A timm model with its published weights and preprocessing, frozen and in eval mode. Raises `InputError`."""
-        published = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
-        if published is None:
-            raise InputError(f"timm has no weights for {name!r}; give such a name or a classifier folder")
-        channels, image_size, _ = published.input_size
-        try:
-            model = cls(
-                name, published.num_classes, channels, image_size, published.mean, published.std, pretrained=True
-            )
-        except (OSError, RuntimeError, TypeError) as error:
-            raise InputError(f"cannot load timm's weights of {name!r}: {error}") from error
+        arguments, repository = published_arguments(name)
+        file = hub_file(repository, WEIGHTS_NAME, f"timm's weights of {name!r}")
+        if file is None:
+            raise InputError(f"{repository} has no {WEIGHTS_NAME}, the one kind of file that runs no code")
+        state = require_tensors(read_safetensors(file, "weights of timm"), file, "weights of timm")
+        require_finite(state, file)
+        model = cls(name, **arguments, weights=state)
+        model.files = [file]
         return model.requires_grad_(False).eval()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ImageClassifier":
         """Read what `save_pretrained` wrote, frozen and in eval mode. Raises `InputError` on anything else."""
-        folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise InputError(
-                    f"{folder / name} does not exist; a folder of train_cc/pretrain/classifier.py is expected"
-                )
-        try:
-            model = cls(**json.loads((folder / "config.json").read_text()))
-            model.network.load_state_dict(load_file(folder / "model.safetensors"))
-        except (SafetensorError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"cannot read a classifier from {folder}: {error}") from error
+        folder = require_folder(Path(folder), EXPECTED, "config.json", WEIGHTS_NAME)
+        file = folder / WEIGHTS_NAME
+        config = check_classifier_config(read_json(folder / "config.json", EXPECTED), folder / "config.json")
+        shapes = safetensors_shapes(file, EXPECTED)
+        with torch.device("meta"):  # some networks hold tables that no file has: these are then built in earnest
+            own = {name: tuple(value.shape) for name, value in cls(**config).network.state_dict().items()}
+        fit_shapes(own, shapes, file, "by its config.json")
+        model = cls(**config)
+        load_weights(model.network, read_safetensors(file, EXPECTED), file)
+        model.files = [file]
         return model.requires_grad_(False).eval()
+
+
+def published_arguments(name: str) -> tuple[dict, str]:
+    """-> of a timm model with published weights: `ImageClassifier`'s arguments besides the name; the repository."""
+    published = None
+    if timm.is_model(name.split(".")[0]) and timm.is_model(name):
+        with parsing(f"timm's {name}", "a name of timm.list_pretrained()", "has no weights"):
+            published = timm.get_pretrained_cfg(name)
+    if published is None or not published.hf_hub_id:
+        raise InputError(f"timm has no weights for {name!r}; give such a name or a classifier folder")
+    channels, image_size, _ = published.input_size
+    arguments = {"num_classes": published.num_classes, "in_channels": channels, "image_size": image_size}
+    return arguments | {"mean": published.mean, "std": published.std}, published.hf_hub_id
 
 
 @torch.no_grad()

@@ -1,17 +1,20 @@
 """The estimator: the frozen teacher plus a small LoRA, read at two scales as the fake and the real score."""
 
+import contextlib
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from train_cc.models.lora import ESTIMATOR_TARGETS, add_lora, lora_layers, set_lora_scale
+from train_cc.models.lora import ADAPTER, ESTIMATOR_TARGETS, add_lora, lora_layers, lora_scale_set, set_lora_scale
 from train_cc.models.sit import SiT
 
 
 class ScoreEstimator(nn.Module):
     """v(x, t, y) of ``teacher`` with its LoRA at ``lora_scale``; scale 0 is the teacher bit for bit.
 
-    ``teacher`` is taken over and frozen. The scale is an argument of `forward` alone: with activation checkpointing
-    nothing may run between the fake forward and its backward, which recomputes at the scale set last.
+    ``teacher`` is taken over and frozen. The scale is an argument of `forward` alone.
     """
 
     def __init__(self, teacher: SiT, lora_rank: int, lora_init_spread: float | None = 1.0, seed: int = 0):
@@ -19,6 +22,14 @@ class ScoreEstimator(nn.Module):
         add_lora(teacher, lora_rank, ESTIMATOR_TARGETS, lora_init_spread, seed)
         self.network = teacher
         self._layers = lora_layers(teacher)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Blocks are recomputed in backward, each at the LoRA scale of its own forward, whatever was read since."""
+
+        def contexts():
+            return contextlib.nullcontext(), lora_scale_set(self._layers, self._layers[0].scaling[ADAPTER])
+
+        self.network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=contexts))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, lora_scale: float | Tensor) -> Tensor:
         """x (B, C, H, W), t (B,), y (B,), lora_scale a number or one a sample (B,) -> v (B, C, H, W)."""

@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import Number, check_numbers, read_json
+from train_cc.io.read import Number, check_numbers, fit, load_weights, read_json, require_finite
 from train_cc.io.write import write_atomically
 from train_cc.models.lora import GENERATOR_TARGETS, add_lora, merge_lora
-from train_cc.models.sit import SiT
+from train_cc.models.sit import SiT, check_sit_config
 
 # Beside a generator's weights: how it is sampled, and where it comes from (FORMATS: generator folder).
 GENERATION_CONFIG = "generation_config.json"
@@ -34,18 +35,31 @@ def assemble_generator(config: dict, state: dict[str, Tensor], teacher: str | Pa
 
     Raises `InputError` where ``state`` does not fit.
     """
-    generator = SiT(**config) if lora_rank is None else build_generator(teacher, lora_rank)
-    missing, unexpected = generator.load_state_dict(state, strict=False)
-    missing = [name for name in missing if lora_rank is None or "lora_" in name]
-    if missing or unexpected:
-        raise InputError(f"the generator's weights do not fit: missing {missing[:8]}, unexpected {unexpected[:8]}")
-    if lora_rank is not None:
-        merge_lora(generator)
+    source = "what the checkpoint holds of the generator"
+    config = check_sit_config(config, "the checkpoint's model_config")
+    if lora_rank is None:
+        with torch.device("meta"):
+            generator = SiT(**config)
+        load_weights(generator, state, source)
+        return generator.requires_grad_(False).eval()
+    generator = build_generator(teacher, lora_rank)
+    if check_sit_config(generator.config, teacher) != config:
+        raise InputError(f"{teacher} is another model than the checkpoint's: {dict(generator.config)}, not {config}")
+    buffers = state.keys() & dict(generator.named_buffers()).keys()
+    needed = {name for name, p in generator.named_parameters() if p.requires_grad} | buffers
+    own = generator.state_dict()
+    fit({name: own[name].shape for name in needed}, state, source)
+    load_weights(generator, state, source, partly=True)
+    merge_lora(generator)
     return generator.requires_grad_(False).eval()
 
 
 def save_generator(generator: SiT, folder: str | Path, num_steps: int, shift: float, **provenance: object) -> None:
-    """A generator folder: architecture and weights, and the steps K and shift s that it was trained for."""
+    """A generator folder: architecture and weights, and the steps K and shift s that it was trained for.
+
+    Raises `InputError` for weights that are not finite.
+    """
+    require_finite(generator.state_dict(), f"what was to be written to {folder}")
     generator.save_pretrained(folder)
     content = {"num_inference_steps": num_steps, "timestep_shift": shift, **provenance}
     write_atomically(Path(folder) / GENERATION_CONFIG, json.dumps(content, indent=2, default=str) + "\n")

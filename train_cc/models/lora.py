@@ -1,11 +1,14 @@
 """LoRA on a SiT by peft, in the three operations that training needs: add, list, merge."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
+
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from train_cc.draws import generator_of
+from train_cc.draws import rng_of
 from train_cc.io.errors import InputError
 
 ADAPTER = "default"
@@ -26,12 +29,12 @@ def add_lora(model: nn.Module, rank: int, targets: list[str], spread: float | No
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0)
         inject_adapter_in_model(config, model, ADAPTER)
-    generator = generator_of(seed)
+    rng = rng_of(seed)
     for layer in lora_layers(model):
         a = layer.lora_A[ADAPTER].weight
         if spread is not None:
             with torch.no_grad():
-                a.copy_(torch.randn(a.shape, generator=generator) * spread)
+                a.copy_(torch.randn(a.shape, generator=rng) * spread)
         layer.cast_input_dtype_enabled = False  # autocast casts the input; peft would first cast it up to A's fp32
         layer.lora_A[ADAPTER].requires_grad_(True)
         layer.lora_B[ADAPTER].requires_grad_(True)
@@ -49,6 +52,17 @@ def set_lora_scale(layers: list[LoraLayer], scale: Tensor) -> None:
     """``scale``: a tensor that broadcasts over a layer's output (B, N, D); a tensor, since a float would recompile."""
     for layer in layers:
         layer.scaling[ADAPTER] = scale
+
+
+@contextlib.contextmanager
+def lora_scale_set(layers: Sequence[LoraLayer], scale: Tensor) -> Iterator[None]:
+    """``scale`` inside, and outside what it was: for the forward that activation checkpointing recomputes."""
+    before = layers[0].scaling[ADAPTER]
+    set_lora_scale(layers, scale)
+    try:
+        yield
+    finally:
+        set_lora_scale(layers, before)
 
 
 def hold_frozen_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -4,16 +4,28 @@ Parameter names and conventions are those of the REPA release: t = 1 is noise, v
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors import SafetensorError
 from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from train_cc.io.errors import InputError
+from train_cc.io.read import (
+    Number,
+    block_count,
+    check_numbers,
+    fit_shapes,
+    load_weights,
+    read_json,
+    read_safetensors,
+    require_keys,
+    safetensors_shapes,
+)
+from train_cc.io.write import copy_mode
 
 # name -> the arguments of `SiT` that it stands for; inputs are 4 x 32 x 32 latents, 1000 classes, by default.
 SIT_SIZES = {
@@ -21,19 +33,63 @@ SIT_SIZES = {
     for size, depth, hidden, heads in [("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16)]
     for patch in (2, 4, 8)
 }
-# What a config.json or a weights file that does not fit raises, one way or another.
-LOADING_ERRORS = (
-    SafetensorError,
-    OSError,
-    ValueError,
-    TypeError,
-    RuntimeError,
-    AssertionError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-)
+SIT_CONFIG = {
+    "input_size": Number(int, 1, 4096),
+    "in_channels": Number(int, 1, 1024),
+    "patch_size": Number(int, 1, 256),
+    "hidden_size": Number(int, 4, 2**16),
+    "depth": Number(int, 1, 1024),
+    "num_heads": Number(int, 1, 1024),
+    "num_classes": Number(int, 1, 10**6),
+    "mlp_ratio": Number(float, 1 / 64, 64),
+}
+# What a config.json may leave out, since the shapes of the weights show it.
+SIT_DEFAULTS = {"patch_size": 2, "mlp_ratio": 4.0}
+EXPECTED = "a SiT's model folder"
+DIFFUSERS_OPTIONS = {"device_map", "variant", "quantization_config", "subfolder", "revision"}
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+def check_sit_config(config: Mapping, source: Path | str) -> dict:
+    """The arguments of `SiT` in ``config``, each of them, without private keys. Raises `InputError`."""
+    if config.get("_class_name", "SiT") != "SiT":
+        raise InputError(f"{source} is of a {str(config['_class_name'])[:80]}; {EXPECTED} is expected")
+    require_keys(config, [name for name in SIT_CONFIG if name not in SIT_DEFAULTS], list(SIT_DEFAULTS), source)
+    check_numbers(config, SIT_CONFIG, source)
+    config = SIT_DEFAULTS | {name: value for name, value in config.items() if name in SIT_CONFIG}
+    for name, divisor in (("hidden_size", "num_heads"), ("input_size", "patch_size")):
+        if config[name] % config[divisor]:
+            raise InputError(f"{source}: {divisor} {config[divisor]} does not divide {name} {config[name]}")
+    if config["hidden_size"] % 4:
+        raise InputError(f"{source}: hidden_size is {config['hidden_size']}; allowed: multiples of 4")
+    return {name: config[name] for name in SIT_CONFIG}
+
+
+def sit_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Of every tensor of `SiT(**config)`; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in SiT(**config).state_dict().items()}
+
+
+def read_sit_config(folder: Path) -> dict:
+    """Of a model folder; its weights, where there are any yet, have the shapes that it names. Raises `InputError`.
+
+    Shapes are read off the header, before anything is allocated.
+    """
+    if folder.is_file():
+        raise InputError(
+            f"{folder} is a file; a model folder with config.json and {WEIGHTS_NAME} is expected. "
+            f"To make one of a checkpoint: python convert_weight/sit_convert.py --input {folder}"
+        )
+    path, weights = folder / "config.json", folder / WEIGHTS_NAME
+    config = check_sit_config(read_json(path, f"{EXPECTED}, with config.json and {WEIGHTS_NAME},"), path)
+    if weights.exists():
+        shapes = safetensors_shapes(weights, "weights of a SiT")
+        blocks = block_count(shapes, weights)
+        if blocks not in (0, config["depth"]):  # before a module is made for each
+            raise InputError(f"{weights} does not fit its config.json: it has {blocks} blocks, not {config['depth']}")
+        fit_shapes(sit_shapes(config), shapes, weights, "by its config.json")
+    return config
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -179,32 +235,27 @@ class SiT(ModelMixin, ConfigMixin):
                 x = block(x, c)
         return self.unpatchify(self.final_layer(x, c))
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **kwargs) -> "SiT":
-        """Read a folder of `config.json` and one safetensors file, strictly.
+    def save_pretrained(self, folder: str | Path, **options) -> None:
+        """`config.json` and one safetensors file, with the same mode."""
+        super().save_pretrained(folder, **options | {"max_shard_size": "1000TB", "safe_serialization": True})
+        if (Path(folder) / WEIGHTS_NAME).exists():
+            copy_mode(Path(folder) / "config.json", Path(folder) / WEIGHTS_NAME)
 
-        Raises `InputError` where the folder or a file is missing, truncated, or holds other keys or shapes.
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **options) -> "SiT":
+        """Read a folder of `config.json` and one safetensors file, strictly, in fp32 unless ``torch_dtype`` is given.
+
+        ``files`` of the result are the weights files that were read. ``options`` of diffusers that are set are refused.
+        Raises `InputError` where the folder or a file is missing, truncated, or holds other keys, shapes or kinds.
         """
         folder = Path(folder)
-        if folder.is_file():
-            raise InputError(
-                f"{folder} is a file; a model folder with config.json and {WEIGHTS_NAME} is expected. "
-                f"To make one of a checkpoint: python convert_weight/sit_convert.py --input {folder}"
-            )
-        for name in ("config.json", WEIGHTS_NAME):
-            if not (folder / name).is_file():
-                raise InputError(f"{folder / name} does not exist; a model folder holds config.json and {WEIGHTS_NAME}")
-        options = kwargs | {"output_loading_info": True, "local_files_only": True, "use_safetensors": True}
-        try:
-            model, info = super().from_pretrained(folder, **options)
-        except LOADING_ERRORS as error:
-            raise InputError(f"cannot read a SiT from {folder}: {error}") from error
-        problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-        if problems:
-            told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:8])}" for kind, keys in problems.items())
-            raise InputError(f"{folder / WEIGHTS_NAME} does not fit its config.json: {told}")
-        # What was loaded are views of the mapped file, and one of them left would keep all of it in memory.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
-        model.pos_embed = model.pos_embed.clone()
-        return model
+        if given := sorted(name for name in DIFFUSERS_OPTIONS & options.keys() if options[name] is not None):
+            raise InputError(f"a SiT is not loaded with {', '.join(given)}: move it or cast it afterwards")
+        config = read_sit_config(folder)
+        weights = folder / WEIGHTS_NAME
+        state = read_safetensors(weights, EXPECTED)
+        with torch.device("meta"):
+            model = cls(**config)
+        load_weights(model, state, weights)
+        model.files = [weights]
+        return (model if torch_dtype is None else model.to(torch_dtype)).eval()

@@ -5,75 +5,99 @@
 
 import argparse
 import time
-from pathlib import Path
+import zlib
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from train_cc.draws import Draws
-from train_cc.io.errors import exits_on_input_error
-from train_cc.io.write import check_output_dir
+from train_cc.draws import Draws, rng_of
+from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.flags import Parser, integer, number
 from train_cc.models.classifier import ImageClassifier, accuracy
-from train_cc.pretrain.data import add_data_arguments, load_dataset, require_positive
-from train_cc.pretrain.teacher import cosine_decay
+from train_cc.pretrain.data import NUM_CLASSES, add_data_arguments, load_dataset
+from train_cc.pretrain.resumable import CLASSIFIER, Training, add_training_arguments, output_folder, run_training
+
+PURPOSES = ("reward", "evaluation")
 
 
-def train_classifier(
-    model: ImageClassifier, images: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace
-) -> ImageClassifier:
+def draws_key(args: argparse.Namespace) -> tuple[int, ...]:
+    """Of initialisation and draws: two classifiers of one seed have none in common, or the hold-out would be weak."""
+    return args.seed, CLASSIFIER, PURPOSES.index(args.purpose), zlib.crc32(args.architecture.encode())
+
+
+def classifier_training(model: ImageClassifier, images: Tensor, labels: Tensor, args: argparse.Namespace) -> Training:
     """Cross-entropy on images with added noise of a standard deviation uniform in [0, ``noise_augmentation``]."""
     device = next(model.parameters()).device
-    images, labels = images.to(device).float() / 255, labels.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_decay(step, args.max_train_steps))
-    progress = tqdm(range(args.max_train_steps), desc=args.architecture, mininterval=2)
-    model.train()
-    for step in progress:
-        draws = Draws(args.seed, step, device=device)
-        rows = draws.integers(len(labels), args.batch_size).to(device)
+    data, targets = images.to(device).float() / 255, labels.to(device)
+
+    def update(step: int) -> Tensor:
+        draws = Draws(*draws_key(args), step, device=device)
+        rows = draws.integers(len(targets), args.batch_size).to(device)
         spread = draws.uniform(args.batch_size).float().to(device).view(-1, 1, 1, 1) * args.noise_augmentation
-        noisy = (images[rows] + spread * draws.noise_like(images[rows])).clamp(0, 1)
-        loss = F.cross_entropy(model(noisy), labels[rows])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
-    return model.requires_grad_(False).eval()
+        noisy = (data[rows] + spread * draws.noise_like(data[rows])).clamp(0, 1)
+        return F.cross_entropy(model(noisy), targets[rows])
+
+    return Training(model, torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05), update)
+
+
+def command_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    add_data_arguments(parser)
+    add_training_arguments(parser, max_train_steps=400)
+    parser.add_argument(
+        "--purpose", default="reward", choices=PURPOSES, help="the two share no random numbers at one seed"
+    )
+    parser.add_argument("--architecture", default="test_resnet", help="any classifier of timm.list_models()")
+    parser.add_argument(
+        "--image-size", type=integer(1, 1024), default=32, help="images are resized to it inside the classifier"
+    )
+    parser.add_argument(
+        "--noise-augmentation", type=number(0, 1), default=0.0, help="largest standard deviation of the noise"
+    )
+    return parser
+
+
+def build(args: argparse.Namespace, images: Tensor) -> ImageClassifier:
+    """A fresh classifier that was tried on two images. Raises `InputError` where it cannot take them."""
+    torch.manual_seed(rng_of(*draws_key(args)).initial_seed())
+    try:
+        model = ImageClassifier(args.architecture, NUM_CLASSES, images.shape[1], args.image_size)
+        with torch.no_grad():
+            logits = model.eval()(images[:2].float() / 255)
+    except InputError:
+        raise
+    except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, LookupError) as error:
+        told = str(error).splitlines()[:1]
+        raise InputError(
+            f"--architecture {args.architecture} does not work with images of {images.shape[1]} channel(s) at "
+            f"--image-size {args.image_size}: {type(error).__name__} {' '.join(told)}"
+        ) from error
+    if logits.shape != (len(images[:2]), NUM_CLASSES):
+        raise InputError(f"--architecture {args.architecture} is no classifier: it makes {tuple(logits.shape)}")
+    return model.train()
 
 
 @exits_on_input_error
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    add_data_arguments(parser)
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
-    parser.add_argument("--architecture", default="test_resnet", help="any classifier of timm.list_models()")
-    parser.add_argument("--image-size", type=int, default=32, help="images are resized to it inside the classifier")
-    parser.add_argument("--noise-augmentation", type=float, default=0.0, help="largest standard deviation, in [0, 1]")
-    parser.add_argument("--max-train-steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=30)
-    args = parser.parse_args()
-    require_positive(args, "image_size", "max_train_steps", "batch_size", "learning_rate")
-
+def main(argv: list[str] | None = None) -> None:
+    args = command_parser().parse_args(argv)
     images, labels = load_dataset(args.dataset, args.data_dir)
-    torch.manual_seed(args.seed)
-    model = ImageClassifier(args.architecture, int(labels.max()) + 1, images.shape[1], args.image_size)
-    check_output_dir(args.output_dir, args.overwrite)
-    begin = time.monotonic()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = train_classifier(model.to(device), images, labels, args)
-    with torch.no_grad():
-        logits = torch.cat([model(batch.to(device).float() / 255) for batch in images.split(512)]).cpu()
-    model.save_pretrained(args.output_dir)
-    print(
-        f"{args.architecture}, accuracy on its training set {accuracy(logits, labels):.4f}, "
-        f"{time.monotonic() - begin:.0f} s -> {args.output_dir}"
-    )
+    with output_folder("pretrain.classifier", args) as something_is_left:
+        if not something_is_left:
+            return
+        began = time.monotonic()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = build(args, images).to(device)
+        training = classifier_training(model, images, labels, args)
+        if not run_training(training, "pretrain.classifier", args, model.save_pretrained):
+            return
+        model.eval()
+        with torch.no_grad():
+            logits = torch.cat([model(batch.to(device).float() / 255) for batch in images.split(512)]).cpu()
+        print(
+            f"{args.architecture}, accuracy on its training set {accuracy(logits, labels):.4f}, "
+            f"{time.monotonic() - began:.0f} s -> {args.output_dir}"
+        )
 
 
 if __name__ == "__main__":

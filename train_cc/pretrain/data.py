@@ -3,8 +3,11 @@
 `python -m train_cc.pretrain.data --dataset digits --output FILE.npz` writes one as an evaluation reference.
 """
 
-import argparse
 import gzip
+import io
+import json
+import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,13 @@ import torch
 from torch import Tensor
 
 from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.flags import Parser, path
+from train_cc.io.read import parsing, require_folder
+from train_cc.io.write import MARK, check_output_file, need_space, record, write_atomically
 
 DATASETS = ("digits", "fashion-mnist")
+NUM_CLASSES = 10  # of both
+IDX_FOLDER = "a folder of Fashion-MNIST's idx files (train-images-idx3-ubyte and so on, or .gz)"
 
 
 def _digits() -> tuple[Tensor, Tensor]:
@@ -25,67 +33,86 @@ def _digits() -> tuple[Tensor, Tensor]:
     return images.unsqueeze(1), torch.from_numpy(data.target).long()
 
 
-def _read_idx(folder: Path, stem: str) -> np.ndarray:
-    for path in (folder / stem, folder / f"{stem}.gz"):
-        if path.is_file():
-            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-                content = file.read()
-            dimensions = content[3]
-            header = 4 + 4 * dimensions
-            shape = np.frombuffer(content[4:header], ">u4").astype(int)
-            if content[:3] != b"\0\0\x08" or len(content) != header + shape.prod():
-                raise InputError(f"{path} is not a whole idx file of unsigned bytes")
-            return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
-    raise InputError(f"{folder} has no {stem} or {stem}.gz; the four idx files of Fashion-MNIST are expected there")
+def _read_idx(folder: Path, stem: str, shape: tuple[int, ...]) -> Tensor:
+    """uint8 (N, *shape). Raises `InputError` for a file that is missing, torn, or has another shape."""
+    for file in (folder / f"{stem}.gz", folder / stem):
+        if file.is_file():
+            expected = f"a whole idx file of unsigned bytes, N{''.join(f' x {side}' for side in shape)},"
+            with parsing(file, expected):
+                content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+                header = 4 + 4 * (1 + len(shape))
+                sides = np.frombuffer(content[4:header], ">u4").tolist()
+                if content[:4] != bytes([0, 0, 8, 1 + len(shape)]) or tuple(sides[1:]) != shape:
+                    raise InputError(f"{file} is not what it should be; {expected} is expected")
+                if len(content) != header + math.prod(sides) or sides[0] == 0:
+                    raise InputError(f"{file} is torn or empty; {expected} is expected")
+            return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(sides)
+    raise InputError(f"{folder} has no {stem}.gz or {stem}; {IDX_FOLDER} is expected")
 
 
-def _fashion_mnist(data_dir: str | None) -> tuple[Tensor, Tensor]:
-    """The 60 000 training images, 28 x 28, from a folder of idx files, else by torchvision's download."""
-    if data_dir is not None:
-        images = torch.from_numpy(_read_idx(Path(data_dir), "train-images-idx3-ubyte").copy())
-        labels = torch.from_numpy(_read_idx(Path(data_dir), "train-labels-idx1-ubyte").copy())
-    else:
-        from torchvision.datasets import FashionMNIST
+def _download() -> Path:
+    """Fashion-MNIST's files from torchvision's mirror, each with its MD5: a partial one never counts. -> folder."""
+    from torchvision.datasets import FashionMNIST
+    from torchvision.datasets.utils import download_url
 
+    folder = Path("runs/data/FashionMNIST/raw")
+    for name, md5 in FashionMNIST.resources:
         try:
-            data = FashionMNIST("runs/data", train=True, download=True)
+            download_url(FashionMNIST.mirrors[0] + name, folder, name, md5)
         except (OSError, RuntimeError) as error:
             raise InputError(f"cannot download Fashion-MNIST ({error}); give its folder by --data-dir") from error
-        images, labels = data.data, data.targets
+    return folder
+
+
+def _fashion_mnist(data_dir: Path | None) -> tuple[Tensor, Tensor]:
+    """The 60 000 training images, 28 x 28, from a folder of idx files, else downloaded."""
+    folder = _download() if data_dir is None else require_folder(data_dir, IDX_FOLDER)
+    images = _read_idx(folder, "train-images-idx3-ubyte", (28, 28))
+    labels = _read_idx(folder, "train-labels-idx1-ubyte", ())
+    if len(images) != len(labels) or labels.max() >= NUM_CLASSES:
+        raise InputError(
+            f"{folder} is another data set: {len(images)} images, {len(labels)} labels from {labels.min()} to "
+            f"{labels.max()}; Fashion-MNIST has a label of 0 to 9 for each image"
+        )
     return images.unsqueeze(1), labels.long()
 
 
-def load_dataset(name: str, data_dir: str | None = None) -> tuple[Tensor, Tensor]:
+def load_dataset(name: str, data_dir: Path | str | None = None) -> tuple[Tensor, Tensor]:
     """-> images uint8 (N, C, H, W), labels int64 (N,). Raises `InputError` for an unknown or unreadable data set."""
+    if name == "digits" and data_dir is not None:
+        raise InputError(f"--data-dir is {data_dir}; it is for fashion-mnist alone, digits come with scikit-learn")
     if name == "digits":
         return _digits()
     if name == "fashion-mnist":
-        return _fashion_mnist(data_dir)
+        return _fashion_mnist(None if data_dir is None else Path(data_dir))
     raise InputError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+def add_data_arguments(parser: Parser) -> None:
     parser.add_argument("--dataset", default="digits", choices=DATASETS)
-    parser.add_argument("--data-dir", help="folder of Fashion-MNIST's idx files; without it torchvision downloads them")
-
-
-def require_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise `InputError` where one of these arguments is not above 0."""
-    for name in names:
-        if not getattr(args, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
+    parser.add_argument(
+        "--data-dir", type=path, help="folder of Fashion-MNIST's idx files; without it torchvision downloads them"
+    )
 
 
 @exits_on_input_error
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
     add_data_arguments(parser)
-    parser.add_argument("--output", type=Path, required=True, help="the .npz: arr_0 images (N, H, W, C), arr_1 labels")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--output", type=path, required=True, help="the .npz: arr_0 images (N, H, W, C), arr_1 labels, provenance"
+    )
+    args = parser.parse_args(argv)
+    check_output_file(args.output)
     images, labels = load_dataset(args.dataset, args.data_dir)
+    content = io.BytesIO()
+    provenance = np.array(json.dumps(record("pretrain.data", vars(args))))
+    np.savez(content, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy(), provenance=provenance)
+    with zipfile.ZipFile(content, "a") as archive:
+        archive.comment = MARK.encode()  # numpy's text has four bytes a letter: there the mark would not be found
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("wb") as file:
-        np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
+    need_space(args.output.parent, content.tell())
+    write_atomically(args.output, content.getvalue())
     print(f"{len(images)} images of {args.dataset} -> {args.output}")
 
 

@@ -4,110 +4,91 @@
 """
 
 import argparse
-import math
+import os
 import time
-from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
-from train_cc.draws import Draws
+from train_cc.draws import Draws, rng_of
 from train_cc.flow import interpolate
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.write import check_output_dir
+from train_cc.io.flags import DECAY, Parser, integer, number
 from train_cc.models.sit import SiT
 from train_cc.objectives import velocity_matching_loss
-from train_cc.pretrain.data import add_data_arguments, load_dataset, require_positive
+from train_cc.pretrain.data import NUM_CLASSES, add_data_arguments, load_dataset
+from train_cc.pretrain.resumable import TEACHER, Training, add_training_arguments, output_folder, run_training
+from train_cc.run.ema import warmed_up_average
 from train_cc.schedules import logit_normal_times
 
 
-def cosine_decay(step: int, steps: int, floor: float = 0.05) -> float:
-    """The factor of the learning rate: 1 at the start, ``floor`` at the end."""
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def warmed_up_average(decay: float):
-    """The EMA of `AveragedModel` at min(decay, (1 + n) / (10 + n)): a short run must not keep its random start."""
-
-    def average(averaged: list, current: list, count: torch.Tensor) -> None:
-        n = int(count)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, count)
-
-    return average
-
-
-def train_teacher(model: SiT, images: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace) -> SiT:
-    """Flow matching: E (v(x_t, t, y) - (noise - x0))^2, y replaced by the null class at ``label_dropout``. -> EMA."""
+def teacher_training(model: SiT, images: Tensor, labels: Tensor, args: argparse.Namespace) -> Training:
+    """Flow matching: E (v(x_t, t, y) - (noise - x0))^2, y replaced by the null class at ``label_dropout``; EMA."""
     device = next(model.parameters()).device
-    data = (images.to(device).float() / 127.5 - 1, labels.to(device))
-    ema = AveragedModel(model, multi_avg_fn=warmed_up_average(args.ema_decay))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_decay(step, args.max_train_steps))
-    progress = tqdm(range(args.max_train_steps), desc="teacher", mininterval=2)
-    for step in progress:
-        draws = Draws(args.seed, step, device=device)
-        rows = draws.integers(len(labels), args.batch_size).to(device)
-        x0, y = data[0][rows], data[1][rows]
+    data, targets = images.to(device).float() / 127.5 - 1, labels.to(device)
+
+    def update(step: int) -> Tensor:
+        draws = Draws(args.seed, TEACHER, step, device=device)
+        rows = draws.integers(len(targets), args.batch_size).to(device)
+        x0, y = data[rows], targets[rows]
         dropped = draws.uniform(args.batch_size) < args.label_dropout
         y = torch.where(dropped.to(device), model.null_class, y)
         noise = draws.noise_like(x0)
         t = logit_normal_times(draws.noise(args.batch_size))
-        loss = velocity_matching_loss(model(interpolate(x0, noise, t), t, y), x0, noise)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        ema.update_parameters(model)
-        if step % 100 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
-            if not math.isfinite(loss.item()):
-                raise InputError(f"the teacher's loss is {loss.item()} at step {step}; lower --learning-rate")
-    return ema.module
+        return velocity_matching_loss(model(interpolate(x0, noise, t), t, y), x0, noise)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    return Training(model, optimizer, update, AveragedModel(model, multi_avg_fn=warmed_up_average(args.ema_decay)))
+
+
+def command_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    add_data_arguments(parser)
+    add_training_arguments(parser, max_train_steps=2000)
+    parser.add_argument("--hidden-size", type=integer(4, 8192), default=64)
+    parser.add_argument("--depth", type=integer(1, 128), default=4)
+    parser.add_argument("--num-heads", type=integer(1, 1024), default=2)
+    parser.add_argument("--patch-size", type=integer(1, 1024), default=2)
+    parser.add_argument("--label-dropout", type=number(0, 1, high_open=True), default=0.1)
+    parser.add_argument("--ema-decay", type=DECAY, default=0.999)
+    return parser
 
 
 @exits_on_input_error
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    add_data_arguments(parser)
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
-    parser.add_argument("--hidden-size", type=int, default=64)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--num-heads", type=int, default=2)
-    parser.add_argument("--patch-size", type=int, default=2)
-    parser.add_argument("--max-train-steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--label-dropout", type=float, default=0.1)
-    parser.add_argument("--ema-decay", type=float, default=0.999)
-    parser.add_argument("--seed", type=int, default=30)
-    args = parser.parse_args()
-    sizes = ("hidden_size", "depth", "num_heads", "patch_size")
-    require_positive(args, *sizes, "max_train_steps", "batch_size", "learning_rate")
-
+def main(argv: list[str] | None = None) -> None:
+    args = command_parser().parse_args(argv)
     images, labels = load_dataset(args.dataset, args.data_dir)
     if images.shape[-1] % args.patch_size or args.hidden_size % (4 * args.num_heads):
         raise InputError(
             f"--patch-size {args.patch_size} must divide the image side {images.shape[-1]}, "
             f"and --hidden-size {args.hidden_size} be a multiple of 4 x --num-heads {args.num_heads}"
         )
-    check_output_dir(args.output_dir, args.overwrite)
-    torch.manual_seed(args.seed)
-    model = SiT(
-        input_size=images.shape[-1],
-        in_channels=images.shape[1],
-        patch_size=args.patch_size,
-        hidden_size=args.hidden_size,
-        depth=args.depth,
-        num_heads=args.num_heads,
-        num_classes=int(labels.max()) + 1,
-    )
-    begin = time.monotonic()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = train_teacher(model.to(device), images, labels, args)
-    teacher.save_pretrained(args.output_dir)
-    print(f"teacher of {args.dataset}, {time.monotonic() - begin:.0f} s -> {args.output_dir}")
+    # 18 width^2 weights a block, with gradient, moments and average: missing later, it would be a killed process.
+    needed, there = 20 * 18 * args.depth * args.hidden_size**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(
+            f"--hidden-size {args.hidden_size} with --depth {args.depth} needs {needed / 1e9:.0f} GB of memory, "
+            f"this machine has {there / 1e9:.0f} GB"
+        )
+    with output_folder("pretrain.teacher", args) as something_is_left:
+        if not something_is_left:
+            return
+        torch.manual_seed(rng_of(args.seed, TEACHER).initial_seed())
+        model = SiT(
+            input_size=images.shape[-1],
+            in_channels=images.shape[1],
+            patch_size=args.patch_size,
+            hidden_size=args.hidden_size,
+            depth=args.depth,
+            num_heads=args.num_heads,
+            num_classes=NUM_CLASSES,
+        )
+        began = time.monotonic()
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        training = teacher_training(model, images, labels, args)
+        if run_training(training, "pretrain.teacher", args, training.average.module.save_pretrained):
+            print(f"teacher of {args.dataset}, {time.monotonic() - began:.0f} s -> {args.output_dir}")
 
 
 if __name__ == "__main__":

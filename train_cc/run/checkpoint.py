@@ -2,38 +2,29 @@
 
     checkpoints/accelerator_1/step-N/   generator.safetensors  optimizer.pt  (ema.safetensors)
     checkpoints/accelerator_2/step-N/   estimator_lora.safetensors  optimizer.pt
-    checkpoints/torch_units/step-N.pt   counters, arguments, format version, the size of every file; written last
+    checkpoints/torch_units/step-N.pt   counters, arguments, format version, size and SHA-256 of each file; last
 
-Tensors are saved unsharded under their plain names, so that a checkpoint does not know how many processes wrote it.
+Tensors are saved unsharded under their plain names, so that any number of processes continues what any other wrote.
 """
 
-import errno
 import os
-import pickle
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
+from safetensors.torch import save_file
 
-from train_cc.diagnostics import gathered
 from train_cc.io.errors import InputError
+from train_cc.io.read import read_safetensors, read_torch, require_file, sha256
+from train_cc.io.write import flush, plain_mode
+from train_cc.run.folder import CHECKPOINT_STEP, OF_A_STEP, TORN, delete_ours, put_in_place
+from train_cc.run.units import FORMAT_VERSION, NewerFormat, check_units
 
-FORMAT_VERSION = 1
-# What every torch_units file holds.
-UNITS = {"step", "files", "samples_seen", "model_config", "teacher_sha256", "arguments", "scalers"}
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+EXPECTED = "a checkpoints/torch_units/step-N.pt"
+OF_PLAIN_VALUES = f"{EXPECTED} of plain values (code in it is not run)"
+UNITS_BYTES = 64 << 20  # a torch_units file holds no tensors of a network
+DAMAGED = ".damaged"  # ends the name of a torch_units file that was set aside
 
 
 @dataclass
@@ -47,56 +38,52 @@ class Checkpoint:
     def step(self) -> int:
         return self.units["step"]
 
+    @property
+    def hashed(self) -> bool:
+        return self.units["format_version"] > 1
+
     def file(self, name: str) -> Path:
         """Where "accelerator_1/optimizer.pt" and the like lie."""
         accelerator, file = name.split("/")
         return self.path.parent.parent / accelerator / f"step-{self.step}" / file
 
     def read(self, name: str) -> dict:
-        """The content of one file, such as "accelerator_1/optimizer.pt"."""
+        """The content of one file, such as "accelerator_1/optimizer.pt". Raises `InputError`."""
         path = self.file(name)
-        try:
-            if path.suffix == ".safetensors":
-                return load_file(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-            raise InputError(f"{path} cannot be read: {error}") from error
+        if path.suffix == ".safetensors":
+            return read_safetensors(path, "a file of a checkpoint")
+        return read_torch(path, "a file of a checkpoint")
 
     def has(self, name: str) -> bool:
         return name in self.units["files"]
 
+    def complete(self) -> bool:
+        """Whether all files are where this process looks for them, by their sizes."""
+        files = ((self.file(name), entry["size"]) for name, entry in self.units["files"].items())
+        return all(path.is_file() and path.stat().st_size == size for path, size in files)
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read a torch_units file and make sure that all it names is there, whole. Raises `InputError`."""
-    expected = "a checkpoints/torch_units/step-N.pt is expected"
-    if not path.is_file():
-        raise InputError(f"the checkpoint {path} does not exist; {expected}")
-    try:
-        units = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"the checkpoint {path} is damaged or a pickle of more than plain values; it was not run. {expected}"
-        ) from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise InputError(f"the checkpoint {path} is truncated or no checkpoint ({error}); {expected}") from error
-    if not isinstance(units, dict) or "format_version" not in units:
-        raise InputError(f"{path} is not a checkpoint of this project; {expected}")
-    if units["format_version"] > FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format version {units['format_version']}, "
-            f"this code reads up to {FORMAT_VERSION}; update the code"
-        )
-    if UNITS - units.keys():
-        raise InputError(
-            f"{path} is not a checkpoint of this project, it lacks {sorted(UNITS - units.keys())}; {expected}"
-        )
-    checkpoint = Checkpoint(path, units)
-    for name, size in units["files"].items():
+    """Read a torch_units file and make sure that all it names is there, whole, by size and SHA-256.
+
+    Raises `InputError`. No parser sees a file before its hash is known to be right (format 1 has sizes alone).
+    """
+    require_file(path, EXPECTED)
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+    if path.stat().st_size > UNITS_BYTES:
+        raise InputError(f"{path} has {path.stat().st_size:,} bytes; {EXPECTED} is expected")
+    checkpoint = Checkpoint(path, check_units(read_torch(path, OF_PLAIN_VALUES), path))
+    for name, entry in checkpoint.units["files"].items():
         file = checkpoint.file(name)
         found = file.stat().st_size if file.is_file() else None
-        if found != size:
+        if found != entry["size"]:
             told = "is missing" if found is None else f"has {found} bytes"
-            raise InputError(f"the checkpoint {path} is incomplete: {file} {told}, {size} bytes were written")
+            raise InputError(f"the checkpoint {path} is incomplete: {file} {told}, {entry['size']} bytes were written")
+    for name, entry in checkpoint.units["files"].items():
+        if entry["sha256"] is not None and sha256(checkpoint.file(name)) != entry["sha256"]:
+            file = checkpoint.file(name)
+            raise InputError(f"the checkpoint {path} is damaged: the SHA-256 of {file} is not the one that was written")
     return checkpoint
 
 
@@ -107,134 +94,108 @@ def units_path(root: Path, step: int) -> Path:
 
 def complete_steps(root: Path) -> list[int]:
     """The steps of ``root`` (a checkpoints folder) that have a torch_units file, ascending."""
-    found = (re.fullmatch(r"step-(\d+)\.pt", path.name) for path in (root / "torch_units").glob("step-*.pt"))
+    found = (re.fullmatch(CHECKPOINT_STEP + r"\.pt", path.name) for path in (root / "torch_units").glob("step-*.pt"))
     return sorted(int(match[1]) for match in found if match)
 
 
-def newest_checkpoint(root: Path) -> Path | None:
+def kept(root: Path) -> str:
+    """What an error says of the checkpoints that there are."""
     steps = complete_steps(root)
-    return units_path(root, steps[-1]) if steps else None
+    return f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
+
+
+def newest_intact(root: Path) -> tuple[Checkpoint | None, dict[int, str]]:
+    """-> the newest checkpoint of ``root`` that is whole, and for each newer step what is wrong with it.
+
+    Raises `InputError` where there are checkpoints and none is whole, or newer code than this wrote one.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(complete_steps(root)):
+        try:
+            checkpoint = open_checkpoint(units_path(root, step))
+            if checkpoint.step != step:
+                raise InputError(f"the checkpoint {checkpoint.path} is damaged: it says step {checkpoint.step}")
+            return checkpoint, damaged
+        except NewerFormat:
+            raise
+        except InputError as error:
+            damaged[step] = str(error)
+    if damaged:
+        told = "; ".join(damaged.values())
+        raise InputError(f"{root} holds no whole checkpoint: {told}. Nothing was changed; --overwrite starts anew")
+    return None, {}
 
 
 def write_checkpoint(root: Path, step: int, parts: dict[str, dict], units: dict) -> Path:
     """Write ``parts`` ("accelerator_1/optimizer.pt" -> content) and then the torch_units file. -> its path.
 
-    Every folder and file is written under a temporary name, flushed to the disk and renamed. Raises `InputError` where
-    the disk is too small, before anything is written.
+    Every folder and file is written under a temporary name, flushed to the disk and renamed.
     """
     root.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(_bytes(content) for content in parts.values()), shutil.disk_usage(root).free
-    if free < needed:
-        raise InputError(
-            f"{root} has {free / 1e9:.2f} GB free, the checkpoint of step {step} needs {needed / 1e9:.2f} GB; "
-            "stopped, the last checkpoint is kept (--keep-checkpoints N deletes older ones)"
-        )
     units_path(root, step).unlink(missing_ok=True)  # an older checkpoint of this step ends before its files change
-    sizes = {}
+    units_path(root, step).with_name(f"step-{step}.pt{DAMAGED}").unlink(missing_ok=True)
+    written = {}
     for accelerator in sorted({name.split("/")[0] for name in parts}):
         folder = root / accelerator / f"step-{step}"
         temporary = folder.with_name(folder.name + ".tmp")
         for leftover in (temporary, folder):  # of a killed run: without its torch_units file it is no checkpoint
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
+            delete_ours(leftover, OF_A_STEP | TORN)
+        temporary.mkdir(parents=True, exist_ok=True)
         for name, content in parts.items():
             if name.startswith(accelerator + "/"):
                 path = temporary / name.split("/")[1]
                 (save_file if path.suffix == ".safetensors" else torch.save)(content, path)
-                _flush(path)
-                sizes[name] = path.stat().st_size
-        temporary.rename(folder)
-        _flush(folder.parent)
+                plain_mode(path)
+                flush(path)
+                written[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+        put_in_place(temporary, folder)
+        flush(folder.parent)
     target = units_path(root, step)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".tmp")
-    torch.save(units | {"format_version": FORMAT_VERSION, "step": step, "files": sizes}, temporary)
-    _flush(temporary)
+    torch.save(units | {"format_version": FORMAT_VERSION, "step": step, "files": written}, temporary)
+    flush(temporary)
     os.replace(temporary, target)
-    _flush(target.parent)
+    flush(target.parent)
     return target
 
 
-def _bytes(content: dict) -> int:
+def nbytes(content: dict) -> int:
     """Of all tensors in a nested dict."""
-    values = [_bytes(value) if isinstance(value, dict) else getattr(value, "nbytes", 0) for value in content.values()]
+    values = [nbytes(value) if isinstance(value, dict) else getattr(value, "nbytes", 0) for value in content.values()]
     return sum(values)
 
 
 def rotate_checkpoints(root: Path, keep: int, protected: Path | None) -> None:
     """Delete all but the ``keep`` newest complete checkpoints (0: none is deleted), and never ``protected``."""
     for step in complete_steps(root)[:-keep] if keep else []:
-        if protected is None or units_path(root, step).resolve() != protected.resolve():
+        if protected is None or os.path.realpath(units_path(root, step)) != os.path.realpath(protected):
             delete_checkpoint(root, step)
 
 
 def delete_checkpoint(root: Path, step: int) -> None:
     units_path(root, step).unlink()  # first: what is left is not taken for a checkpoint
-    for folder in root.glob(f"accelerator_*/step-{step}"):
-        shutil.rmtree(folder, ignore_errors=True)
+    delete_step(root, step)
 
 
-def _flush(path: Path) -> None:
-    """Make a file or folder durable. A full disk may show only here: then the error stops the checkpoint."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know no fsync
-            raise
-    finally:
-        os.close(descriptor)
+def delete_step(root: Path, step: int) -> None:
+    for folder in root.glob(f"accelerator_[12]/step-{step}"):
+        delete_ours(folder, OF_A_STEP | TORN)
 
 
-# States of networks and optimizers, whole and on the CPU, whatever wraps or shards them. Collective: every rank calls.
+def set_aside(root: Path, step: int) -> None:
+    """A damaged checkpoint keeps its files, but counts no more: neither as a start nor in the rotation."""
+    path = units_path(root, step)
+    os.replace(path, path.with_name(path.name + DAMAGED))
 
 
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters and buffers by plain name; on ranks other than 0 empty."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    return {name: value.contiguous() for name, value in get_model_state_dict(model, options=options).items()}
-
-
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Moments by parameter name. Hyperparameters are left out: on resume those of the command line apply."""
-    return get_optimizer_state_dict(model, optimizer, options=FULL).get("state", {})  # empty on ranks other than 0
-
-
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Put ``state`` back, sharded as ``model`` is; hyperparameters stay what the optimizer was built with."""
-    name_of = {p: name for name, p in model.named_parameters()}
-    groups = [dict(group, params=[name_of[p] for p in group["params"]]) for group in optimizer.param_groups]
-    content = {"state": state, "param_groups": groups}
-    set_optimizer_state_dict(model, optimizer, content, options=StateDictOptions(full_state_dict=True))
-
-
-def restore_trained(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Copy ``state`` into the trainable parameters and buffers of ``model``; names and shapes must fit exactly."""
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    reshaped = [
-        f"{name} {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
-    ]
-    if missing or unexpected or reshaped:
-        raise InputError(
-            f"{source} does not fit this run's model (another size, class count, LoRA rank or --use-lora-gen?): "
-            f"missing {missing[:4]}, unexpected {unexpected[:4]}, other shapes {sorted(reshaped)[:4]}"
-        )
-    for name, tensor in own.items():
-        copy_whole(tensor, state[name])
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor as it is, a sharded one gathered; on the CPU."""
-    return gathered(tensor).cpu()
-
-
-@torch.no_grad()
-def copy_whole(target: Tensor, value: Tensor) -> None:
-    """Copy ``value``, whole and the same on every process, into ``target``, which may be sharded."""
-    if isinstance(target, DTensor):
-        value = value.to(target.device, target.dtype)
-        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(value)
+def delete_leftovers(root: Path) -> None:
+    """What a kill left in ``root``: temporary files, and files of steps without a torch_units file."""
+    for path in (root / "torch_units").glob("step-*.pt.tmp"):
+        path.unlink()
+    known = {str(step) for step in complete_steps(root)}
+    known |= {path.name[5 : -len(".pt" + DAMAGED)] for path in (root / "torch_units").glob("step-*.pt" + DAMAGED)}
+    for folder in list(root.glob("accelerator_[12]/step-*")):
+        match = re.fullmatch(CHECKPOINT_STEP + r"(\.tmp)?", folder.name)
+        if match and (match[2] or match[1] not in known):
+            delete_ours(folder, OF_A_STEP | TORN)

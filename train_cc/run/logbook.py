@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,19 +12,6 @@ from tqdm import tqdm
 from train_cc.io.write import write_atomically
 
 logger = logging.getLogger("train_cc")
-
-
-RUN_CONTENT = (".lock", "checkpoints", "generator", "loss_logs", "samples", "dmdr", "args.json", "log.txt")
-
-
-def clear_output_dir(folder: Path) -> None:
-    """Delete an earlier run in ``folder``; what no run writes stays, and the lock that this run holds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in (folder / name for name in RUN_CONTENT if name != ".lock"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 class AboveProgressBars(logging.Handler):
@@ -42,7 +28,8 @@ def log_to(folder: Path) -> None:
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
-    for handler in (logging.FileHandler(folder / "log.txt"), AboveProgressBars(logging.INFO)):
+    file = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
+    for handler in (file, AboveProgressBars(logging.INFO)):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
 
@@ -51,9 +38,17 @@ class JsonLines:
     """An append-only file of one JSON object a line, flushed at every call."""
 
     def __init__(self, path: Path, keep_until_step: int = 0):
-        """Rows whose ``step`` lies after ``keep_until_step``, and a torn last line, are dropped."""
+        """Rows whose ``step`` lies after ``keep_until_step`` are dropped, and lines that cannot be read.
+
+        Of these the last one may be what a kill tore; more are told in the log.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_json_lines(path) if row["step"] <= keep_until_step] if path.exists() else []
+        kept = []
+        if path.exists():
+            rows, torn = read_json_lines(path)
+            kept = [row for row in rows if row["step"] <= keep_until_step]
+            if torn:
+                logger.warning("WARNING: %s: %d line(s) could not be read and were dropped", path, torn)
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
 
@@ -62,9 +57,11 @@ class JsonLines:
         self._file.flush()
 
 
-def read_json_lines(path: Path) -> list[dict]:
-    """All whole rows of ``path``; a line that a kill tore is left out."""
-    return parse_json_lines(path.read_text())[0]
+def read_json_lines(path: Path) -> tuple[list[dict], int]:
+    """-> the rows of ``path``, objects with a whole number ``step``, and how many of its lines are no such rows."""
+    found, torn = parse_json_lines(path.read_text(encoding="utf-8", errors="replace"))
+    rows = [row for row in found if isinstance(row, dict) and type(row.get("step")) is int]
+    return rows, torn + len(found) - len(rows)
 
 
 def parse_json_lines(text: str) -> tuple[list, int]:
@@ -73,7 +70,7 @@ def parse_json_lines(text: str) -> tuple[list, int]:
     for line in text.splitlines():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # torn, a number of thousands of digits, or nested without end
             torn += 1
     return rows, torn
 

@@ -3,9 +3,12 @@
 import contextlib
 import os
 import signal
+import sys
+import threading
+import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from train_cc.io.errors import InputError
+from train_cc.io.errors import InputError, report
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # what autocast computes in
 
@@ -23,33 +26,34 @@ COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 class Session:
     """One accelerator for the generator and one for the estimator: each prepares and steps its own network."""
 
-    generator: Accelerator
-    estimator: Accelerator
+    generator_accelerator: Accelerator
+    estimator_accelerator: Accelerator
     sharded: bool = False  # FSDP2 in place of DDP
+    notes: list[str] = field(default_factory=list)  # for the log: what of the environment was set aside
 
     @property
     def device(self) -> torch.device:
-        return self.generator.device
+        return self.generator_accelerator.device
 
     @property
     def rank(self) -> int:
-        return self.generator.process_index
+        return self.generator_accelerator.process_index
 
     @property
     def world_size(self) -> int:
-        return self.generator.num_processes
+        return self.generator_accelerator.num_processes
 
     @property
     def is_main(self) -> bool:
-        return self.generator.is_main_process
+        return self.generator_accelerator.is_main_process
 
     def mean(self, figures: Tensor) -> Tensor:
         """The mean over processes of ``figures``, any shape."""
-        return self.generator.reduce(figures, reduction="mean")
+        return self.generator_accelerator.reduce(figures, reduction="mean")
 
     def agree(self, number: int) -> bool:
         """Whether all processes hold the same ``number``."""
-        return len(set(self.generator.gather(torch.tensor([number], device=self.device)).tolist())) == 1
+        return len(set(self.generator_accelerator.gather(torch.tensor([number], device=self.device)).tolist())) == 1
 
     def place(self, accelerator: Accelerator, network: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
         """``network`` on the device, under autocast, and over the processes: replicated (DDP) or sharded (FSDP2).
@@ -71,28 +75,80 @@ class Session:
         return fully_shard(network, **options)
 
     def barrier(self) -> None:
-        self.generator.wait_for_everyone()
+        self.generator_accelerator.wait_for_everyone()
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask the run to stop after the current update; a second one stops it at once."""
+    """SIGTERM and SIGINT ask the run to stop after the current update.
+
+    Repeated within 10 seconds it is the same request (Slurm and systemd tell the launcher and its processes alike, and
+    the launcher tells them too); later it stops the run at once. As one process of several a run can wait for ever for
+    another that is gone: where an update does not end after the request, the process does.
+    """
+
+    SAME_REQUEST = 10.0  # seconds
 
     def __init__(self):
         self.name = ""
+        self._asked = 0.0
+        self._began: float | None = None  # the update that is being made
+        self._longest: float | None = None
 
     def __enter__(self) -> "StopSignal":
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._over = threading.Event()
+        self._writer = -1
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            reader, self._writer = os.pipe()
+            os.set_blocking(self._writer, False)
+            # Not in the handler: that waits until Python runs again in the main thread, and it may not.
+            signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
 
     def _ask(self, number: int, frame: object) -> None:
-        self.name = signal.Signals(number).name
-        self._restore()
+        now = time.monotonic()
+        if not self.name:
+            self.name, self._asked = signal.Signals(number).name, now
+            if self._writer < 0:  # several processes are asked by a failure of one, too
+                later = f"once more, after {self.SAME_REQUEST:.0f} seconds, stops it at once"
+                print(f"\n{self.name}: the run stops after this update; {later}", file=sys.stderr)
+        elif now - self._asked > self.SAME_REQUEST:
+            self._restore()
+            os.kill(os.getpid(), number)
+
+    @contextlib.contextmanager
+    def update(self) -> Iterator[None]:
+        """Around an update: while it lasts, another process that is gone may be waited for."""
+        self._began = time.monotonic()
+        yield
+        self._longest = max(self._longest or 0, time.monotonic() - self._began)
+        self._began = None
+
+    def patience(self) -> float:
+        """Seconds that the update under way may take; the first one compiles and warms up."""
+        return 600 if self._longest is None else max(60, 3 * self._longest)
+
+    def _watch(self, reader: int) -> None:
+        while (told := os.read(reader, 1)) and told[0] not in self._before:  # a library's signal
+            pass
+        asked = time.monotonic()
+        while not self._over.wait(1):
+            began = self._began
+            if began is not None and time.monotonic() - max(began, asked) > self.patience():
+                report("asked to stop, but the update does not end (another process is gone?); what is saved stays")
+                os._exit(2)
+        os.close(reader)  # not before: a repeated signal is written into the pipe too
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def __exit__(self, *error: object) -> None:
+        self._over.set()
+        if self._writer >= 0:
+            signal.set_wakeup_fd(-1)
+            os.close(self._writer)
         self._restore()
 
 
@@ -109,23 +165,64 @@ def sharding_asked() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+# Of the variables that accelerate reads, those that change nothing of what is trained.
+HARMLESS = {"ACCELERATE_CONFIG", "ACCELERATE_LOG_LEVEL", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"}
+HARMLESS |= {"ACCELERATE_USE_CPU", "ACCELERATE_DISABLE_RICH"}
+NEUTRAL = ("", "no", "none", "false", "0", "auto", "default")
+
+
+def take_environment() -> tuple[str, bool, list[str]]:
+    """Take out of the environment all that accelerate would act on: the command line says how a run is trained.
+
+    -> the configured precision, whether to shard, and a line for each variable that is set aside. Raises `InputError`
+    for what cannot be done here.
+    """
+    sharded = sharding_asked()
+    names = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in HARMLESS]
+    taken = {name: os.environ.pop(name) for name in names}
+    precision = taken.pop("ACCELERATE_MIXED_PRECISION", None) or "no"
+    taken.pop("ACCELERATE_USE_FSDP", None)  # `Session.place` shards, not accelerate
+    asked = {name: value for name, value in taken.items() if value.lower() not in NEUTRAL}
+    for name, instead in (
+        ("ACCELERATE_USE_DEEPSPEED", "shard by scripts/accelerate/fsdp2.yaml"),
+        ("ACCELERATE_USE_MEGATRON_LM", "shard by scripts/accelerate/fsdp2.yaml"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "shard by scripts/accelerate/fsdp2.yaml"),
+        ("ACCELERATE_DYNAMO_BACKEND", "compile by --compile"),
+    ):
+        if name in asked:
+            raise InputError(f"{name} is {asked[name]}, which is not done here: unset it, and {instead}")
+    if sharded and os.environ.get("FSDP_VERSION", "2") != "2":
+        raise InputError("the accelerate config asks for FSDP version 1; fsdp_version: 2 is expected")
+    accumulation = asked.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    notes = [f"{name}={value} of the environment is set aside: flags alone rule" for name, value in asked.items()]
+    if accumulation != "1":
+        notes.append(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accumulation} of the environment is set aside: "
+            "--gradient-accumulation-steps rules"
+        )
+    return precision, sharded, notes
+
+
 def open_session(mixed_precision: str, report_to: str = "none", folder: Path | None = None) -> Session:
     """Processes, precision and sharding as the launcher's config says; tracker ``report_to`` writes into ``folder``.
 
     Raises `InputError` where the config contradicts ``mixed_precision``, the precision is not to be had, or other than
     NUM_PROCESSES processes were started.
     """
-    configured = os.environ.pop("ACCELERATE_MIXED_PRECISION", None) or "no"
+    configured, sharded, notes = take_environment()
+    if configured not in (*COMPUTE_DTYPES, "no"):
+        raise InputError(f"ACCELERATE_MIXED_PRECISION is {configured}; allowed: {', '.join(COMPUTE_DTYPES)}")
     precision = configured if mixed_precision == "auto" and configured != "no" else resolve_precision(mixed_precision)
     if configured not in ("no", precision):
         raise InputError(
             f"the accelerate config says mixed_precision {configured}, --mixed-precision {mixed_precision} is "
             f"{precision} on this machine; make them agree, or write 'no' into the config to let the flag rule"
         )
-    sharded = sharding_asked()
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # `Session.place` shards, not accelerate
-    if sharded and os.environ.get("FSDP_VERSION", "2") != "2":
-        raise InputError("the accelerate config asks for FSDP version 1; fsdp_version: 2 is expected")
+    gpus, place = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if gpus and place >= gpus:
+        raise InputError(
+            f"NUM_PROCESSES asks for more than the {gpus} visible GPU(s) of this machine, one process each"
+        )
     if precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--mixed-precision fp16 needs a GPU; allowed on a CPU: no, bf16")
     # Buffers never change. (torch's successor of this option still synchronises them once.)
@@ -136,8 +233,9 @@ def open_session(mixed_precision: str, report_to: str = "none", folder: Path | N
     tracked = {} if report_to == "none" else {"log_with": report_to, "project_dir": folder}
     session = Session(Accelerator(**options, **tracked), Accelerator(**options))
     session.sharded = sharded and session.world_size > 1
-    wanted = int(os.environ.get("NUM_PROCESSES") or session.world_size)
-    if wanted != session.world_size:
+    session.notes = notes
+    wanted = os.environ.get("NUM_PROCESSES") or str(session.world_size)
+    if wanted != str(session.world_size):
         raise InputError(f"NUM_PROCESSES is {wanted}, but {session.world_size} process(es) were started")
     return session
 

@@ -8,6 +8,8 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
+from train_cc.io.read import parsing
+
 
 @contextlib.contextmanager
 def tracking(accelerator: Accelerator, arguments: dict) -> Iterator[None]:
@@ -16,7 +18,9 @@ def tracking(accelerator: Accelerator, arguments: dict) -> Iterator[None]:
     Not `accelerator.end_training`, which would end the process group as well.
     """
     if accelerator.log_with:
-        accelerator.init_trackers("dmdr", {name: str(value) for name, value in arguments.items()})
+        config = {name: str(value) for name, value in arguments.items()}
+        with parsing("--report-to", "a tracker that can be reached"):  # a library's own errors, such as no login
+            accelerator.init_trackers("dmdr", config)
     try:
         yield
     finally:

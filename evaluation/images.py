@@ -1,0 +1,164 @@
+"""Real images with their labels, by index: a folder, an .npz, or a data set of pretrain/data.py."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from train_cc.io.errors import InputError
+from train_cc.io.read import parsing, read_npz, require_file, sha256
+from train_cc.pretrain.data import DATASETS, load_dataset
+
+MAX_CLASSES = 100_000  # a label beyond is no label
+EXPECTED = f"a folder of images, an .npz with arr_0 uint8 (N, H, W, C), or one of {', '.join(DATASETS)}"
+
+
+class Images:
+    """``self[i]``: image i, uint8 (C, H, W), or the message of what is wrong: a worker process cannot raise it.
+
+    ``labels``: (N,) int64, or None. ``shape``: of the first image. ``source``: what the images are, for a record.
+    """
+
+    def __init__(self, labels: Tensor | None, source: dict):
+        self.labels, self.source = labels, source
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(checked(self[0]).shape)
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.labels is None else int(self.labels.max()) + 1
+
+
+class ArrayImages(Images):
+    """``images``: uint8 (N, C, H, W)."""
+
+    def __init__(self, images: Tensor, labels: Tensor | None, source: dict):
+        super().__init__(labels, source)
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def name(self, index: int) -> str:
+        return f"image {index} of {self.source['images']}"
+
+
+class FolderImages(Images):
+    """Image files, read when they are asked for; ``size``: ADM's centre crop to size x size, None: as they are."""
+
+    def __init__(self, paths: list[str], labels: Tensor | None, size: int | None, channels: int, source: dict):
+        super().__init__(labels, source)
+        self.paths, self.size, self.channels = paths, size, channels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            return self._read(self.paths[index])
+        except InputError as error:
+            return str(error)
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def _read(self, path: str) -> Tensor:
+        with parsing(path, "an image"), Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):
+                raise InputError(f"{path} has mode {file.mode}; images of 8 bits a channel are expected")
+            if self.channels == 1 and file.mode not in ("1", "L"):
+                raise InputError(f"{path} has colours (mode {file.mode}); the feature space takes greyscale images")
+            image = file.convert("L" if self.channels == 1 else "RGB")
+        if self.size is not None:
+            image = centre_crop(image, self.size)
+        return torch.from_numpy(np.array(image)).view(image.height, image.width, self.channels).permute(2, 0, 1)
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's: halve by boxes while twice too large, bicubic to the short side, cut the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC)
+    left, top = ((side - size) // 2 for side in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def checked(image: Tensor | str) -> Tensor:
+    if isinstance(image, str):
+        raise InputError(image)
+    return image
+
+
+# Opening -----------------------------------------------------------------------------------------------------------
+
+
+def open_images(text: str, size: int | None, channels: int, data_dir: str | None = None) -> Images:
+    """``size``: for folders; ``channels``: what the feature space takes. Raises `InputError`."""
+    path = Path(text)
+    if size is not None and (text in DATASETS or path.is_file()):
+        raise InputError(f"--image-size is for folders of images; those of {text} are taken as they are")
+    if text in DATASETS:
+        images, labels = load_dataset(text, data_dir)
+        digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+        return ArrayImages(images, labels, {"images": text, "sha256": digest})
+    if path.is_dir():
+        return open_folder(path, size, channels)
+    return open_npz(require_file(path, EXPECTED))
+
+
+def open_npz(path: Path) -> ArrayImages:
+    content = read_npz(path, EXPECTED)
+    images, labels = content.get("arr_0"), content.get("arr_1")
+    if (
+        images is None
+        or images.ndim != 4
+        or images.dtype != np.uint8
+        or images.shape[3] not in (1, 3)
+        or not len(images)
+    ):
+        found = "no arr_0" if images is None else f"arr_0 {images.dtype} {images.shape}"
+        raise InputError(f"{path} has {found}; arr_0 uint8 (N, H, W, C) with C of 1 or 3 is expected")
+    if labels is not None:
+        if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+            raise InputError(
+                f"{path} has arr_1 {labels.dtype} {labels.shape}; {len(images)} whole numbers are expected"
+            )
+        if len(labels) and not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
+            raise InputError(f"{path} has labels {labels.min()} to {labels.max()}; allowed: 0 to {MAX_CLASSES - 1}")
+        labels = torch.from_numpy(labels.astype(np.int64))
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return ArrayImages(images, labels, {"images": str(path), "sha256": sha256(path)})
+
+
+def open_folder(folder: Path, size: int | None, channels: int) -> FolderImages:
+    """A folder a class, numbered in alphabetical order; or images without labels in ``folder`` itself."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    classes = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    flat = [entry.path for entry in entries if entry.is_file() and entry.name.lower().endswith(IMG_EXTENSIONS)]
+    numbers = {name: i for i, name in enumerate(classes)}
+    found = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True) if classes else []
+    if flat and found:
+        raise InputError(f"{folder} holds images of its own ({flat[0]}) and folders of images; one of both is expected")
+    if not flat and not found:
+        raise InputError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)}); {EXPECTED} is expected")
+    empty = sorted(set(classes) - {classes[label] for _, label in found})
+    if found and empty:
+        raise InputError(f"the class folders {', '.join(empty[:8])} of {folder} hold no images; remove or fill them")
+    paths = [path for path, _ in found] or flat
+    labels = torch.tensor([label for _, label in found]) if found else None
+    names = "\n".join(os.path.relpath(path, folder) for path in paths)
+    source = {"images": str(folder), "sha256_of_names": hashlib.sha256(names.encode(errors="replace")).hexdigest()}
+    if size is not None:
+        source["image_size"] = size
+    return FolderImages(paths, labels, size, channels, source)

@@ -1,0 +1,5 @@
+"""`python -m evaluation.report`: see `page`."""
+
+from evaluation.report.page import main
+
+main()

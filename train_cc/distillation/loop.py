@@ -1,0 +1,186 @@
+"""The loop over both turns: cycle, record, show, save. One line of either log is one turn."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from train_cc.distillation.panel import picture_path, preview
+from train_cc.distillation.scores import scores
+from train_cc.distillation.settings import Run, trainable
+from train_cc.distillation.state import export, require_finite_run, save
+from train_cc.distillation.turns import Figures, estimator_batches, estimator_turn, generator_turn
+from train_cc.io.errors import InputError
+from train_cc.run.checkpoint import kept
+from train_cc.run.diagnostics import BY_BAND, UpdateSize, columns, gathered
+from train_cc.run.logbook import JsonLines, logger, not_finite
+from train_cc.run.session import Session, StopSignal
+from train_cc.run.trackers import show_picture, tracking
+from train_cc.schedules import annealing, dynamic_guidance_scale
+
+Row = dict[str, float | None]
+
+
+def train(run: Run) -> None:
+    """From ``run.step`` to ``max_train_steps`` generator turns; writes logs, previews, checkpoints and the export."""
+    session, output = run.session, run.output
+    logs = open_logs(run) if session.is_main else []
+    progress = tqdm(
+        desc="generator updates",
+        total=output.max_train_steps,
+        initial=run.step,
+        disable=not session.is_main,
+        mininterval=2,
+    )
+    with tracking(session.generator_accelerator, run.arguments), progress, StopSignal() as stop:
+        for step in range(run.step, output.max_train_steps):
+            began = time.monotonic()
+            with stop.update():
+                estimator_rows, row, stopping = cycle(run, step, bool(stop.name))
+            seconds = round(time.monotonic() - began, 4)
+            row = count_update(run, step, row)
+            stop_unless_finite(run, [*estimator_rows, row])
+            last = run.step == output.max_train_steps
+            sampled = bool(output.num_previews) and (last or run.step % output.sample_steps == 0)
+            if sampled:
+                row |= show(run, step)
+            write_rows(run, logs, estimator_rows, row, seconds)
+            tell(run, progress, estimator_rows[-1], row, sampled)
+            if last or stopping or run.step % output.checkpoint_steps == 0:
+                path = save(run)
+            if stopping and not last:
+                logger.info(
+                    "stopped at step %d as asked; the same command with --auto-resume, or --resume-ckpt %s, continues",
+                    run.step,
+                    path,
+                )
+                return
+    export(run)
+
+
+# A cycle ----------------------------------------------------------------------------------------------------------
+
+
+def cycle(run: Run, step: int, stopping: bool = False) -> tuple[list[Row], Row, bool]:
+    """``ratio_update`` estimator turns and a generator turn, each with its update. -> log rows, whether to stop."""
+    estimator_figures = []
+    for batches in estimator_batches(run, step):
+        estimator_figures.append(estimator_turn(run, step, batches) | update_estimator(run))
+    figures = generator_turn(run, step) | update_generator(run)
+    of_band = f"loss_fake{BY_BAND}"  # the bands of all estimator turns together are one line's
+    figures[of_band] = sum(each.pop(of_band) for each in estimator_figures)
+    *estimator_rows, row, (stopping,) = fetch(run.session, [*estimator_figures, figures], stopping)
+    return [columns(each) for each in estimator_rows], columns(row), stopping
+
+
+def update_estimator(run: Run) -> Figures:
+    blocks = run.plain_estimator.network.blocks
+    accelerator, optimizer = run.session.estimator_accelerator, run.estimator_optimizer
+    norm, ratio = update(accelerator, run.estimator, blocks, optimizer, run.optimisation.max_grad_norm)
+    return {"grad_norm_estimator": norm, "update_ratio_estimator": ratio}
+
+
+def update_generator(run: Run) -> Figures:
+    """With its average, where there is one."""
+    blocks = run.plain_generator.blocks
+    accelerator, optimizer = run.session.generator_accelerator, run.generator_optimizer
+    norm, ratio = update(accelerator, run.generator, blocks, optimizer, run.optimisation.max_grad_norm)
+    if run.ema is not None:
+        run.ema.update(trainable(run.plain_generator))
+    return {"grad_norm_generator": norm, "update_ratio_generator": ratio}
+
+
+def update(
+    accelerator: Accelerator,
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """Clip, step, clear. -> the gradients' norm before clipping, and the update's size in the middle of ``blocks``."""
+    norm = gathered(accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm))
+    size = UpdateSize(blocks)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, size.ratio()
+
+
+def fetch(session: Session, figures: list[Figures], stopping: bool) -> list[dict | tuple[bool]]:
+    """``figures`` as numbers, averaged over processes: the one time in a cycle that the device is asked.
+
+    ``stopping``: whether this process was asked to stop; comes back, last, as whether any was.
+    """
+    tensors = [value.float() for each in figures for value in each.values()]
+    tensors.append(torch.full((), float(stopping), device=session.device))
+    flat = session.mean(torch.cat([value.flatten() for value in tensors])).cpu()
+    parts = flat.split([value.numel() for value in tensors])
+    values = iter(part.view(value.shape).tolist() for part, value in zip(parts, tensors, strict=True))
+    return [{name: next(values) for name in each} for each in figures] + [(next(values) > 0,)]
+
+
+# Record and show --------------------------------------------------------------------------------------------------
+
+
+def open_logs(run: Run) -> list[JsonLines]:
+    """The generator's and the estimator's log; rows after the step that is resumed from are dropped."""
+    folder = run.output.output_dir / "loss_logs"
+    return [JsonLines(folder / f"loss_{name}_log.jsonl", run.step) for name in ("gen", "gui")]
+
+
+def count_update(run: Run, step: int, row: Row) -> Row:
+    """The generator update of ``step`` is done. -> its row with the counters and the schedule's scale."""
+    run.step = step + 1
+    run.samples_seen += run.optimisation.effective_batch(run.session.world_size)
+    scale = dynamic_guidance_scale(run.method.lora_scale_real, annealing(step, run.method.dynamic_steps))
+    return {"step": run.step} | row | {"lora_scale_real": scale, "samples_seen": run.samples_seen}
+
+
+def show(run: Run, step: int) -> Row:
+    """The previews of now, and what the judges say of them. Where a run was cut short must not show in its log."""
+    require_finite_run(run, moments=False)
+    read: Callable = partial(scores, run, c=annealing(step, run.method.dynamic_steps))
+    figures = preview(run, read)
+    return figures if run.step % run.output.sample_steps == 0 else {}
+
+
+def write_rows(run: Run, logs: list[JsonLines], estimator_rows: list[Row], row: Row, seconds: float) -> None:
+    if not logs:
+        return
+    of_generator, of_estimator = logs
+    first = (run.step - 1) * run.method.ratio_update + 1
+    of_generator.write([row | {"seconds": seconds}])
+    of_estimator.write(
+        {"step": run.step, "iteration": first + i} | figures | {"seconds": seconds}
+        for i, figures in enumerate(estimator_rows)
+    )
+
+
+def tell(run: Run, progress: tqdm, of_estimator: Row, row: Row, sampled: bool) -> None:
+    """A row for people: in the log where there are pictures, to the trackers, and at the bar."""
+    accelerator = run.session.generator_accelerator
+    there = {name: value for name, value in row.items() if value is not None}
+    if sampled and run.session.is_main:
+        show_picture(accelerator, picture_path(run, run.step), run.step)
+        logger.info(", ".join(f"{name} {value:.5g}" for name, value in there.items()))
+    accelerator.log(there, step=run.step)
+    losses = row | of_estimator
+    shown = [name for name in ("loss_dmd", "loss_reward", "loss_fake") if name in losses]
+    progress.set_postfix({name: f"{losses[name]:.4f}" for name in shown}, refresh=False)
+    progress.update()
+
+
+def stop_unless_finite(run: Run, rows: list[Row]) -> None:
+    """Under fp16 an overflowing gradient is the scaler's to skip; a loss never may be."""
+    scaled = run.session.generator_accelerator.scaler is not None
+    for row in rows:
+        bad = [name for name in not_finite(row) if not (scaled and name.startswith("grad_norm"))]
+        if bad:
+            told = ", ".join(f"{name} is {row[name]}" for name in bad)
+            message = f"step {run.step}: {told}. Stopped; {kept(run.output.checkpoints)}. "
+            message += "Lower the learning rates?"
+            logger.debug(message)  # into log.txt; the terminal gets it as the error that it is
+            raise InputError(message)

@@ -1,0 +1,121 @@
+"""What a run is: its settings, fixed once from the command line, and the parts that the turns work with.
+
+Flag, field and documentation have one name each. Below `train_cc/setup` nobody sees the command line.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from train_cc.models.estimator import ScoreEstimator
+from train_cc.models.sit import SiT
+from train_cc.rewards.at_x0 import Reward
+from train_cc.run.ema import Average
+from train_cc.run.session import Session
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is computed (docs/method.md)."""
+
+    num_steps: int = 1  # K of the generator
+    timestep_shift: float = 1.0  # s of its time grid
+    ratio_update: int = 5  # estimator turns per generator turn
+    lora_scale_fake: float = 2.0
+    lora_scale_real: float = 0.75  # at step 0
+    dynamic_steps: int = 0  # D of both schedules
+    renoise_alpha: float = 4.0
+    renoise_beta: float = 1.5
+    real_guidance_scale: float = 1.0  # at most 1 is off
+    real_guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How the networks are updated."""
+
+    seed: int = 30
+    batch_size: int = 64  # per process
+    gradient_accumulation_steps: int = 1
+    learning_rate_generator: float = 2e-5
+    learning_rate_estimator: float = 2e-5
+    optimizer: str = "adamw"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay_generator: float = 0.01
+    weight_decay_estimator: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def effective_batch(self, processes: int) -> int:
+        """Samples of one update, over accumulation and processes."""
+        return self.batch_size * self.gradient_accumulation_steps * processes
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where and when a run writes."""
+
+    output_dir: Path
+    max_train_steps: int
+    checkpoint_steps: int
+    sample_steps: int
+    keep_checkpoints: int = 0  # 0 keeps all
+    num_previews: int = 0
+    teacher_preview_steps: int = 0
+    protected: Path | None = None  # a torch_units file that rotation leaves alone
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output_dir / "checkpoints"
+
+
+@dataclass
+class Run:
+    """Everything that the two turns need. ``generator`` and ``estimator`` are prepared by their accelerators."""
+
+    session: Session
+    method: Method
+    optimisation: Optimisation
+    output: Output
+    generator: nn.Module
+    estimator: nn.Module
+    generator_optimizer: torch.optim.Optimizer
+    estimator_optimizer: torch.optim.Optimizer
+    decode: Callable[[Tensor], Tensor]  # x0 -> images in [0, 1]
+    model_config: dict
+    teacher: Path
+    ema: Average | None = None  # of the generator's trained parameters
+    rewards: list[Reward] = field(default_factory=list)
+    reward_micro_batch: int = 0  # samples decoded at once; 0: the whole batch
+    judges: dict[str, nn.Module] = field(default_factory=dict)  # score the previews
+    lora_rank_generator: int | None = None  # None: the whole generator is trained
+    arguments: dict = field(default_factory=dict)  # of the command line, for records alone
+    hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of what was loaded from outside, by flag
+    step: int = 0  # generator updates done
+    samples_seen: int = 0  # by the generator, over all stages
+
+    @property
+    def plain_generator(self) -> SiT:
+        return self.session.generator_accelerator.unwrap_model(self.generator)
+
+    @property
+    def plain_estimator(self) -> ScoreEstimator:
+        return self.session.estimator_accelerator.unwrap_model(self.estimator)
+
+    @property
+    def num_classes(self) -> int:
+        return self.model_config["num_classes"]
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        side = self.model_config["input_size"]
+        return self.model_config["in_channels"], side, side
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

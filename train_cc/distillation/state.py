@@ -1,0 +1,223 @@
+"""Saving, resuming and exporting a run: which tensors go where; and the generator that a checkpoint holds."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from train_cc.distillation.settings import Run, trainable
+from train_cc.io.errors import InputError
+from train_cc.io.read import Number, check_numbers, sha256
+from train_cc.io.write import need_space, plain_mode
+from train_cc.models.estimator import ScoreEstimator
+from train_cc.models.generator import (
+    GENERATION_CONFIG,
+    SAMPLING,
+    assemble_generator,
+    generator_lora_rank,
+    save_generator,
+)
+from train_cc.models.sit import WEIGHTS_NAME, SiT
+from train_cc.run import checkpoint as checkpoints
+from train_cc.run import states
+from train_cc.run.checkpoint import Checkpoint
+from train_cc.run.folder import EXPORT, GENERATOR_FILES, delete_ours, put_in_place
+from train_cc.run.logbook import logger
+from train_cc.run.together import on_main
+
+AVERAGE = "accelerator_1/ema.safetensors"
+
+
+def averaged(run: Run) -> contextlib.AbstractContextManager:
+    """The generator with its EMA weights, where there is an EMA."""
+    return run.ema.in_place_of(trainable(run.plain_generator)) if run.ema is not None else contextlib.nullcontext()
+
+
+def accelerators(run: Run) -> tuple[Accelerator, Accelerator]:
+    return run.session.generator_accelerator, run.session.estimator_accelerator
+
+
+def require_finite_run(run: Run, moments: bool = True) -> None:
+    """No weight, average or moment holds NaN or infinity. Collective; raises `InputError` that names the step."""
+    groups = {
+        "the generator's weights": list(trainable(run.plain_generator).values()),
+        "the estimator's LoRA": list(trainable(run.plain_estimator).values()),
+        "the EMA": list(run.ema.values.values()) if run.ema else [],
+    }
+    if moments:
+        for name, optimizer in (
+            ("the generator's moments", run.generator_optimizer),
+            ("the estimator's moments", run.estimator_optimizer),
+        ):
+            held = [value for state in optimizer.state.values() for value in state.values()]
+            groups[name] = [value.dequantize() if hasattr(value, "codes") else value for value in held]
+    if bad := states.not_finite_groups(run.session, groups):
+        message = f"step {run.step}: NaN or infinity in {', '.join(bad)}. Stopped, nothing of it was written; "
+        message += f"{checkpoints.kept(run.output.checkpoints)}. Lower the learning rates?"
+        logger.debug(message)  # into log.txt; the terminal gets it as the error that it is
+        raise InputError(message)
+
+
+def save(run: Run) -> Path:
+    """Write a complete checkpoint of this step. -> its torch_units file. Raises `InputError` for what is not finite."""
+    require_finite_run(run)
+    generator, estimator = run.plain_generator, run.plain_estimator
+    parts = {
+        "accelerator_1/generator.safetensors": states.trained_state(generator),
+        "accelerator_1/optimizer.pt": states.optimizer_state(generator, run.generator_optimizer.optimizer),
+        "accelerator_2/estimator_lora.safetensors": lora_state(estimator),
+        "accelerator_2/optimizer.pt": states.optimizer_state(estimator, run.estimator_optimizer.optimizer),
+    }
+    if run.ema is not None:
+        parts["accelerator_1/ema.safetensors"] = {name: states.whole(value) for name, value in run.ema.values.items()}
+    units = {
+        "samples_seen": run.samples_seen,
+        "effective_batch": run.optimisation.effective_batch(run.session.world_size),
+        "model_config": run.model_config,
+        "teacher_sha256": run.hashes["teacher"],
+        "arguments": run.arguments,
+        "scalers": [a.scaler and a.scaler.state_dict() for a in accelerators(run)],
+        "ema_updates": run.ema.updates if run.ema else 0,
+    }
+    root = run.output.checkpoints
+
+    def write() -> None:
+        needed, free = checkpoints.nbytes(parts), shutil.disk_usage(run.output.output_dir).free
+        if free < needed:
+            raise InputError(
+                f"{root} has {free / 1e9:.2f} GB free, the checkpoint of step {run.step} needs {needed / 1e9:.2f} GB; "
+                f"stopped, {checkpoints.kept(root)} (--keep-checkpoints N deletes older ones)"
+            )
+        checkpoints.write_checkpoint(root, run.step, parts, units)
+        checkpoints.rotate_checkpoints(root, run.output.keep_checkpoints, run.output.protected)
+        logger.info("checkpoint %s", checkpoints.units_path(root, run.step))
+
+    on_main(run.session, write)
+    return checkpoints.units_path(root, run.step)
+
+
+def lora_state(estimator: ScoreEstimator) -> dict[str, Tensor]:
+    return {name: value for name, value in states.trained_state(estimator).items() if "lora_" in name}
+
+
+def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
+    """Weights, moments, EMA, scaler and step. The draws need no state, and the learning rate is the command line's."""
+    generator, estimator, source = run.plain_generator, run.plain_estimator, str(checkpoint.path)
+    theirs = checkpoint.units
+    if theirs["model_config"] != run.model_config:
+        raise InputError(f"{source} does not fit this run's model: {theirs['model_config']}, not {run.model_config}")
+    if theirs["teacher_sha256"] != run.hashes["teacher"]:
+        raise InputError(f"{source} was trained from other teacher weights: {theirs['arguments']['teacher']}")
+    frozen_buffers = dict(estimator.named_buffers())
+    states.restore_trained(generator, checkpoint.read("accelerator_1/generator.safetensors"), source)
+    lora = checkpoint.read("accelerator_2/estimator_lora.safetensors")
+    states.restore_trained(estimator, lora | frozen_buffers, source)
+    for model, optimizer, name in (
+        (generator, run.generator_optimizer.optimizer, "accelerator_1/optimizer.pt"),
+        (estimator, run.estimator_optimizer.optimizer, "accelerator_2/optimizer.pt"),
+    ):
+        states.restore_optimizer(model, optimizer, checkpoint.read(name), checkpoint.file(name))
+    restore_average(run, checkpoint)
+    for accelerator, state in zip(accelerators(run), checkpoint.units["scalers"], strict=True):
+        if accelerator.scaler is not None and state:
+            accelerator.scaler.load_state_dict(state)
+    run.step, run.samples_seen = checkpoint.step, checkpoint.units["samples_seen"]
+
+
+@torch.no_grad()
+def restore_average(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
+    """The EMA and the number of its updates; from a checkpoint without one it starts at the raw weights, with none."""
+    if run.ema is None:
+        return
+    if checkpoint.has(AVERAGE):
+        states.copy_into(run.ema.values, checkpoint.read(AVERAGE), checkpoint.file(AVERAGE))
+        # Format 1 did not count: an average of that time was updated at every step.
+        run.ema.updates = checkpoint.units.get("ema_updates", checkpoint.step)
+    else:
+        for name, value in trainable(run.plain_generator).items():
+            run.ema.values[name].copy_(value)
+        run.ema.updates = 0
+
+
+def export(run: Run) -> None:
+    """generator/: the plain SiT, with EMA weights where there is an EMA, LoRA merged."""
+    require_finite_run(run, moments=False)
+    with averaged(run):
+        # On a CPU the state shares the parameters' memory: it is used up before the raw weights come back.
+        state = states.trained_state(run.plain_generator)
+        on_main(run.session, lambda: write_generator(run, state))
+
+
+def write_generator(run: Run, state: dict[str, Tensor]) -> None:
+    """On the main process alone. Raises `InputError` where a LoRA's teacher is no longer what it was."""
+    folder, rank = run.output.output_dir, run.lora_rank_generator
+    if rank is not None and sha256(run.teacher / WEIGHTS_NAME) != run.hashes["teacher"]:
+        raise InputError(
+            f"{run.teacher} has changed since the run began, so that its LoRA cannot be merged: "
+            f"{checkpoints.kept(run.output.checkpoints)}; put the teacher back and give the same command again"
+        )
+    generator = assemble_generator(run.model_config, state, run.teacher, rank)
+    target = folder / "generator"
+    need_space(folder, sum(p.nbytes for p in generator.state_dict().values()))
+    temporary = target / EXPORT if target.is_dir() else target.with_name("generator.tmp")
+    for leftover in (target.with_name("generator.tmp"), target / EXPORT):
+        delete_ours(leftover, GENERATOR_FILES)
+    provenance = {
+        "run": str(folder),
+        "step": run.step,
+        "weights": "raw" if run.ema is None else "ema",
+        "teacher_sha256": run.hashes["teacher"],
+    }
+    save_generator(generator, temporary, run.method.num_steps, run.method.timestep_shift, **provenance)
+    for path in temporary.iterdir():
+        plain_mode(path)
+    put_in_place(temporary, target, last=GENERATION_CONFIG)
+    logger.info("generator after %d updates: %s", run.step, target)
+
+
+# What a checkpoint holds, without a run ------------------------------------------------------------------------------
+
+
+def recorded_arguments(checkpoint: Checkpoint) -> dict:
+    """The run's arguments, as far as they are needed here. Raises `InputError`."""
+    source, recorded = checkpoint.path, checkpoint.units["arguments"]
+    needed = {"teacher": str, "vae": str, "use_lora_gen": bool, "lora_rank": int, "num_steps": int}
+    wrong = [name for name, kind in needed.items() if not isinstance(recorded.get(name), kind)]
+    if wrong or "timestep_shift" not in recorded:
+        raise InputError(f"{source}: its arguments lack {', '.join(wrong or ['timestep_shift'])}")
+    check_numbers(recorded, {"lora_rank": Number(int, 1, 2**16)}, source)
+    check_numbers(sampling_of(recorded), SAMPLING, source)
+    return recorded
+
+
+def sampling_of(recorded: dict) -> dict:
+    """Steps K and shift s that a run with these arguments trains for, by their names in a generator's folder."""
+    return {"num_inference_steps": recorded["num_steps"], "timestep_shift": recorded["timestep_shift"]}
+
+
+def kind_of(checkpoint: Checkpoint, weights: str) -> str:
+    """ "auto" is "ema" where there is one, else "raw". Raises `InputError` for an EMA that is not there."""
+    if weights == "ema" and not checkpoint.has(AVERAGE):
+        raise InputError(f"{checkpoint.path} has no EMA weights; --weights raw exports the others")
+    return ("ema" if checkpoint.has(AVERAGE) else "raw") if weights == "auto" else weights
+
+
+def generator_from(checkpoint: Checkpoint, weights: str, teacher: Path | None = None) -> SiT:
+    """``weights``: "ema", "raw", or "auto" (EMA where there is one). ``teacher`` replaces the recorded folder."""
+    recorded = recorded_arguments(checkpoint)
+    state = checkpoint.read("accelerator_1/generator.safetensors")
+    if kind_of(checkpoint, weights) == "ema":
+        average = checkpoint.read(AVERAGE)
+        if missing := sorted(state.keys() - average.keys() - {"pos_embed"}):  # a buffer has no average
+            raise InputError(f"{checkpoint.file(AVERAGE)} lacks {', '.join(missing[:6])}")
+        state |= average
+    lora_rank = generator_lora_rank(recorded["use_lora_gen"], recorded["lora_rank"])
+    base = Path(teacher or recorded["teacher"])
+    if lora_rank is not None:
+        weights_file = base / WEIGHTS_NAME
+        if not weights_file.is_file() or sha256(weights_file) != checkpoint.units["teacher_sha256"]:
+            raise InputError(f"{base} is not the teacher that this LoRA generator was trained on; give it by --teacher")
+    return assemble_generator(checkpoint.units["model_config"], state, base, lora_rank)

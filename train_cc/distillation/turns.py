@@ -1,0 +1,139 @@
+"""The two turns of the method (docs/method.md: one iteration). They leave gradients behind; the loop updates.
+
+A cycle is ``ratio_update`` estimator turns and one generator turn; ``step`` counts the generator turns.
+"""
+
+import torch
+from torch import Tensor
+
+from train_cc.distillation.scores import scores
+from train_cc.distillation.settings import Run
+from train_cc.draws import Draws
+from train_cc.flow import interpolate, x0_from_velocity
+from train_cc.objectives import dmd_direction, dmd_loss, dmd_normaliser, velocity_matching_losses
+from train_cc.rewards.at_x0 import Term, reward_terms
+from train_cc.run.diagnostics import BY_BAND, by_band
+from train_cc.run.session import synchronised
+from train_cc.samplers import few_step_input
+from train_cc.schedules import annealing, beta_times, renoise_density
+
+# First key of the draws, after the seed: no two uses share random numbers; the previews' is in panel.py.
+ESTIMATOR_TURN, GENERATOR_TURN = 1, 2
+
+Figures = dict[str, Tensor]  # 0-d, or (2, 4) where a figure comes by band of t
+
+
+# What both turns draw -----------------------------------------------------------------------------------------------
+
+
+def chunk_draws(run: Run, turn: int, iteration: int, chunk: int) -> Draws:
+    """The draws of this process's ``chunk``-th device batch of a global batch, numbered over all processes."""
+    number = chunk * run.session.world_size + run.session.rank
+    return Draws(run.optimisation.seed, turn, iteration, number, device=run.session.device)
+
+
+def draw_labels(run: Run, draws: Draws) -> Tensor:
+    return draws.integers(run.num_classes, run.optimisation.batch_size).to(run.session.device, non_blocking=True)
+
+
+def generate(run: Run, draws: Draws, y: Tensor) -> Tensor:
+    """x0 of the generator at a uniformly drawn one of its steps (backward simulation), with gradient if enabled."""
+    steps, shift = run.method.num_steps, run.method.timestep_shift
+    noise = draws.noise(len(y), *run.sample_shape)
+    index = draws.integers(steps, len(y))
+    x_t, t = few_step_input(run.generator, noise, y, index, steps, shift, draws.noise_like)
+    return x0_from_velocity(x_t, run.generator(x_t, t, y), t)
+
+
+def renoise(run: Run, draws: Draws, x0: Tensor, c: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """DynaRS: t ~ p_k(t), fresh noise. -> (x_t, noise, t on the CPU and on the device)."""
+    alpha, beta = renoise_density(run.method.renoise_alpha, run.method.renoise_beta, c)
+    t = beta_times(draws.uniform(len(x0)), alpha, beta)
+    noise = draws.noise_like(x0)
+    t_device = t.to(x0.device, non_blocking=True)
+    return interpolate(x0, noise, t_device), noise, t, t_device
+
+
+def add(totals: Figures, figures: Figures, chunks: int) -> None:
+    """The mean over the chunks of an accumulated batch, added up."""
+    for name, value in figures.items():
+        totals[name] = totals.get(name, 0) + value / chunks
+
+
+# Estimator turn -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def estimator_batches(run: Run, step: int) -> list[list[tuple[Draws, Tensor, Tensor]]]:
+    """(draws, y, x0) of each estimator turn of a cycle, chunk by chunk.
+
+    The generator does not change between its updates: all samples are drawn under one autocast, which casts its fp32
+    weights once and not at every call.
+    """
+    batches = []
+    with run.session.generator_accelerator.autocast():
+        for turn in range(run.method.ratio_update):
+            iteration = step * run.method.ratio_update + turn
+            chunks = range(run.optimisation.gradient_accumulation_steps)
+            draws = [chunk_draws(run, ESTIMATOR_TURN, iteration, chunk) for chunk in chunks]
+            labels = [draw_labels(run, each) for each in draws]
+            x0 = [generate(run, *each) for each in zip(draws, labels, strict=True)]
+            batches.append(list(zip(draws, labels, x0, strict=True)))
+    return batches
+
+
+def estimator_turn(run: Run, step: int, batches: list[tuple[Draws, Tensor, Tensor]]) -> Figures:
+    """Gradients of loss_fake = mean (v_fake(x_t, t, y) - (noise - x0))^2: the fake score follows the generator."""
+    accelerator, chunks = run.session.estimator_accelerator, run.optimisation.gradient_accumulation_steps
+    c = annealing(step, run.method.dynamic_steps)
+    totals: Figures = {}
+    for chunk in synchronised(accelerator, run.estimator, chunks):
+        draws, y, x0 = batches[chunk]
+        x_t, noise, _, t = renoise(run, draws, x0, c)
+        v_fake = run.estimator(x_t, t, y, lora_scale=run.method.lora_scale_fake)
+        losses = velocity_matching_losses(v_fake, x0, noise)
+        accelerator.backward(losses.mean() / chunks)
+        losses = losses.detach()
+        add(totals, {"loss_fake": losses.mean(), f"loss_fake{BY_BAND}": by_band(losses, t)}, chunks)
+    return totals
+
+
+# Generator turn -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def matching_term(run: Run, draws: Draws, x0: Tensor, y: Tensor, c: float) -> Term:
+    """Distribution matching as a term at x0: gradient = direction / numel (docs/method.md: terms at x0)."""
+    x_t, noise, t_cpu, t = renoise(run, draws, x0, c)
+    v_fake, v_real = scores(run, x_t, t_cpu, t, y, c)
+    direction = dmd_direction(v_real, v_fake, x0, noise)
+    loss = dmd_loss(x0, direction)
+    gap = (v_real.float() - v_fake.float()).abs().mean(dim=(1, 2, 3))
+    figures = {
+        "loss_dmd": loss,
+        "score_gap": gap.mean(),
+        "normaliser": dmd_normaliser(v_real, x0, noise).mean(),
+        "t_mean": t.float().mean(),
+        f"score_gap{BY_BAND}": by_band(gap, t),
+    }
+    return Term(loss, direction / direction.numel(), figures)
+
+
+def generator_turn(run: Run, step: int) -> Figures:
+    """Gradients of the sum of all terms at the generator's own samples: matching, and every reward."""
+    accelerator, chunks = run.session.generator_accelerator, run.optimisation.gradient_accumulation_steps
+    c = annealing(step, run.method.dynamic_steps)
+    totals: Figures = {}
+    for chunk in synchronised(accelerator, run.generator, chunks):
+        draws = chunk_draws(run, GENERATOR_TURN, step, chunk)
+        y = draw_labels(run, draws)
+        x0 = generate(run, draws, y)
+        matching = matching_term(run, draws, x0.detach(), y, c)
+        gradient, figures = matching.gradient, matching.figures
+        for term in reward_terms(run.rewards, run.decode, x0, y, run.reward_micro_batch, matching.gradient):
+            gradient = gradient + term.gradient
+            figures = figures | term.figures
+        # Every term's gradient at x0 is known: one backward passes their sum on to the generator.
+        accelerator.backward((x0.float() * gradient).sum() / chunks)
+        add(totals, figures, chunks)
+    return totals

@@ -1,0 +1,259 @@
+"""Feature spaces: one class for rewards, statistics and evaluation. Differentiable, preprocessing inside, with a hash.
+
+| notation | features | logits |
+|---|---|---|
+| `classifier:FOLDER` | input of the last linear layer, of a folder of pretrain/classifier.py | of the data's classes |
+| `dinov2` | class token of the last block, normed, of an official backbone | none |
+| `inception` | torch-fidelity's inception-v3-compat, 2048 | 1008, unbiased |
+| `timm:NAME` | pre-logits of a timm model with its published weights | of its own classes, if it has any |
+
+Greyscale images are repeated to three channels for a space that takes three; any other mismatch is refused. Inception
+takes uint8: images are rounded to 1/255 there, and the gradient passes the rounding unchanged. An image that came from
+uint8 thus has torch-fidelity's features; one from a decoder, those that it will have once it is saved. The other
+spaces take images as they are. Weights in half precision move the features a little: statistics are of fp32.
+"""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from train_cc.io.errors import InputError
+from train_cc.io.read import first_line, read_torch, require_file, require_finite, sha256
+from train_cc.models.classifier import ImageClassifier
+from train_cc.models.dinov2 import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, official_backbone
+
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of this file
+NOTATION = "classifier:FOLDER, dinov2, inception, timm:NAME"
+
+
+class FeatureSpace(nn.Module):
+    """Images in [0, 1] (B, C, H, W) -> features (B, size) float32. Frozen; the gradient flows through.
+
+    ``network`` has ``features_and_logits(images)``, its preprocessing inside; ``knows_labels``: whether its logits are
+    of the samples' own classes; ``has_logits``: False where they are features again.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        in_channels: int,
+        preprocessing: dict,
+        digest: str,
+        knows_labels: bool = False,
+        has_logits: bool = True,
+    ):
+        super().__init__()
+        self.name, self.network, self.in_channels = name, network, in_channels
+        self.preprocessing, self.sha256, self.knows_labels = preprocessing, digest, knows_labels
+        self.requires_grad_(False).eval()
+        side = preprocessing["image_size"]
+        with torch.no_grad():
+            features, logits = network.features_and_logits(torch.zeros(1, in_channels, side, side))
+        self.size = features.shape[1]
+        self.num_logits = logits.shape[1] if has_logits and logits is not None else None
+
+    def train(self, mode: bool = True) -> "FeatureSpace":
+        return super().train(False)  # a frozen measure, whatever it is a part of
+
+    def describe(self) -> dict:
+        """What identifies the space in a file; of one space iff ``sha256`` and ``preprocessing`` are equal."""
+        return {"name": self.name, "sha256": self.sha256, "preprocessing": self.preprocessing}
+
+    def require_channels(self, channels: int) -> None:
+        """Raises `InputError` for images that the space does not take."""
+        if channels != self.in_channels and (channels, self.in_channels) != (1, 3):
+            raise InputError(f"{self.name} takes images of {self.in_channels} channel(s), these have {channels}")
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features (B, size) and logits (B, num_logits), float32; None where the space has no logits."""
+        self.require_channels(images.shape[1])
+        if images.shape[1] != self.in_channels:
+            images = images.expand(-1, self.in_channels, -1, -1)
+        features, logits = self.network.features_and_logits(images.float())
+        return features.float(), None if self.num_logits is None else logits.float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features_and_logits(images)[0]
+
+    def enable_gradient_checkpointing(self) -> None:
+        if hasattr(self.network, "enable_gradient_checkpointing"):
+            self.network.enable_gradient_checkpointing()
+
+    @torch.no_grad()
+    def of(self, images: np.ndarray, batch: int) -> tuple[Tensor, Tensor | None]:
+        """uint8 (N, H, W, C) -> features (N, size) and logits (N, num_logits) or None, on the CPU."""
+        device = next(self.parameters()).device
+        parts = torch.from_numpy(images).split(batch)
+        shown = tqdm(parts, desc=self.name, mininterval=2, disable=len(parts) < 20)
+        outputs = [self.features_and_logits(part.permute(0, 3, 1, 2).to(device) / 255) for part in shown]
+        features, logits = zip(*outputs, strict=True)
+        return torch.cat(features).cpu(), None if logits[0] is None else torch.cat(logits).cpu()
+
+
+class DINOv2Features(nn.Module):
+    """ImageNet's normalisation, 224 x 224 bicubic; the class token of the last block, normed."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, None]:
+        x = (images - self.mean) / self.std
+        if x.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
+            x = F.interpolate(x, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True)
+        return self.backbone.forward_features(x.to(next(self.backbone.parameters()).dtype))[:, 0], None
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.backbone.set_grad_checkpointing(True)
+
+
+class InceptionFeatures(nn.Module):
+    """torch-fidelity's network with a path for gradients: its own forward takes uint8 alone. Always fp32."""
+
+    def __init__(self, state: dict[str, Tensor]):
+        super().__init__()
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        # The constructor unpickles what it is given: never a file from outside, but tensors that were read safely.
+        checked = io.BytesIO()
+        torch.save(state, checked)
+        checked.seek(0)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=checked)
+        self.size = network.INPUT_IMAGE_SIZE
+        self.fc = network.fc
+        self.trunk = nn.Sequential(*(part for name, part in network.named_children() if name != "fc"))
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+        x = images * 255
+        x = x + (x.detach().clamp(0, 255).round() - x.detach())  # the gradient of x, the value of uint8
+        x = interpolate_bilinear_2d_like_tensorflow1x(x, size=(self.size, self.size), align_corners=False)
+        features = self.trunk((x - 128) / 128).flatten(1)
+        return features, features @ self.fc.weight.T
+
+    def _apply(self, function, recurse: bool = True) -> nn.Module:
+        """Moves, but stays in fp32: FID in half precision is another figure."""
+        return super()._apply(lambda tensor: tensor.to(function(tensor).device), recurse)
+
+
+# Loading -----------------------------------------------------------------------------------------------------------
+
+
+def load_space(
+    text: str,
+    device: torch.device | str = "cpu",
+    dinov2_backbone: str | Path | None = None,
+    inception_weights: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> FeatureSpace:
+    """The space that ``text`` names, frozen, on ``device`` with weights in ``dtype``. Raises `InputError`.
+
+    ``dinov2_backbone``: official file or its URL; ``inception_weights``: torch-fidelity's file, None: downloaded.
+    """
+    kind, _, source = text.partition(":")
+    if kind == "classifier" and source:
+        space = classifier_space(text, Path(source))
+    elif kind == "timm" and source:
+        space = timm_space(text, source)
+    elif text == "dinov2":
+        if dinov2_backbone is None:
+            raise InputError("the space dinov2 needs an official backbone: give its file or URL by --dinov2-backbone")
+        space = dinov2_space(dinov2_backbone)
+    elif text == "inception":
+        space = inception_space(inception_weights)
+    else:
+        raise InputError(f"{text[:200]!r} is no feature space; allowed: {NOTATION}")
+    return space.to(device, dtype)
+
+
+def classifier_space(name: str, folder: Path) -> FeatureSpace:
+    classifier = ImageClassifier.from_pretrained(folder)
+    weights = folder / "model.safetensors"
+    require_finite(classifier.state_dict(), weights)
+    return of_classifier(name, classifier, sha256(weights), knows_labels=True)
+
+
+def timm_space(name: str, architecture: str) -> FeatureSpace:
+    classifier = ImageClassifier.from_timm(architecture)
+    return of_classifier(name, classifier, sha256_of_state(classifier.network.state_dict()), knows_labels=False)
+
+
+def of_classifier(name: str, classifier: ImageClassifier, digest: str, knows_labels: bool) -> FeatureSpace:
+    config = classifier.config
+    preprocessing = {
+        "image_size": config["image_size"],
+        "resize": "bicubic, antialias, no crop",
+        "mean": as_numbers(config["mean"]),
+        "std": as_numbers(config["std"]),
+    }
+    labels = (knows_labels, classifier.num_classes > 0)
+    try:
+        return FeatureSpace(name, classifier, classifier.in_channels, preprocessing, digest, *labels)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"{name}: timm's {config['architecture']} gives no features before one linear layer "
+            f"({first_line(error)}); choose another model"
+        ) from error
+
+
+def dinov2_space(source: str | Path) -> FeatureSpace:
+    backbone, file = official_backbone(source)
+    preprocessing = {
+        "image_size": IMAGE_SIZE,
+        "resize": "bicubic, antialias, no crop",
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+    }
+    return FeatureSpace("dinov2", DINOv2Features(backbone), 3, preprocessing, sha256(file))
+
+
+def inception_space(source: str | Path | None) -> FeatureSpace:
+    file = fetched(source if source is not None else INCEPTION_URL, "give the file by --inception-weights")
+    digest = sha256(require_file(file, "torch-fidelity's Inception weights"))
+    if digest != INCEPTION_SHA256:
+        raise InputError(f"{file} has SHA-256 {digest}, torch-fidelity's Inception {INCEPTION_SHA256}")
+    state = read_torch(file, "torch-fidelity's Inception weights")
+    network = InceptionFeatures(state)
+    preprocessing = {"image_size": network.size, "resize": "bilinear as TensorFlow 1, of uint8", "scale": "(x-128)/128"}
+    return FeatureSpace("inception", network, 3, preprocessing, digest)
+
+
+def fetched(source: str | Path, advice: str = "give a file") -> Path:
+    """A file, or the local copy of a URL, downloaded once. Raises `InputError`."""
+    if not str(source).startswith(("http://", "https://")):
+        return Path(source)
+    file = Path(torch.hub.get_dir()) / "checkpoints" / str(source).rsplit("/", 1)[-1]
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(str(source), str(file))
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"cannot download {source} ({first_line(error)}); {advice}") from error
+    return file
+
+
+def as_numbers(value: float | list[float] | tuple[float, ...]) -> list[float]:
+    return [float(each) for each in (value if isinstance(value, list | tuple) else [value])]
+
+
+def sha256_of_state(state: dict[str, Tensor]) -> str:
+    """Of names, shapes and values: weights from a hub have no one file."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        values = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)} ".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

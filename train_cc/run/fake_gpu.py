@@ -1,0 +1,252 @@
+"""A GPU without hardware: a device type whose tensors are fake, so that any machine shows what CUDA would do.
+
+    with fake_gpu() as gpu:
+        model.to(gpu.device)
+        ...
+    gpu.waits, gpu.copies
+
+Tensors on the CPU are real, those on ``gpu.device`` have shape and dtype alone. As on CUDA: operators refuse tensors of
+both (a 0-d CPU tensor may join), autocast follows CUDA's lists, attention takes the fused kernels. What makes the host
+wait for the device is recorded with its place in the project's code. A value that is read is 0, and where a shape
+depends on values it is the largest possible.
+
+The first `fake_gpu` registers the device type with torch for the whole process; outside of the context it says that it
+is not available, and everything behaves as before. The backward pass runs on the calling thread, and the context holds
+for that thread alone. `fake_processes` adds accelerate and other ranks, `meters` and `roofline` count.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from train_cc.run.fake_device import NAME, Generator, active, install, require_generator_on_device, synchronize
+from train_cc.run.meters import DEVICE_OF, is_wrapped, tensors_in
+
+PROJECT = Path(__file__).resolve().parents[2]
+OWN_FILES = ("fake_gpu", "fake_device", "cuda_rules", "fake_processes", "meters", "roofline")
+aten = torch.ops.aten
+
+
+class Event(NamedTuple):
+    """A wait or a copy: what happened, and ``file:line`` of the project's code that asked for it."""
+
+    kind: str
+    place: str
+
+
+class FakeGpu(TorchDispatchMode):
+    """Sends each operator to the CPU or to torch's `FakeTensorMode`, and records waits and non-blocking copies."""
+
+    def __init__(self, fake: FakeTensorMode):
+        super().__init__()
+        self.device = torch.device(NAME, 0)
+        self.waits: list[Event] = []  # the host waits until the device has done all that it was given
+        self.copies: list[Event] = []  # between CPU and device, non-blocking
+        self._fake = fake
+
+    def clear(self) -> None:
+        self.waits.clear()
+        self.copies.clear()
+
+    def wait(self, kind: str) -> None:
+        self.waits.append(Event(kind, place_in_project()))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as `Meter`
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is DEVICE_OF and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
+        if is_wrapped(types):  # DTensor and the like: their own operators come back here
+            return NotImplemented
+        tensors = tensors_in(args, kwargs)
+        target = kwargs.get("device")
+        if not any(map(on_gpu, tensors)) and not (target is not None and torch.device(target).type == NAME):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        generator = kwargs.get("generator")
+        require_generator_on_device(generator)
+        if func in (aten._to_copy.default, aten.copy_.default):
+            return self._copy(func, args, kwargs)
+        if func in READS and on_gpu(args[0]):
+            self.wait(f"read by {func}")
+            return READS[func](*args, **kwargs)
+        if func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
+            self.wait(f"read by {func}")
+            return _empty(args[0], len(args[0]), dtype=torch.long)
+        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            indices = [i for i in args[1] if i is not None]
+            if any(not on_gpu(i) for i in indices):
+                self.wait("index from the CPU")
+            # x[mask] = number fills, and needs no count of the places.
+            filled = func is not aten.index.Tensor and args[2].numel() == 1
+            if not filled and any(i.dtype in MASKS for i in indices):
+                self.wait("index by a mask")
+            args = (args[0], [each for i in args[1] for each in every_place(i)], *args[2:])
+        if func._schema.is_mutable and isinstance(args[0], Tensor) and not on_gpu(args[0]):
+            raise RuntimeError(f"{func} would write a result of {NAME} into a tensor on the CPU: copy it there")
+        if generator is not None or not all(isinstance(x, FakeTensor) for x in tensors):
+            args, kwargs = tree_map(self._faked, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _faked(self, x: object) -> object:
+        if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
+            return self._fake.from_tensor(x.detach(), static_shapes=True)
+        return None if isinstance(x, torch.Generator) else x
+
+    def _copy(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
+        """`_to_copy` or `copy_`, between devices or within one. What comes to the CPU is real, and zero."""
+        if func is aten.copy_.default:
+            source, target = args[1], args[0].device
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking")
+        else:
+            source, target = args[0], torch.device(kwargs.get("device") or args[0].device)
+            non_blocking = kwargs.get("non_blocking")
+        if source.device.type != target.type:
+            kind = f"{source.device.type} to {target.type}, {tuple(source.shape)} {str(source.dtype)[6:]}"
+            if non_blocking:
+                self.copies.append(Event(kind, place_in_project()))
+            else:
+                self.wait(f"blocking copy, {kind}")
+        if target.type == NAME:
+            return func(*tree_map(self._faked, args), **kwargs)
+        with unset_fake_temporarily():
+            if func is aten.copy_.default:
+                return args[0].zero_()
+            return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.fake_device.type == NAME if isinstance(x, FakeTensor) else x.device.type == NAME
+
+
+def place_in_project() -> str:
+    """``file:line`` of the innermost frame in the project's code, libraries and this room's own files left out."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if PROJECT in path.parents and "site-packages" not in path.parts and path.stem not in OWN_FILES:
+            return f"{path.relative_to(PROJECT)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "outside of the project"
+
+
+# Operators whose result, or its shape, depends on values: on a GPU the host reads them ----------------------------
+
+
+def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def _number(x: Tensor) -> float | int | bool:
+    return 0.0 if x.dtype.is_floating_point else False if x.dtype == torch.bool else 0
+
+
+def _unique(x: Tensor, *options: object, **named: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(x, x.numel()), _empty(x, x.numel(), dtype=torch.long), _empty(x, x.numel(), dtype=torch.long)
+
+
+def _unique_dim(x: Tensor, dim: int, *options: object, **named: object) -> tuple[Tensor, Tensor, Tensor]:
+    count = x.shape[dim]
+    return _empty(x, *x.shape), _empty(x, count, dtype=torch.long), _empty(x, count, dtype=torch.long)
+
+
+READS = {
+    aten._local_scalar_dense.default: _number,
+    aten.is_nonzero.default: lambda x: False,
+    aten.equal.default: lambda x, other: True,
+    aten.allclose.default: lambda x, other, *options, **named: True,
+    aten.nonzero.default: lambda x: _empty(x, x.numel(), x.ndim, dtype=torch.long),
+    aten.masked_select.default: lambda x, mask: _empty(x, torch.broadcast_shapes(x.shape, mask.shape).numel()),
+    aten._unique.default: lambda x, *options, **named: _unique(x)[:2],
+    aten._unique2.default: _unique,
+    aten.unique_dim.default: _unique_dim,
+    aten.unique_consecutive.default: _unique,
+    aten.bincount.default: lambda x, weights=None, minlength=0: _empty(x, max(minlength, 1), dtype=torch.long),
+    aten._linalg_check_errors.default: lambda *args, **kwargs: None,
+}
+MASKS = (torch.bool, torch.uint8)
+
+
+def every_place(index: Tensor | None) -> list[Tensor | None]:
+    """A mask as indices into each of its dimensions, of all its places; another index as it is."""
+    if index is None or index.dtype not in MASKS:
+        return [index]
+    return [_empty(index, index.numel(), dtype=torch.long)] * index.ndim
+
+
+def _tolist(x: Tensor) -> list:
+    """Of a fake tensor: one read of the device, not one for each number."""
+    if not on_gpu(x):
+        return REAL_TOLIST(x)
+    active[-1].wait("read by tolist")
+    with unset_fake_temporarily():
+        return torch.zeros(x.shape, dtype=x.dtype).tolist()
+
+
+REAL_TOLIST = FakeTensor.tolist
+
+
+def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply`, in place as on CUDA. A real parameter cannot become fake in place: a new one replaces it."""
+    if recurse:
+        for child in self.children():
+            child._apply(fn)
+    for name, parameter in self._parameters.items():
+        if parameter is None:
+            continue
+        with torch.no_grad():
+            applied = fn(parameter)
+            gradient = None if parameter.grad is None else fn(parameter.grad)
+        if isinstance(parameter, FakeTensor) == isinstance(applied, FakeTensor):
+            if applied is not parameter:
+                parameter.data = applied
+        else:
+            parameter = self._parameters[name] = nn.Parameter(applied, parameter.requires_grad)
+        parameter.grad = gradient
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = fn(buffer)
+    return self
+
+
+@contextlib.contextmanager
+def fake_gpu() -> Iterator[FakeGpu]:
+    """The device, as long as the context lasts. Raises `InputError` where this torch cannot make one."""
+    cache, _ = install()
+    clear = torch.clear_autocast_cache
+
+    def clear_both() -> None:
+        clear()
+        cache.clear()
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", clear_both))
+        stack.enter_context(mock.patch.object(torch, "Generator", Generator))
+        stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", synchronize))
+        stack.enter_context(mock.patch.object(FakeTensor, "tolist", _tolist))
+        stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        # Pinned or not, a copy waits unless it is non-blocking.
+        stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda x, *device: x))
+        # Otherwise torch would look for threads of the device, which are counted at a process's first backward pass.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        before = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)  # new tensors come from the CPU, as for a device that is there
+        stack.callback(torch._C._set_only_lift_cpu_tensors, before)
+        gpu = FakeGpu(FakeTensorMode(allow_non_fake_inputs=True))
+        active.append(gpu)
+        stack.callback(active.remove, gpu)
+        stack.enter_context(gpu._fake)
+        stack.enter_context(gpu)
+        yield gpu

@@ -1,0 +1,158 @@
+"""The time of a piece of training on a card that need not be there: each kernel by its FLOP, its bytes, its launch."""
+
+import contextlib
+import functools
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train_cc.io.errors import InputError
+from train_cc.run.meters import Meter, device_type, flop_of, tensors_in
+
+HALF = (torch.float16, torch.bfloat16)
+COMPUTE_EFFICIENCY = 0.72  # of the peak that large products reach
+MEMORY_EFFICIENCY = 0.85  # of the bandwidth that element-wise kernels reach
+LAUNCH = 4e-6  # seconds that the smallest kernel takes
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a data sheet says, dense: FLOP/s in half precision and in fp32 (TF32 off), bytes/s."""
+
+    half: float
+    single: float
+    bandwidth: float
+
+
+CARDS = {
+    "h100": Card(989e12, 67e12, 3.35e12),
+    "a100": Card(312e12, 19.5e12, 2.0e12),
+}
+
+
+def card_of(text: str) -> Card:
+    """A name of `CARDS`, or PEAK,BANDWIDTH in TFLOP/s of half precision and TB/s; fp32 is then a sixteenth of it."""
+    if text in CARDS:
+        return CARDS[text]
+    try:
+        peak, bandwidth = (float(part) * 1e12 for part in text.split(","))
+    except ValueError:
+        peak = bandwidth = 0
+    if not (0 < peak < float("inf") and 0 < bandwidth < float("inf")):
+        raise InputError(
+            f"{text!r} is no card; expected is one of {', '.join(CARDS)}, or PEAK,BANDWIDTH in TFLOP/s and TB/s, "
+            "both positive, such as 989,3.35"
+        )
+    return Card(peak, peak / 16, bandwidth)
+
+
+@dataclass
+class Cost:
+    """Of the kernels of one row."""
+
+    seconds: float = 0.0
+    flop: int = 0
+    bytes: int = 0
+    kernels: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.seconds + other.seconds,
+            self.flop + other.flop,
+            self.bytes + other.bytes,
+            self.kernels + other.kernels,
+        )
+
+
+class Roofline(Meter):
+    """An estimate of the time of each kernel on ``card``: max(FLOP / peak, bytes / bandwidth, launch).
+
+    Peak and bandwidth times what kernels reach of them. Bytes: each input and output once, what is changed in place
+    twice; a dimension that is expanded costs nothing. ``rows``: (phase, kind, operator) -> `Cost`.
+    """
+
+    def __init__(self, card: Card, device: str):
+        super().__init__()
+        self.card, self.rows = card, defaultdict(Cost)
+        self._device, self._phases = device, ["other"]
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What runs inside counts as ``name``, less what is in a phase of its own."""
+        self._phases.append(name)
+        try:
+            yield
+        finally:
+            self._phases.pop()
+
+    def total(self, phase: str | None = None, kind: str | None = None) -> Cost:
+        """The sum over the rows of ``phase`` and of ``kind``, each all of them by default."""
+        chosen = [c for (p, k, _), c in self.rows.items() if phase in (None, p) and kind in (None, k)]
+        return sum(chosen, Cost())
+
+    def seen(self, func, args: tuple, kwargs: dict, out: object) -> None:
+        if launches_no_kernel(func):
+            return
+        tensors = {id(x): x for x in tensors_in(args, kwargs, out)}.values()
+        if not any(device_type(x) == self._device for x in tensors):
+            return
+        flop = flop_of(func, args, kwargs, out)
+        moved = sum(map(bytes_of, tensors)) + sum(map(bytes_of, changed_in_place(func, args, kwargs)))
+        half = any(x.dtype in HALF for x in tensors)
+        peak = COMPUTE_EFFICIENCY * (self.card.half if half else self.card.single)
+        seconds = max(flop / peak, moved / (MEMORY_EFFICIENCY * self.card.bandwidth), LAUNCH)
+        name = func._overloadpacket.__name__
+        row = self.rows[self._phases[-1], kind_of(name, flop), name]
+        row.seconds, row.flop, row.bytes, row.kernels = (
+            row.seconds + seconds,
+            row.flop + flop,
+            row.bytes + moved,
+            row.kernels + 1,
+        )
+
+
+def kind_of(name: str, flop: int) -> str:
+    if "attention" in name:
+        return "attention"
+    if "convolution" in name:
+        return "convolution"
+    return "matrix product" if flop else "other"
+
+
+NO_KERNEL = {  # beside views: memory is taken, or a tensor's description changed
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "set_", "resize_",
+    "lift_fresh", "is_same_size", "_has_same_storage_numel",
+}  # fmt: skip
+WRITES_ONLY = {
+    "copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "_foreach_copy_",
+    "_foreach_zero_",
+}  # fmt: skip
+
+
+@functools.cache
+def launches_no_kernel(func) -> bool:
+    name = func._overloadpacket.__name__
+    return func.is_view or func.namespace not in ("aten", "fsdp") or name in NO_KERNEL or name.startswith("sym_")
+
+
+def changed_in_place(func, args: tuple, kwargs: dict) -> list[Tensor]:
+    """Tensors that ``func`` reads and writes."""
+    if not func._schema.is_mutable or func._overloadpacket.__name__ in WRITES_ONLY:
+        return []
+    changed = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads":
+            changed += tensors_in(args[i] if i < len(args) else kwargs.get(argument.name))
+    return changed
+
+
+def bytes_of(x: Tensor) -> int:
+    """Memory that a kernel touches to read or write all of ``x``."""
+    count = x.numel()
+    for extent, stride in zip(x.shape, x.stride(), strict=True):
+        if stride == 0 and extent > 1:
+            count //= extent
+    return count * x.element_size()

@@ -1,0 +1,150 @@
+"""States of networks and optimizers, whole and on the CPU, whatever wraps or shards them. Collective: every rank calls.
+
+What comes back from a file is checked here against the network that it is for: names, shapes, dtypes, finiteness.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from train_cc.io.errors import InputError
+from train_cc.io.read import fit, parsing, require_finite, shown
+from train_cc.run.diagnostics import gathered
+from train_cc.run.session import Session
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW, for every parameter
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters and buffers by plain name; on ranks other than 0 empty."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return {name: value.contiguous() for name, value in get_model_state_dict(model, options=options).items()}
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Moments by parameter name. Hyperparameters are left out: on resume those of the command line apply."""
+    return get_optimizer_state_dict(model, optimizer, options=FULL).get("state", {})  # empty on ranks other than 0
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: object, source: object) -> None:
+    """Put ``state`` back, sharded as ``model`` is; hyperparameters stay what the optimizer was built with.
+
+    Raises `InputError` where it is not the state of ``model``'s trained parameters: the fused kernel checks nothing.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    checked = checked_moments(state, trained, source)
+    name_of = {p: name for name, p in model.named_parameters()}
+    groups = [dict(group, params=[name_of[p] for p in group["params"]]) for group in optimizer.param_groups]
+    content = {"state": checked, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, content, options=StateDictOptions(full_state_dict=True))
+
+
+def checked_moments(state: object, trained: Mapping[str, Tensor], source: object) -> dict[str, dict[str, Tensor]]:
+    """``state`` as AdamW's of exactly the ``trained`` parameters, in memory of its own. Raises `InputError`."""
+    if not isinstance(state, dict) or state.keys() != trained.keys():
+        names = set(map(shown, state)) if isinstance(state, dict) else set()
+        other = sorted(names ^ set(map(shown, trained)))
+        raise InputError(f"{source} is not the optimizer state of what this run trains: it differs in {other[:6]}")
+    checked = {}
+    for name, p in trained.items():
+        moments = state[name]
+        if not isinstance(moments, dict) or moments.keys() != MOMENTS:
+            raise InputError(f"{source}: {name} has {shown(moments)}; {', '.join(sorted(MOMENTS))} are expected")
+        if problem := step_problem(moments["step"]) or next(
+            (told for key in ("exp_avg", "exp_avg_sq") if (told := moment_problem(key, moments[key], p))), None
+        ):
+            raise InputError(f"{source}: {name}: {problem}")
+        # A copy of each: contiguous, aliasing neither the file nor another moment.
+        checked[name] = {key: own_copy(value) for key, value in moments.items()}
+    return checked
+
+
+def own_copy(value: Tensor) -> Tensor:
+    return value if hasattr(value, "codes") else value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def step_problem(value: object) -> str | None:
+    if not isinstance(value, Tensor) or value.shape != () or value.dtype != torch.float32:
+        return "its step is not one fp32 number"
+    count = value.item()
+    good = math.isfinite(count) and 0 <= count < 2**31 and count == int(count)
+    return None if good else f"its step is {count}; allowed: whole numbers from 0"
+
+
+def moment_problem(key: str, value: object, p: Tensor) -> str | None:
+    """What is wrong with ``value`` as the moment ``key`` of parameter ``p``; None: nothing.
+
+    A moment in 8 bits is a tensor of torchao's own class, and its dtype is the one that it shows.
+    """
+    if not isinstance(value, Tensor) or value.device.type != "cpu" or value.layout != torch.strided:
+        return f"{key} is not a plain tensor"
+    if tuple(value.shape) != tuple(p.shape) or value.dtype != p.dtype:
+        return f"{key} is {value.dtype} {tuple(value.shape)}, expected {p.dtype} {tuple(p.shape)}"
+    with parsing(key, "a moment in 8 bits"):
+        plain = value.dequantize() if hasattr(value, "codes") else value
+    if not torch.isfinite(plain).all():
+        return f"{key} holds NaN or infinity"
+    if key == "exp_avg_sq" and (plain < 0).any():
+        return f"{key}, a mean of squares, is negative"
+    return None
+
+
+def restore_trained(model: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
+    """Copy ``state`` into the trainable parameters and buffers of ``model``; names and shapes must fit exactly."""
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
+    copy_into(own, state, source)
+
+
+def copy_into(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: object) -> None:
+    """Copy ``state`` into ``own``. Raises `InputError` where names, shapes or dtypes differ, or it is not finite."""
+    hint = "another size, class count, LoRA rank or --use-lora-gen?"
+    fit({name: tensor.shape for name, tensor in own.items()}, state, source, hint)
+    for name, tensor in own.items():
+        if state[name].dtype != tensor.dtype:
+            raise InputError(f"{source}: {name} is {state[name].dtype}, expected {tensor.dtype}")
+    require_finite(state, source)
+    for name, tensor in own.items():
+        copy_whole(tensor, state[name])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is, a sharded one gathered; on the CPU."""
+    return gathered(tensor).cpu()
+
+
+@torch.no_grad()
+def copy_whole(target: Tensor, value: Tensor) -> None:
+    """Copy ``value``, whole and the same on every process, into ``target``, which may be sharded."""
+    if isinstance(target, DTensor):
+        value = value.to(target.device, target.dtype)
+        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(value)
+
+
+@torch.no_grad()
+def not_finite_groups(session: Session, groups: Mapping[str, list[Tensor]]) -> list[str]:
+    """The names of the ``groups`` of tensors that hold NaN or infinity in any process, the same on all processes.
+
+    One reduction, and one look at the device. Of a sharded tensor every process checks its own part.
+    """
+    flags = []
+    for tensors in groups.values():
+        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        local = [tensor for tensor in local if tensor.numel() and tensor.is_floating_point()]
+        if local:
+            largest = torch.nn.utils.get_total_norm(local, float("inf"))
+            flags.append((~torch.isfinite(largest)).float().to(session.device))
+        else:
+            flags.append(torch.zeros((), device=session.device))
+    found = session.mean(torch.stack(flags)).tolist()
+    return [name for name, share in zip(groups, found, strict=True) if share > 0]

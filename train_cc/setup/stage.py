@@ -1,0 +1,121 @@
+"""One stage from a validated command line to its end: the command that starts a run also resumes it."""
+
+import argparse
+import contextlib
+import os
+import sys
+
+from train_cc.distillation.loop import train
+from train_cc.distillation.settings import Run, trainable
+from train_cc.distillation.state import AVERAGE, restore
+from train_cc.io.errors import InputError
+from train_cc.io.write import locked
+from train_cc.models.sit import WEIGHTS_NAME
+from train_cc.run.checkpoint import Checkpoint
+from train_cc.run.folder import clear_output_dir
+from train_cc.run.logbook import log_to, logger
+from train_cc.run.session import open_session
+from train_cc.run.together import on_main
+from train_cc.setup.build import build
+from train_cc.setup.plan import plan
+from train_cc.setup.start import Start, check_own, find_start, go_back, write_run_record
+
+
+def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
+    """One stage from a validated command line: nothing is written before every input has been read."""
+    if args.dry_run:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\n".join([plan(name, args, int(os.environ.get("WORLD_SIZE", 1))), *notes]))
+        return
+    session = open_session(args.mixed_precision, args.report_to, args.output_dir)
+    with contextlib.ExitStack() as lock:
+
+        def search() -> Start:
+            check_own(args)  # before the lock, which is a file in the folder; and again behind it
+            lock.enter_context(locked(args.output_dir))
+            return find_start(name, args, room_for(args))
+
+        start = on_main(session, search)
+        if start.finished:
+            if session.is_main:
+                print(start.finished, file=sys.stderr)
+            return
+        if not session.agree(int(start.checkpoint is None or start.checkpoint.complete())):
+            raise InputError(f"{start.checkpoint.path} is not complete for all processes: is it shared by all?")
+        run = build(args, session)
+        if start.checkpoint is not None:
+            restore(run, start.checkpoint)
+        on_main(session, lambda: begin(name, args, run, start, [*notes, *session.notes]))
+        train(run)
+
+
+def room_for(args: argparse.Namespace) -> int:
+    """Bytes that the export needs, and where the whole generator is trained one checkpoint of it; 0: not known yet."""
+    weights = args.teacher / WEIGHTS_NAME
+    size = weights.stat().st_size if weights.is_file() else 0
+    return size if args.use_lora_gen else size * (4 + bool(args.ema_decay))
+
+
+def begin(name: str, args: argparse.Namespace, run: Run, start: Start, notes: list[str]) -> None:
+    """The first writing of a run, by the main process: its folder, arguments and log."""
+    if not start.continues:
+        clear_output_dir(args.output_dir)
+    write_run_record(name, args, start, run.hashes)
+    log_to(args.output_dir)
+    describe(run, args, name, start)
+    for note in notes:
+        logger.info(note)
+    if start.continues:
+        go_back(args, start)
+    if run.step >= args.max_train_steps:
+        logger.info("step %d of --max-train-steps %d: only the export is left", run.step, args.max_train_steps)
+
+
+def describe(run: Run, args: argparse.Namespace, name: str, start: Start) -> None:
+    session, checkpoint = run.session, start.checkpoint
+    batch = run.optimisation.effective_batch(session.world_size)
+    for role, model in (("generator", run.plain_generator), ("estimator", run.plain_estimator)):
+        trained = sum(p.numel() for p in trainable(model).values())
+        logger.info("%s: %d parameters trained of %d", role, trained, sum(p.numel() for p in model.parameters()))
+    logger.info(
+        "%s on %d x %s%s, precision %s; effective batch %d = %d a process x %d accumulated x %d process(es)",
+        name,
+        session.world_size,
+        session.device.type,
+        ", sharded (FSDP2)" if session.sharded else "",
+        session.generator_accelerator.mixed_precision,
+        batch,
+        args.batch_size,
+        args.gradient_accumulation_steps,
+        session.world_size,
+    )
+    for flag, digest in run.hashes.items():
+        logger.info("%s %s: SHA-256 %s", flag, getattr(args, flag), digest)
+    if checkpoint is None:
+        return
+    before = checkpoint.units.get("effective_batch", batch)
+    if before != batch:
+        logger.warning("WARNING: the effective batch was %d in %s, and is %d here", before, checkpoint.path, batch)
+    if not checkpoint.hashed:
+        logger.warning("WARNING: %s is of an older format, without hashes: sizes alone were checked", checkpoint.path)
+    logger.info(
+        "%s from %s at step %d: weights, optimizer moments and the step carry over; %s; "
+        "the learning rates are this command's: generator %g, estimator %g",
+        "continues" if start.continues else "starts",
+        checkpoint.path,
+        run.step,
+        told_of_average(run, checkpoint),
+        args.learning_rate_generator,
+        args.learning_rate_estimator,
+    )
+
+
+def told_of_average(run: Run, checkpoint: Checkpoint) -> str:
+    """What became of the EMA, for the log."""
+    if run.ema is not None and checkpoint.has(AVERAGE):
+        return f"the EMA carries over, after {run.ema.updates} updates"
+    if run.ema is not None:
+        return "the checkpoint has no EMA: it starts here, at the raw weights"
+    if checkpoint.has(AVERAGE):
+        return "the checkpoint's EMA ends here, since --ema-decay is 0: generator/ will hold the raw weights"
+    return "there is no EMA"

@@ -1,0 +1,168 @@
+"""Where a run starts from, found under its lock: a checkpoint of its own folder, one of another, or nothing."""
+
+import argparse
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from train_cc.io.errors import InputError
+from train_cc.io.read import shown
+from train_cc.io.write import RECORD, check_output_dir, check_parent, need_space, record, record_of, write_record
+from train_cc.run.checkpoint import (
+    Checkpoint,
+    complete_steps,
+    delete_checkpoint,
+    delete_leftovers,
+    newest_intact,
+    open_checkpoint,
+    set_aside,
+)
+from train_cc.run.folder import check_writable, exported_step, is_empty, is_run
+from train_cc.run.logbook import logger
+
+# Say how a command starts, and nothing about the run that it is.
+OF_THE_START = {"output_dir", "overwrite", "dry_run", "resume_ckpt", "auto_resume"}
+
+
+@dataclass
+class Start:
+    """``continues``: in its own folder. ``damaged``: newer checkpoints there, by step, and what is wrong with them."""
+
+    checkpoint: Checkpoint | None
+    continues: bool
+    damaged: dict[int, str] = field(default_factory=dict)
+    finished: str = ""  # not empty: nothing is left to do, in words
+
+
+def check_own(args: argparse.Namespace) -> None:
+    """The output folder is empty, or a run of ours to continue or replace. Raises `InputError`; writes nothing."""
+    folder = args.output_dir
+    check_parent(folder / RECORD)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"the output folder {folder} is a file")
+    if is_empty(folder) or is_run(folder) or complete_steps(folder / "checkpoints"):
+        return
+    raise InputError(
+        f"the output folder {folder} is not empty, and no training run wrote it: choose another --output-dir"
+    )
+
+
+def find_start(stage: str, args: argparse.Namespace, space: int) -> Start:
+    """What the run starts from; to be called with the lock held.
+
+    Raises `InputError` for an output folder that holds something which this run would neither continue nor replace,
+    a checkpoint that is not whole, or a disk with less than ``space`` bytes. Changes nothing.
+    """
+    check_own(args)
+    start = _search(args)
+    checkpoint = start.checkpoint
+    if checkpoint is None and stage == "dmdr_refl":
+        raise InputError("--resume-ckpt is missing: this stage starts from a cold start's torch_units/step-N.pt")
+    if checkpoint is not None:
+        start.finished = what_is_left(args, start)
+        if start.finished:
+            return start
+        moments = checkpoint.units["arguments"].get("optimizer", "adamw")
+        if moments != args.optimizer:
+            raise InputError(f"--optimizer is {args.optimizer}, but {checkpoint.path} holds the moments of {moments}")
+    check_writable(args.output_dir)
+    need_space(args.output_dir, space)
+    return start
+
+
+def _search(args: argparse.Namespace) -> Start:
+    own = args.output_dir / "checkpoints"
+    if args.auto_resume:
+        checkpoint, damaged = newest_intact(own)
+        if checkpoint is not None:
+            return Start(checkpoint, continues=True, damaged=damaged)
+    source = args.resume_ckpt
+    if source is not None and Path(os.path.realpath(own)) in Path(os.path.realpath(source)).parents:
+        return Start(open_checkpoint(source), continues=True)
+    if not (args.auto_resume and died_early(args.output_dir)) and not is_empty(args.output_dir):
+        if args.overwrite and not is_run(args.output_dir):
+            raise InputError(f"{args.output_dir} has no {RECORD} of a training run: --overwrite deletes nothing there")
+        check_output_dir(args.output_dir, args.overwrite)
+    return Start(open_checkpoint(source) if source is not None else None, continues=False)
+
+
+def died_early(folder: Path) -> bool:
+    """Whether a run was killed here before its first checkpoint: nothing to resume, and the same command starts again.
+
+    Not where the log or an exported generator tells of checkpoints that are gone: they were moved.
+    """
+    if not is_run(folder) or complete_steps(folder / "checkpoints"):
+        return False
+    if exported_step(folder) is not None or (folder / "generator" / "config.json").exists():
+        return False
+    log = folder / "log.txt"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return not re.search(r"^\S+ \S+ checkpoint ", text, re.MULTILINE)
+
+
+def what_is_left(args: argparse.Namespace, start: Start) -> str:
+    """Words for a run that is finished; "" where there is something to do. Raises `InputError` for going backwards."""
+    step, steps, folder = start.checkpoint.step, args.max_train_steps, args.output_dir
+    if step < steps:
+        return ""
+    if not start.continues:
+        raise InputError(
+            f"--max-train-steps is {steps}, counted over both stages, and {start.checkpoint.path} is at step {step} "
+            "already: nothing would be trained"
+        )
+    if exported_step(folder) == step:
+        told = differences(args, folder, start.checkpoint)
+        asked = f" It was asked for with other flags, which change nothing now: {told}." if told else ""
+        return (
+            f"step {step} of --max-train-steps {steps}: nothing is left to train, and nothing was written. "
+            f"{folder} is as it was.{asked}"
+        )
+    if step > steps:
+        raise InputError(f"--max-train-steps is {steps}, but {folder} is at step {step} already; nothing was changed")
+    return ""
+
+
+def differences(args: argparse.Namespace, folder: Path, checkpoint: Checkpoint) -> str:
+    """What this command asks for and the record of ``folder`` says otherwise, flag by flag."""
+    recorded = record_of(folder).get("arguments") or checkpoint.units["arguments"]
+    asked = json.loads(json.dumps(vars(args), default=str))
+    told = [
+        f"--{name.replace('_', '-')} is {shown(asked[name])}, recorded {shown(recorded[name])}"
+        for name in asked.keys() & recorded.keys() - OF_THE_START
+        if asked[name] != recorded[name]
+    ]
+    return "; ".join(sorted(told))
+
+
+def go_back(args: argparse.Namespace, start: Start) -> None:
+    """Continuing ends what came later in the folder: damaged checkpoints are set aside, the rest is deleted."""
+    root, step = args.output_dir / "checkpoints", start.checkpoint.step
+    for later, told in start.damaged.items():
+        logger.warning("WARNING: %s. It is set aside, and the run continues from step %d", told, step)
+        set_aside(root, later)
+    for later in complete_steps(root):
+        if later > step:
+            delete_checkpoint(root, later)
+            logger.info("deleted the checkpoint of step %d: the run went back to step %d", later, step)
+    delete_leftovers(root)
+
+
+def write_run_record(stage: str, args: argparse.Namespace, start: Start, hashes: dict[str, str]) -> None:
+    """args.json. A run that continues with other arguments keeps the earlier commands, each with where it started."""
+    step = start.checkpoint.step if start.checkpoint is not None else 0
+    path, earlier = args.output_dir / RECORD, []
+    if start.continues:
+        before = record_of(args.output_dir)
+        if not before and path.exists():
+            os.replace(path, path.with_name(RECORD + ".damaged"))
+        earlier = before.get("earlier") if isinstance(before.get("earlier"), list) else []
+        if before and (before["stage"] != stage or differences(args, args.output_dir, start.checkpoint)):
+            told = ("stage", "command", "arguments", "from_step")
+            earlier = [*earlier, {name: before[name] for name in told if name in before}]
+        elif before:
+            step = before.get("from_step", step)
+    content = {"command": sys.argv, "from_step": step, "sha256": hashes, "earlier": earlier}
+    write_record(args.output_dir, record(stage, vars(args), **content))
