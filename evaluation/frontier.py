@@ -25,7 +25,7 @@ from evaluation.files import METRICS, read_figures, require_plain, write_figures
 from evaluation.scatter import picture
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.read import read_json, require_folder, sha256
+from train_cc.io.read import read_json, require_file, require_folder, sha256
 from train_cc.io.write import (
     check_output_dir,
     check_output_file,
@@ -60,13 +60,25 @@ ON_07, ON_04, STRONG_04 = (
     Guidance("1.5 on t <= 0.4", 1.5, 0.0, 0.4),
     Guidance("3 on t <= 0.4", 3.0, 0.0, 0.4),
 )
-# Each setting is trained by the cold start, then, as listed, with the reward and without (the control).
+# What is trained from a setting's cold start, with as many updates each: name -> flags of the stage's launcher.
+# {statistics} and {black_box} are files: a stage that names one is left out where the file was not given.
+NO_REWARD = ("--encoder-type", "none")
+FRECHET = ("--reward", "frechet", "1", "{statistics}")
+STAGES = {
+    "RL": (),
+    "control": NO_REWARD,
+    "RL 0.05": ("--reward-weight", "0.05"),
+    "Frechet": (*NO_REWARD, *FRECHET),
+    "Frechet, global": (*NO_REWARD, *FRECHET, "--frechet-unconditional"),
+    "Frechet + RL 0.05": ("--reward-weight", "0.05", *FRECHET),
+    "tilt": (*NO_REWARD, "--tilt", "1", "python", "{black_box}"),
+}
 SETTINGS = {
-    OFF: ("RL", "control"),
+    OFF: tuple(STAGES),
     ON: ("RL", "control"),
     STRONG: (),
     ON_07: (),
-    ON_04: ("RL", "control"),
+    ON_04: ("RL", "control", "Frechet", "Frechet + RL 0.05"),
     STRONG_04: (),
 }
 TEACHERS = (OFF, ON)
@@ -88,7 +100,7 @@ LAUNCHERS = {
 def row_name(guidance: Guidance, stage: str) -> str:
     if stage == "teacher":
         return "teacher" if guidance == OFF else f"teacher, guidance {guidance.name}"
-    return f"guidance {guidance.name}" + {"cold start": "", "RL": " + RL", "control": " + control"}[stage]
+    return f"guidance {guidance.name}" + ("" if stage == "cold start" else f" + {stage}")
 
 
 def folder_name(name: str) -> str:
@@ -201,13 +213,28 @@ class Frontier:
         self.train("cold_start", cold, [*words, "--max-train-steps", str(self.args.base_steps)], {})
         self.evaluate(row_name(guidance, "cold start"), cold / "generator", [])
         made_of = {"cold start": folder_sha256(cold / "generator")}
-        for stage in SETTINGS[guidance]:
+        for stage, flags_of_stage in self.stages(guidance).items():
             run = self.folder / "runs" / folder_name(row_name(guidance, stage))
             steps = str(self.args.base_steps + self.args.extra_steps)
-            more = [*words, "--max-train-steps", steps, *(["--encoder-type", "none"] if stage == "control" else [])]
+            more = [*words, "--max-train-steps", steps, *flags_of_stage]
             units = cold / "checkpoints" / "torch_units" / f"step-{self.args.base_steps}.pt"
-            self.train("dmdr", run, more, made_of, RESUME_CKPT=units)
+            self.train("dmdr", run, more, made_of | self.files_sha256(flags_of_stage), RESUME_CKPT=units)
             self.evaluate(row_name(guidance, stage), run / "generator", [])
+
+    def stages(self, guidance: Guidance) -> dict[str, list[str]]:
+        """Name -> flags of what is trained from a setting's cold start, with the files that were given."""
+        given = {"{statistics}": self.args.statistics, "{black_box}": self.args.black_box}
+        filled = {
+            stage: [str(given.get(word, word)) for word in STAGES[stage]]
+            for stage in SETTINGS[guidance]
+            if all(given[word] is not None for word in STAGES[stage] if word in given)
+        }
+        return {stage: words for stage, words in filled.items() if not self.args.stages or stage in self.args.stages}
+
+    def files_sha256(self, words: list[str]) -> dict[str, str]:
+        """Of the files among a stage's flags: another content under one name is another row."""
+        paths = (Path(word.rpartition(":")[0] or word) for word in words)
+        return {path.name: sha256(path) for path in paths if path.is_file()}
 
     def train(self, script: str, run: Path, words: list[str], made_of: dict[str, str], **variables: object) -> None:
         """``made_of``: hashes of what the run starts from, beside the teacher."""
@@ -224,7 +251,7 @@ class Frontier:
     def rows(self) -> dict[str, dict]:
         """All rows in the table's order, each as evaluate.py wrote it."""
         names = [row_name(guidance, "teacher") for guidance in TEACHERS]
-        names += [row_name(g, stage) for g, stages in SETTINGS.items() for stage in ("cold start", *stages)]
+        names += [row_name(g, stage) for g in SETTINGS for stage in ("cold start", *self.stages(g))]
         kept, found = ("features", "features_sha256", "reference_sha256"), {}
         for name in names:
             path = self.folder / "rows" / folder_name(name) / "figures.json"
@@ -299,6 +326,11 @@ def build_parser() -> flags.Parser:
     parser.add_argument(
         "--train-flags", type=train_flags, default=[], help="more flags for every training, in one string"
     )
+    parser.add_argument(
+        "--statistics", type=flags.path, help="for the rows Frechet: a file of evaluation/statistics.py"
+    )
+    parser.add_argument("--black-box", help="for the row tilt: FILE.py:FUNCTION")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, help="only these, beside the cold starts")
     parser.add_argument("--jobs", type=flags.integer(1, 64), default=1, help="settings trained at once")
     return parser
 
@@ -306,6 +338,10 @@ def build_parser() -> flags.Parser:
 def check_arguments(args: argparse.Namespace) -> None:
     """What can be refused before anything is trained."""
     require_folder(args.teacher, f"a model folder, with config.json and {WEIGHTS_NAME},", "config.json", WEIGHTS_NAME)
+    if args.statistics is not None:
+        require_file(args.statistics, "a statistics file of evaluation/statistics.py")
+    if args.black_box is not None:
+        require_file(Path(args.black_box.rpartition(":")[0]), "FILE.py:FUNCTION")
     made = record_of(args.output_dir)
     if made and made["stage"] != "frontier":
         raise InputError(f"--output-dir {args.output_dir} holds a {made['stage']}, not a frontier; choose another")
@@ -328,6 +364,8 @@ def write_results(args: argparse.Namespace, rows: dict[str, dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     args.output_dir, args.teacher = (Path(os.path.abspath(path)) for path in (args.output_dir, args.teacher))
+    if args.statistics is not None:
+        args.statistics = Path(os.path.abspath(args.statistics))
     check_arguments(args)
     with locked(args.output_dir):
         if not record_of(args.output_dir):

@@ -13,7 +13,14 @@ from matplotlib.transforms import Bbox
 from train_cc.io.write import mark_of, write_atomically
 
 # The kind of a row by a word in its name, and the colour of its point.
-COLOURS = {"teacher": "tab:green", "RL": "tab:red", "control": "tab:gray", "": "tab:blue"}
+COLOURS = {
+    "teacher": "tab:green",
+    "Frechet": "tab:purple",
+    "tilt": "tab:olive",
+    "RL": "tab:red",
+    "control": "tab:gray",
+    "": "tab:blue",
+}
 
 
 def picture(rows: dict[str, dict], path: Path) -> None:
@@ -24,9 +31,10 @@ def picture(rows: dict[str, dict], path: Path) -> None:
         kind = next(kind for kind in COLOURS if kind in name)
         axes.scatter(precision, recall, s=45, color=COLOURS[kind], marker="s" if kind == "teacher" else "o", zorder=3)
     for name, start in points.items():
-        if f"{name} + RL" in points:
-            arrow = {"arrowstyle": "->", "color": COLOURS["RL"], "shrinkA": 6, "shrinkB": 6}
-            axes.annotate("", points[f"{name} + RL"], start, arrowprops=arrow)
+        for reward, colour in (("RL", COLOURS["RL"]), ("Frechet", COLOURS["Frechet"])):
+            if f"{name} + {reward}" in points:
+                arrow = {"arrowstyle": "->", "color": colour, "shrinkA": 6, "shrinkB": 6}
+                axes.annotate("", points[f"{name} + {reward}"], start, arrowprops=arrow)
     axes.set_xlabel("precision (quality)")
     axes.set_ylabel("recall (diversity)")
     axes.margins(0.15)

@@ -15,6 +15,7 @@ launch train_cc.dmdr_refl \
     --encoder-type classifier \
     --reward-classifier "${REWARD_CLASSIFIER:-$DIGITS/classifier_reward}" \
     --reward-weight 0.5 \
+    --frechet-window 6400 \
     --holdout-classifier "${HOLDOUT_CLASSIFIER:-$DIGITS/classifier_evaluation}" \
     --max-train-steps 500 \
     --batch-size 64 \

@@ -5,6 +5,11 @@ export DIGITS="${DIGITS:-runs/digits}" SEED="${SEED:-30}"
 began=$SECONDS
 
 bash scripts/pretrain_digits.sh
+# Of the real digits, in the features of the classifier that rewards: what the rows Frechet draw towards.
+[ -f "$DIGITS/statistics.npz" ] || python -m evaluation.statistics \
+    --images digits \
+    --space "classifier:$DIGITS/classifier_reward" \
+    --output "$DIGITS/statistics.npz"
 cores=$(getconf _NPROCESSORS_ONLN)
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m evaluation.frontier \
     --recipe digits \
@@ -15,6 +20,8 @@ OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m evaluation.frontier \
     --teacher-sampler euler \
     --teacher-steps 32 \
     --train-flags "--sample-steps 1000" \
+    --statistics "$DIGITS/statistics.npz" \
+    --black-box scripts/rewards/bright_pixels.py:bright_pixels \
     --jobs "$((cores < 6 ? cores : 6))" \
     "$@"
 echo "frontier with seed $SEED: $((SECONDS - began)) s"

@@ -8,7 +8,8 @@ from torch import nn
 
 from tests.conftest import flags, logged, refused, run_cold_start
 from train_cc import cold_start
-from train_cc.run.diagnostics import UpdateSize, by_band, columns
+from train_cc.run.diagnostics import UpdateSize, by_band
+from train_cc.run.logbook import columns
 
 
 def test_bands_add_up_to_the_whole():
@@ -22,11 +23,11 @@ def test_bands_add_up_to_the_whole():
 
 
 def test_update_size_is_that_of_the_middle_block():
-    blocks = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+    blocks = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(5))
     size = UpdateSize(blocks)
     with torch.no_grad():
         blocks[0].weight.mul_(3)
-        blocks[1].weight.mul_(1.25)
+        blocks[2].weight.mul_(1.25)
     torch.testing.assert_close(size.ratio(), torch.tensor(0.25))
 
 

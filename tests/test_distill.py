@@ -1,5 +1,10 @@
 """The two turns on a tiny run: accumulation, model calls, the logged figures, EMA, the non-finite stop."""
 
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +26,7 @@ from train_cc.distillation import loop, panel, turns
 from train_cc.distillation.panel import preview_inputs
 from train_cc.distillation.scores import scores
 from train_cc.draws import Draws
+from train_cc.io.errors import InputError
 from train_cc.models import SiT
 from train_cc.models.vae import images_to_uint8
 
@@ -153,6 +159,30 @@ def test_log_columns(teacher, tmp_path):
         "grad_norm_estimator",
         "update_ratio_estimator",
     }
+
+
+def test_seconds_are_those_of_the_cycle(teacher, tmp_path):
+    began = time.monotonic()
+    run = run_cold_start(teacher, tmp_path / "run", "--num-previews", 0)
+    rows = [json.loads(line) for line in (run / "loss_logs" / "loss_gen_log.jsonl").read_text().splitlines()]
+    assert all(0 < row["seconds"] < time.monotonic() - began for row in rows)
+
+
+def test_previews_and_checkpoints_come_at_every_multiple_and_at_the_end(teacher, tmp_path):
+    more = ("--max-train-steps", 5, "--sample-steps", 2, "--checkpoint-steps", 2, "--teacher-preview-steps", 0)
+    run = run_cold_start(teacher, tmp_path / "run", *more)
+    assert {path.name for path in (run / "samples").iterdir()} == {"step-2", "step-4", "step-5"}
+    units = {path.stem for path in (run / "checkpoints" / "torch_units").iterdir()}
+    assert units == {"step-2", "step-4", "step-5"}
+
+
+def test_chunks_are_numbered_over_all_processes():
+    """Chunk by chunk, in each the processes by rank: two processes draw what one does with two chunks."""
+    for chunk, rank, number in ((0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 3)):
+        session = SimpleNamespace(world_size=2, rank=rank, device="cpu")
+        run = SimpleNamespace(session=session, optimisation=SimpleNamespace(seed=11))
+        noise = turns.chunk_draws(run, 2, 7, chunk).noise(8)
+        assert torch.equal(noise, Draws(11, 2, 7, number).noise(8))
 
 
 def test_same_seed_same_log(teacher, tmp_path):
@@ -329,6 +359,26 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(teacher, tmp_path, 
     assert "step 2" in message and "loss_dmd is nan" in message
     units = tmp_path / "run" / "checkpoints" / "torch_units"
     assert [path.name for path in units.iterdir()] == ["step-1.pt"]
+
+
+def test_a_scaler_may_skip_an_overflowing_gradient_but_no_loss():
+    """fp16 alone has a scaler: its first steps overflow, and are skipped."""
+
+    def stopped(scaler, **row) -> bool:
+        session = SimpleNamespace(generator_accelerator=SimpleNamespace(scaler=scaler))
+        output = SimpleNamespace(checkpoints=Path("nowhere"))
+        run = SimpleNamespace(step=3, session=session, output=output)
+        try:
+            loop.stop_unless_finite(run, [{"loss_dmd": 1.0, "grad_norm_generator": 1.0} | row])
+        except InputError as error:
+            assert "step 3" in str(error)
+            return True
+        return False
+
+    infinite = float("inf")
+    assert not stopped(None) and not stopped("scaler")
+    assert stopped(None, grad_norm_generator=infinite) and not stopped("scaler", grad_norm_generator=infinite)
+    assert stopped(None, loss_dmd=infinite) and stopped("scaler", loss_dmd=infinite)
 
 
 def test_a_diverging_run_stops_by_itself(teacher, tmp_path, capsys):

@@ -31,6 +31,14 @@ def test_nothing_is_loaded_or_written(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_one_process_of_many_tells_the_plan(teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in (0, 1, 2):
+        monkeypatch.setenv("RANK", str(rank))
+        text = planned(capsys, teacher, tmp_path / "run")
+        assert ("effective batch: 12" in text) if rank == 0 else (text == "")
+
+
 @pytest.mark.parametrize("more", [[], ["--use-lora-gen"], ["--ema-decay", 0.9]], ids=str)
 def test_parameters_and_checkpoint_size_are_the_real_ones(teacher, tmp_path, capsys, monkeypatch, more):
     monkeypatch.setattr(dry_run, "GIB", 1)  # the size in bytes: of a small model

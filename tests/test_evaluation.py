@@ -272,7 +272,7 @@ def test_inception_is_adm_compatible_in_form(digits, tmp_path, monkeypatch):
 def test_frontier_rows_have_their_names_folders_and_picture(tmp_path):
     names = [frontier.row_name(g, "teacher") for g in frontier.TEACHERS]
     names += [frontier.row_name(g, s) for g, stages in frontier.SETTINGS.items() for s in ("cold start", *stages)]
-    assert len(names) == len(set(names)) == len({frontier.folder_name(name) for name in names}) == 14
+    assert len(names) == len(set(names)) == len({frontier.folder_name(name) for name in names}) == 21
     assert set(frontier.PUBLISHED) <= set(names)
     rows = {
         name: {"figures": {"FID": 1.0, "Recall": 0.1 * i, "IS": 9.0, "Precision": 0.5}} for i, name in enumerate(names)
@@ -301,7 +301,7 @@ def test_frontier_keeps_finished_rows_and_names_a_failed_one(teacher, tmp_path, 
     arguments = words("--recipe", "digits", "--output-dir", tmp_path, "--teacher", teacher)
     arguments += ["--base-steps", "4", "--extra-steps", "2"]
     frontier.main(arguments)
-    assert launched.count("evaluate") == 14 and launched.count("cold_start") == 6 and launched.count("dmdr") == 6
+    assert launched.count("evaluate") == 15 and launched.count("cold_start") == 6 and launched.count("dmdr") == 7
     assert "guidance 1.5 + RL" in (tmp_path / "frontier.md").read_text()
     launched.clear()
     frontier.main(arguments)

@@ -151,6 +151,8 @@ WAITS = {
     "unique": lambda x: x.unique(),
     "unique of rows": lambda x: x.unique(dim=0),
     "equal": lambda x: torch.equal(x, x),
+    "eigenvalues": lambda x: torch.linalg.eigh(x),
+    "singular values": lambda x: torch.linalg.svd(x),
     "allclose": lambda x: torch.allclose(x, x),
     "mask": lambda x: x[x > 0],
     "mask of rows": lambda x: x[x[:, 0] > 0],

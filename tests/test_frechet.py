@@ -6,6 +6,7 @@ import torch
 
 from evaluation import metrics
 from train_cc.io.errors import InputError
+from train_cc.rewards.at_x0 import Reward, Term, reward_terms
 from train_cc.rewards.frechet import (
     Frechet,
     decayed,
@@ -118,7 +119,7 @@ def test_the_gradient_is_autograds_through_the_matrix_square_root(size, classes)
     assert found.item() == pytest.approx(distance.item(), rel=1e-10)
     # The losses' mean has this gradient, and FD as its value.
     images = f.view(count, size, 1, 1).clone().requires_grad_()
-    losses = fd.losses(images, y)
+    losses, _ = fd.losses(images, y)
     (gradient,) = torch.autograd.grad(losses.mean(), images)
     assert (gradient.flatten(1) - expected).abs().max() < 1e-10
     assert losses.mean().item() == pytest.approx(distance.item(), rel=1e-9)
@@ -156,6 +157,12 @@ def test_a_class_without_samples_has_nothing_to_move():
 # State
 
 
+def term_of(fd, x0, y, decode=lambda x: x, micro_batch=0, of_matching=None) -> Term:
+    of_matching = torch.ones_like(x0) if of_matching is None else of_matching
+    (term,) = reward_terms([Reward("frechet", 1.0, fd.losses, fd)], decode, x0, y, micro_batch, of_matching)
+    return term
+
+
 def cycle(fd: Frechet, turn: int, parts: int = 1, part: int | None = None) -> None:
     """An estimator's and a generator's turn of 12 samples in ``parts`` device batches, or ``part`` of them alone."""
     chosen = range(parts) if part is None else [part]
@@ -169,8 +176,7 @@ def cycle(fd: Frechet, turn: int, parts: int = 1, part: int | None = None) -> No
                 fd.observe(f[rows], y[rows])
             else:
                 x0 = f[rows].float().view(-1, 6, 1, 1)
-                fd.term(x0, y[rows], lambda x: x)
-                fd.measure("matching", x0 * 0.1 / len(x0))  # of a mean over the device batch, as ours
+                term_of(fd, x0, y[rows], of_matching=x0 * 0.1 / len(x0))  # a mean over the device batch, as ours
         (fd.commit if estimator else fd.end_turn)()
 
 
@@ -238,10 +244,9 @@ def test_the_scale_makes_it_begin_as_strong_as_matching():
     fd.commit()
     for turn in range(4):
         fd.solve()
-        term = fd.term(x0, y, lambda x: x)
+        term = term_of(fd, x0, y, of_matching=torch.full_like(x0, 1.0 + turn))
         assert (term.gradient.norm() > 0) == (turn == 3)
         assert term.figures["scale_frechet"].item() == (fd.scale or 0)
-        fd.measure("matching", torch.full_like(x0, 1.0 + turn))
         if turn < 3:
             free = x0.clone().requires_grad_()
             target = fd.target(x0.flatten(1), y)
@@ -263,7 +268,7 @@ def test_micro_batches_and_the_decoder_give_the_same_term():
         for turn in range(3):
             cycle(fd, turn)
         fd.solve()
-        terms.append(fd.term(x0, y, decode, micro_batch))
+        terms.append(term_of(fd, x0, y, decode, micro_batch))
         fd.end_turn()
         assert fd.samples > 15
     free = x0.clone().requires_grad_()

@@ -74,7 +74,7 @@ def test_the_whole_path_at_full_size(tmp_path):
     variables |= {"OUTPUT_DIR": tmp_path / "dmdr", "RESUME_CKPT": units}
     variables |= {"DINOV2_BACKBONE": backbone, "DINOV2_HEAD": head}
     output = run(told, "DMDR, 1 update through VAE and DINOv2-L", dmdr, **variables)
-    assert "starts from" in output and "loss_reward" in output
+    assert "starts from" in output and "loss_reward_dinov2" in output
 
     units = tmp_path / "dmdr" / "checkpoints" / "torch_units" / "step-3.pt"
     export = ["python", "convert_weight/export_generator.py", "--checkpoint", units, "--output-dir", tmp_path / "out"]

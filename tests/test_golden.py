@@ -141,6 +141,7 @@ class Restated:
         )
         self.ema, self.ema_updates = dict(self.generator), 0
         self.times, self.guided, self.norms_at_x0, self.losses = [], [], [], ([], [])  # losses: a chunk
+        self.figures = []
 
     def velocity(self, weights: dict, x, t, y):
         return functional_call(self.network, weights, (x, t, y))
@@ -217,7 +218,9 @@ class Restated:
         inside = (t >= P.interval[0]) & (t <= P.interval[1])
         self.guided.append(inside)
         v_real = torch.where(at(inside), v_null + P.guidance * (v_real - v_null), v_real)
-        return (v_real - v_fake) / (v_real - (noise - x0)).abs().mean(dim=(1, 2, 3), keepdim=True)
+        normaliser = (v_real - (noise - x0)).abs().mean(dim=(1, 2, 3), keepdim=True)
+        self.figures.append(((v_real - v_fake).abs().mean().item(), normaliser.mean().item(), t.mean().item()))
+        return (v_real - v_fake) / normaliser
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +309,10 @@ def test_the_logged_losses_and_norms_are_those_of_the_method(golden):
     dmd, reward = torch.tensor(told.losses[0]).view(-1, P.chunks, 2).mean(dim=1).T
     assert [row["loss_fake"] for row in done.rows[1]] == pytest.approx(fake.tolist(), rel=1e-4)
     assert [row["loss_dmd"] for row in done.rows[0]] == pytest.approx(dmd.tolist(), rel=1e-4)
-    assert [row["loss_reward"] for row in done.rows[0]] == pytest.approx(reward.tolist(), rel=1e-4)
+    figures = torch.tensor(told.figures).view(-1, P.chunks, 3).mean(dim=1).tolist()
+    for row, expected in zip(done.rows[0], figures, strict=True):
+        assert [row[name] for name in ("score_gap", "normaliser", "t_mean")] == pytest.approx(expected, rel=1e-4)
+    assert [row["loss_reward_classifier"] for row in done.rows[0]] == pytest.approx(reward.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("which", ["generator", "lora", "ema"])

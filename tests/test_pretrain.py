@@ -158,10 +158,14 @@ def test_a_finished_command_changes_nothing(straight, capsys, name):
 
 
 @BOTH
-def test_overwrite_replaces_what_is_ours_alone(tmp_path, capsys, name):
+def test_overwrite_replaces_what_is_ours_alone(tmp_path, capsys, monkeypatch, name):
     run = train(name, tmp_path / "run")
     before = trained(run)
     (run / "notes.txt").write_text("mine")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        stop_at(patch, name, 0)
+        train(name, run, "--overwrite", "--seed", "7")
+    assert not list(run.glob("*.safetensors"))
     train(name, run, "--overwrite", "--seed", "7")
     assert not same(before, trained(run)) and (run / "notes.txt").read_text() == "mine"
     strange = tmp_path / "strange"

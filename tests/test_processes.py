@@ -16,15 +16,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.conftest import flags, logged, random_sit, refused, run_cold_start
 from train_cc import cold_start, dmdr_refl
 from train_cc.distillation import loop
 from train_cc.io.errors import InputError
 from train_cc.models import SiT
-from train_cc.run.session import open_session
+from train_cc.run.session import configure_compiler, open_session
 from train_cc.samplers import few_step_input
 from train_cc.setup import stage
 
@@ -80,7 +82,13 @@ def layout(run) -> dict:
     sharded = [isinstance(tensor, torch.distributed.tensor.DTensor) for tensor in tensors]
     local = [tensor.to_local() if is_sharded else tensor for tensor, is_sharded in zip(tensors, sharded, strict=True)]
     gradients = sum(tensor.nbytes for tensor, p in zip(local, parameters, strict=False) if p.requires_grad)
-    return {"sharded": sum(sharded), "of": len(tensors), "bytes": sum(tensor.nbytes for tensor in local) + gradients}
+    patience = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
+    return {
+        "sharded": sum(sharded),
+        "of": len(tensors),
+        "bytes": sum(tensor.nbytes for tensor in local) + gradients,
+        "hours": patience.total_seconds() / 3600,
+    }
 
 
 def job(teacher, output, *more, stage="cold_start", sharded=False) -> dict:
@@ -92,7 +100,10 @@ def processes(tmp_path, *jobs: dict, count: int = 2) -> list[dict]:
     report = tmp_path / "report.json"
     done = run_processes(jobs, report, count)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(report.read_text())
+    assert "terminate called" not in done.stderr, done.stderr[-4000:]
+    held = json.loads(report.read_text())
+    assert {each["hours"] for each in held} == {6}
+    return held
 
 
 def run_processes(jobs: Iterable[dict], report: Path, count: int = 2) -> subprocess.CompletedProcess:
@@ -303,6 +314,30 @@ def test_compile_reaches_the_blocks_of_both_networks(teacher, tmp_path, monkeypa
 
 
 # Wrong input
+
+
+def test_a_compiled_block_under_ddp_is_one_graph():
+    """Whatever DDP's buckets are; the blocks share it."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = random_sit(hidden_size=256, num_heads=4)  # a block is larger than a bucket
+    for block in model.blocks:
+        block.compile(backend=backend)
+    x, t, y = torch.randn(2, 1, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.long)
+    with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):
+        torch._dynamo.reset()
+        configure_compiler()
+        assert torch._dynamo.config.recompile_limit > 8
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        try:
+            DistributedDataParallel(model, bucket_cap_mb=1)(x, t, y).sum().backward()
+        finally:
+            dist.destroy_process_group()
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize(

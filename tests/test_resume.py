@@ -125,7 +125,7 @@ def test_stage_change_and_resume_within_stage_two(teacher, tmp_path, reward_fold
     rows = logged(straight)
     assert [row["step"] for row in rows] == [4, 5, 6, 7]
     assert rows[0]["samples_seen"] == 16 and rows[0]["lora_scale_real"] == 0
-    assert "loss_reward" in rows[0]
+    assert "loss_reward_classifier" in rows[0]
     assert "generator 0.0005" in (straight / "log.txt").read_text()
 
 

@@ -24,6 +24,7 @@ from train_cc.distillation import turns
 from train_cc.io.errors import InputError
 from train_cc.models import DINOv2Classifier
 from train_cc.models.classifier import ImageClassifier
+from train_cc.models.dinov2 import resample_position
 from train_cc.models.vae import images_to_uint8, load_decoder, pixels_to_images
 from train_cc.objectives import dmd_loss
 from train_cc.rewards.classifier import classifier_losses
@@ -99,8 +100,12 @@ DINOV2_DAMAGES = {
     "backbone truncated": "cannot load|damaged",
     "backbone key missing": r"blocks\.1\.ls1\.gamma",
     "backbone key more": "surplus",
-    "head of another width": "5120|640",
+    "head of another width": r"takes 5120 features.* takes 256 \(1 layer\) or 640 \(4 layers\)",
     "head with other keys": "linear",
+    "head of one dimension": "no linear head",
+    "head of three dimensions": "no linear head",
+    "a wider tensor": "other shapes: norm.weight",
+    "a narrower tensor": "other shapes: norm.weight",
     "head and backbone swapped": "no DINOv2 backbone",
     "backbone with code": "not run",
     "nested": "no bare state dict",
@@ -124,6 +129,11 @@ def test_dinov2_files_that_do_not_fit_are_refused(tmp_path, how):
         torch.save({"weight": torch.zeros(1000, 5120), "bias": torch.zeros(1000)}, head)
     elif how == "head with other keys":
         torch.save({"linear.weight": torch.zeros(1000, 640), "bias": torch.zeros(1000)}, head)
+    elif "dimension" in how:
+        shape = (1000,) if "one" in how else (1000, 640, 1)
+        torch.save({"weight": torch.zeros(shape), "bias": torch.zeros(1000)}, head)
+    elif how in ("a wider tensor", "a narrower tensor"):
+        torch.save(state | {"norm.weight": torch.ones(129 if "wider" in how else 127)}, backbone)
     elif how == "head and backbone swapped":
         backbone, head = head, backbone
     elif how == "backbone with code":
@@ -166,7 +176,7 @@ def test_the_gradient_reaches_x0_through_decoder_and_classifier(latent_reward):
     assert (expected.abs().amax(dim=(1, 2, 3)) > 0).all()
     torch.testing.assert_close(result.loss, loss.detach())
     torch.testing.assert_close(result.gradient, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
-    assert all(p.grad is None for p in [*decode.parameters(), *classifier.parameters()])
+    assert all(p.grad is None and not p.requires_grad for p in [*decode.parameters(), *classifier.parameters()])
 
 
 def test_micro_batches_and_checkpointing_give_the_same_gradient(latent_reward):
@@ -200,6 +210,18 @@ def test_images_are_the_decoded_latents_over_the_scaling_factor(tmp_path):
     plain, unscaled = ((vae.decode(z).sample + 1) / 2 for z in (x0 / 0.18215, x0))
     assert plain.min() < -0.1 and plain.max() > 1.1 and (plain - unscaled).abs().max() > 0.1
     torch.testing.assert_close(decode(x0), plain.clamp(0, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [8, 16, 37])
+def test_positions_of_any_grid_become_sixteen_by_sixteen(side):
+    patches = torch.randn(1, side * side, 6, generator=torch.Generator().manual_seed(0))
+    grid = patches.view(1, side, side, 6).permute(0, 3, 1, 2)
+    for registers in (False, True):
+        options = {"size": (16, 16), "antialias": True} if registers else {"scale_factor": 16.1 / side}
+        expected = grid if side == 16 else F.interpolate(grid, mode="bicubic", **options)
+        assert expected.shape[2:] == (16, 16) and expected.std() > 0.1
+        found = resample_position(patches, registers)
+        torch.testing.assert_close(found, expected.permute(0, 2, 3, 1).reshape(1, 256, 6))
 
 
 def test_loss_and_hits_of_a_classifier_a_sample():
@@ -278,10 +300,10 @@ def test_the_generators_gradient_is_that_of_both_losses_on_one_graph(teacher, tm
     y = turns.draw_labels(run, draws)
     run.generator.zero_grad()
     x0 = turns.generate(run, draws, y)
-    loss_reward = F.cross_entropy(run.judges["reward"](run.decode(x0)), y)
+    loss_reward = F.cross_entropy(run.judges["reward_classifier"](run.decode(x0)), y)
     loss_dmd = dmd_loss(x0, kept.pop("direction"))
     (loss_dmd + 4.0 * loss_reward).backward(retain_graph=True)
-    torch.testing.assert_close(figures["loss_reward"], loss_reward.detach())
+    torch.testing.assert_close(figures["loss_reward_classifier"], loss_reward.detach())
     expected = {name: p.grad for name, p in run.generator.named_parameters()}
     assert kept.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -290,11 +312,11 @@ def test_the_generators_gradient_is_that_of_both_losses_on_one_graph(teacher, tm
     of_dmd, of_reward = (torch.autograd.grad(each, x0, retain_graph=True)[0] for each in (loss_dmd, 4.0 * loss_reward))
     assert 0.1 < of_reward.norm() / of_dmd.norm() < 10
     torch.testing.assert_close(figures["grad_norm_dmd_x0"], of_dmd.norm(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(figures["grad_norm_reward_x0"], of_reward.norm(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(figures["grad_norm_reward_classifier_x0"], of_reward.norm(), rtol=1e-4, atol=0)
     cosine = torch.cosine_similarity(of_dmd.flatten(), of_reward.flatten(), dim=0)
-    torch.testing.assert_close(figures["grad_cosine_x0"], cosine, rtol=1e-3, atol=1e-5)
-    hits = run.judges["reward"](run.decode(x0)).argmax(dim=1) == y
-    assert figures["accuracy_reward"] == hits.float().mean()
+    torch.testing.assert_close(figures["grad_cosine_reward_classifier_x0"], cosine, rtol=1e-3, atol=1e-5)
+    hits = run.judges["reward_classifier"](run.decode(x0)).argmax(dim=1) == y
+    assert figures["accuracy_reward_classifier"] == hits.float().mean()
 
 
 def test_both_stages_in_latent_space_with_dinov2(tmp_path):
@@ -311,7 +333,7 @@ def test_both_stages_in_latent_space_with_dinov2(tmp_path):
     words += ["--resume-ckpt", cold / "checkpoints/torch_units/step-3.pt", "--max-train-steps", 5]
     words += ["--reward-micro-batch", 2, "--reward-checkpointing"]
     dmdr_refl.main(flags(tmp_path / "sit", tmp_path / "dmdr", *words))
-    assert logged(tmp_path / "dmdr")[-1]["grad_norm_reward_x0"] > 0
+    assert logged(tmp_path / "dmdr")[-1]["grad_norm_reward_dinov2_x0"] > 0
     hashes = json.loads((tmp_path / "dmdr" / "args.json").read_text())["sha256"]
     assert hashes.keys() == {"teacher", "vae", "dinov2_backbone", "dinov2_head"}
     assert all(len(digest) == 64 for digest in hashes.values())

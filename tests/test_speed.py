@@ -186,7 +186,7 @@ def test_decoder_and_classifier_of_the_reward_recompute(tmp_path):
     kept = []
     for more in ([], ["--reward-checkpointing"]):
         run = tiny_run(tmp_path / "sit", tmp_path, *words, *more)
-        decode, judge = run.decode, run.judges["reward"]
+        decode, judge = run.decode, run.judges["reward_dinov2"]
         kept.append(kept_bytes(decode, lambda d=decode: d(x0.clone().requires_grad_())))
         kept.append(kept_bytes(judge, lambda j=judge: j(images.clone().requires_grad_())))
     assert 0 < kept[2] < 0.5 * kept[0] and 0 < kept[3] < 0.5 * kept[1]

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,13 +41,32 @@ def guide(model: VelocityModel, null_class: int, scale: float, interval: tuple[f
     if scale <= 1:
         return model
 
-    def guided(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        rows = guided_rows(t, scale, interval)
-        v = model(*with_null_rows(x, t, y, rows, null_class))
-        v, v_null = v.split([len(x), len(rows)])
-        return apply_guidance(v, v_null, rows, scale)
+    return Guided(model, null_class, scale, interval)
 
-    return guided
+
+@dataclass(frozen=True)
+class Guided:
+    """A model under classifier-free guidance, see `guide`: again a model (x, t, y) -> v."""
+
+    model: VelocityModel
+    null_class: int
+    scale: float
+    interval: tuple[float, float]
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, t_cpu: Tensor | None = None) -> Tensor:
+        """``t_cpu``: the same times on the CPU, if known; without them the host waits for those on the device."""
+        rows = guided_rows(t if t_cpu is None else t_cpu, self.scale, self.interval).to(x.device, non_blocking=True)
+        v = self.model(*with_null_rows(x, t, y, rows, self.null_class))
+        v, v_null = v.split([len(x), len(rows)])
+        return apply_guidance(v, v_null, rows, self.scale)
+
+
+def velocity_at(model: VelocityModel, x: Tensor, time: float, y: Tensor) -> Tensor:
+    """v of the whole batch at one time, which is known without asking the device."""
+    t = x.new_full((len(x),), time)
+    if isinstance(model, Guided):
+        return model(x, t, y, torch.full((len(x),), time, dtype=x.dtype))
+    return model(x, t, y)
 
 
 def few_step_sample(
@@ -65,7 +85,7 @@ def few_step_sample(
     x_t = noise
     for step in range(num_steps):
         t = noise.new_full((len(noise),), times[step])
-        x0 = x0_from_velocity(x_t, model(x_t, t, y), t)
+        x0 = x0_from_velocity(x_t, velocity_at(model, x_t, times[step], y), t)
         if step + 1 < num_steps:
             x_t = interpolate(x0, fresh_noise(x0), torch.full_like(t, times[step + 1]))
     return x0
@@ -88,18 +108,18 @@ def few_step_input(
     """
     if num_steps == 1:
         return noise, noise.new_ones(len(noise))
-    times = noise.new_tensor(timestep_grid(num_steps, shift))
+    times = timestep_grid(num_steps, shift)
     x_t = noise
     for step in range(num_steps - 1):
-        rows = (index > step).nonzero().flatten().to(noise.device)
+        rows = (index > step).nonzero().flatten().to(noise.device, non_blocking=True)
         renoise = fresh_noise(noise)  # drawn for every row, so that a row's noise does not depend on the others' index
         # One row at the least: where weights are sharded, all processes must make the same calls.
         called = rows if len(rows) else torch.zeros_like(index[:1], device=noise.device)
-        t = times[step].expand(len(called))
+        t = noise.new_full((len(called),), times[step])
         x0 = x0_from_velocity(x_t[called], model(x_t[called], t, y[called]), t)
-        x_next = interpolate(x0, renoise[called], times[step + 1].expand(len(called)))
+        x_next = interpolate(x0, renoise[called], noise.new_full((len(called),), times[step + 1]))
         x_t = x_t.index_copy(0, rows, x_next[: len(rows)])
-    return x_t, times[index.to(noise.device)]
+    return x_t, torch.tensor(times, dtype=noise.dtype)[index].to(noise.device, non_blocking=True)
 
 
 def euler_sample(model: VelocityModel, noise: Tensor, y: Tensor, num_steps: int) -> Tensor:
@@ -107,7 +127,7 @@ def euler_sample(model: VelocityModel, noise: Tensor, y: Tensor, num_steps: int)
     times = timestep_grid(num_steps)
     x_t = noise
     for t, t_next in itertools.pairwise(times):
-        v = model(x_t, noise.new_full((len(noise),), t), y)
+        v = velocity_at(model, x_t, t, y)
         x_t = x_t + (t_next - t) * v
     return x_t
 
@@ -116,7 +136,7 @@ def heun_sample(model: VelocityModel, noise: Tensor, y: Tensor, num_steps: int) 
     """Heun's method, of second order: each step averages the velocities at both its ends. Two calls a step."""
     x_t = noise
     for t, t_next in itertools.pairwise(timestep_grid(num_steps)):
-        v = model(x_t, noise.new_full((len(noise),), t), y)
-        ahead = model(x_t + (t_next - t) * v, noise.new_full((len(noise),), t_next), y)
+        v = velocity_at(model, x_t, t, y)
+        ahead = velocity_at(model, x_t + (t_next - t) * v, t_next, y)
         x_t = x_t + (t_next - t) * 0.5 * (v + ahead)
     return x_t

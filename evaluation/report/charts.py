@@ -1,13 +1,17 @@
 """The curves of the report: which columns, and what they look like when all is well and when not."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from train_cc.run.diagnostics import band_columns
+from train_cc.run.logbook import band_columns
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture: a panel a group of columns, and a sentence on what it looks like when all is well and when not."""
+    """One picture: a panel a group of columns, and a sentence on what it looks like when all is well and when not.
+
+    A * in a column stands for any name: of a reward.
+    """
 
     title: str
     panels: tuple[tuple[str, ...], ...]
@@ -68,31 +72,43 @@ CHARTS = (
     ),
     Chart(
         "Reward",
-        (("loss_reward",), ("accuracy_reward",)),
+        (("loss_reward_*",), ("accuracy_reward_*",)),
         "Cross-entropy and accuracy of the rewarding classifier on fresh samples. Healthy: the loss falls slowly. "
         "Unhealthy: it falls to zero at once (the weight is too high) or does not move (too low).",
     ),
     Chart(
         "Gradients at x0",
-        (("grad_norm_dmd_x0",), ("grad_norm_reward_x0",)),
+        (("grad_norm_dmd_x0",), ("grad_norm_reward_*_x0",)),
         "Of the two losses, the reward's with its weight. Healthy: of one order. Unhealthy: the reward's is many times "
         "the other: distribution matching no longer holds the samples.",
         logarithmic=True,
     ),
     Chart(
+        "Frechet distance",
+        (("frechet*",), ("scale_frechet*",)),
+        "Of the window's samples to the real images, in the reward's own space, and the reward's scale, fixed after "
+        "three updates. Healthy: it falls. In this space it always looks good: judge in others.",
+    ),
+    Chart(
+        "Tilt (experimental)",
+        (("tilt_reward_*",), ("tilt_effective_samples_*",)),
+        "Mean reward of the estimator's samples, and how many equally weighted samples their weights are worth. "
+        "Unhealthy: few effective samples: lower BETA.",
+    ),
+    Chart(
         "Cosine of the two gradients",
-        (("grad_cosine_x0",),),
+        (("grad_cosine_reward_*_x0",),),
         "Healthy: around zero. Unhealthy: strongly negative: each undoes the other's work; lower --reward-weight.",
     ),
     Chart(
         "Previews: accuracy",
-        (("preview_accuracy_reward",), ("preview_accuracy_holdout",)),
+        (("preview_accuracy_reward_*",), ("preview_accuracy_holdout",)),
         "Of the fixed previews, by the rewarding classifier and by one that never rewards. Healthy: they go together. "
         "Unhealthy: the first rises and the second does not: the reward is being hacked.",
     ),
     Chart(
         "Previews: class coverage",
-        (("preview_coverage_reward",), ("preview_coverage_holdout",)),
+        (("preview_coverage_reward_*",), ("preview_coverage_holdout",)),
         "Share of the classes asked for that are recognised at least once. Healthy: near 1. Unhealthy: it falls: a "
         "class has collapsed.",
     ),
@@ -103,3 +119,7 @@ CHARTS = (
     ),
     Chart("Seconds a cycle", (("seconds",),), "Level, but for the first. A slow rise is a leak, or a busy machine."),
 )
+
+
+def curve_path(folder: Path, chart: Chart) -> Path:
+    return folder / f"{chart.title.lower().replace(':', '').replace(' ', '_')}.svg"

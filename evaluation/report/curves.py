@@ -1,18 +1,20 @@
 """Curves as inline SVG: a panel a group of columns, a colour a run."""
 
+import fnmatch
 import io
-from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import to_hex
 
 from evaluation.report.charts import Chart
 from evaluation.report.runs import RunLog
 from train_cc.io.write import mark_of
 
+STYLES = ("-", "--", ":", "-.")  # of the columns of one panel
 POINTS = 400  # of a curve: more rows are averaged
 
 
@@ -27,10 +29,17 @@ def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     return tuple(np.array(column) for column in columns)
 
 
+def present(columns: tuple[str, ...], runs: list[RunLog]) -> list[str]:
+    """The columns of a panel that some run has a value of; a * in a name stands for anything."""
+    names = dict.fromkeys(name for run in runs for name in run.series.columns)
+    wanted = [name for column in columns for name in names if fnmatch.fnmatchcase(name, column)]
+    return [name for name in wanted if any(run.series.has(name) for run in runs)]
+
+
 @plt.rc_context({"svg.fonttype": "none", "text.parse_math": False})  # a folder's name may hold a $
 def draw(chart: Chart, runs: list[RunLog]) -> str | None:
     """The chart as inline SVG; None where no run has any of its columns."""
-    panels = [columns for columns in chart.panels if any(run.series.has(name) for run in runs for name in columns)]
+    panels = [found for columns in chart.panels if (found := present(columns, runs))]
     if not panels:
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * max(2, len(panels)), 2.6), squeeze=False)
@@ -41,9 +50,10 @@ def draw(chart: Chart, runs: list[RunLog]) -> str | None:
                 if not len(steps):
                     continue
                 colour = f"C{number % 10}"
-                axis.plot(steps, mean, color=colour, linewidth=1.2, marker="." if len(steps) < 40 else None)
+                style = STYLES[columns.index(name) % len(STYLES)]
+                axis.plot(steps, mean, style, color=colour, linewidth=1.2, marker="." if len(steps) < 40 else None)
                 axis.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-        axis.set_title(columns[0], fontsize=9)
+        axis.set_title(", ".join(columns), fontsize=9 if len(columns) == 1 else 7)
         axis.set_xlabel("generator updates", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
@@ -60,5 +70,6 @@ def draw(chart: Chart, runs: list[RunLog]) -> str | None:
     return svg[svg.index("<svg") :]
 
 
-def curve_path(folder: Path, chart: Chart) -> Path:
-    return folder / f"{chart.title.lower().replace(':', '').replace(' ', '_')}.svg"
+def colour_of(number: int) -> str:
+    """The colour of the ``number``-th run, as a page writes it."""
+    return to_hex(f"C{number % 10}")

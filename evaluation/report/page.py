@@ -13,12 +13,10 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-from matplotlib.colors import to_hex
 from PIL import Image
 
 from evaluation.files import METRICS, apart, printable
-from evaluation.report.charts import CHARTS, Chart
-from evaluation.report.curves import curve_path, draw
+from evaluation.report.charts import CHARTS, Chart, curve_path
 from evaluation.report.rules import warnings_of
 from evaluation.report.runs import RunLog, find_results, name_apart, read_run
 from train_cc.io import flags
@@ -128,12 +126,14 @@ def page(
     problems: list[str],
 ) -> str:
     """``charts``: those that something can be drawn of, as inline SVG. ``problems``: of what is beside the runs."""
+    from evaluation.report.curves import colour_of
+
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     frontiers, samples = pictures_of(runs)
     return templates.get_template("page.html.j2").render(
         mark=mark_of("a report"),
         names=[run.name for run in runs],
-        colours=[to_hex(f"C{number % 10}") for number in range(len(runs))],
+        colours=[colour_of(number) for number in range(len(runs))],
         warnings=warnings,
         problems=[f"{run.name}: {text}" for run in runs for text in run.problems] + problems,
         arguments=what_was_run(runs),
@@ -173,6 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     name_apart(runs)
     results, problems = find_results(runs)
     warnings = warnings_of({run.name: run.series for run in runs}, results)
+    from evaluation.report.curves import draw  # matplotlib takes a second: what is wrong was said before
+
     charts = {chart: svg for chart in CHARTS if (svg := draw(chart, runs))}
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, page(runs, results, warnings, charts, problems))

@@ -4,11 +4,12 @@ A rule maps the log to the warnings that it finds. The thresholds are far from w
 show, and were met by runs made to fail (docs/results.md).
 """
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from train_cc.run.diagnostics import band_columns
+from train_cc.run.logbook import band_columns
 
 LARGEST = 1e100  # what a log can say of a loss, and an axis can show
 
@@ -91,45 +92,57 @@ def generator_too_fast(series: Series) -> list[str]:
     return []
 
 
+def rewards_in(series: Series, form: str) -> dict[str, str]:
+    """Name of a reward -> its column, for columns of ``form``, such as "loss_reward_{}"."""
+    pattern = re.compile(re.escape(form).replace(r"\{\}", "(.+)") + "$")
+    found = {match[1]: column for column in series.columns if (match := pattern.match(column))}
+    return {name: column for name, column in found.items() if series.has(column)}
+
+
 def reward_too_strong(series: Series) -> list[str]:
-    of_reward, of_dmd = series.of_column("grad_norm_reward_x0"), series.of_column("grad_norm_dmd_x0")
-    if not series.has("grad_norm_reward_x0"):
-        return []
-    times = float(np.nanmean(of_reward) / max(np.nanmean(of_dmd), 1e-30))
-    if times > 5:
-        return [
-            f"the reward's gradient at x0 is {times:.0f} times that of distribution matching, on average over the run: "
-            "lower --reward-weight"
-        ]
-    return []
+    told, of_dmd = [], series.of_column("grad_norm_dmd_x0")
+    for name, column in rewards_in(series, "grad_norm_reward_{}_x0").items():
+        times = float(np.nanmean(series.of_column(column)) / max(np.nanmean(of_dmd), 1e-30))
+        if times > 5:
+            told.append(
+                f"the gradient of the reward {name} at x0 is {times:.0f} times that of distribution matching, on "
+                "average over the run: lower its weight"
+            )
+    return told
 
 
 def gradients_oppose(series: Series) -> list[str]:
-    cosine = series.part("grad_cosine_x0", 0.1, 1)
-    if cosine < -0.3:
-        return [f"the two gradients at x0 point against each other (cosine {cosine:.2f}): lower --reward-weight"]
-    return []
+    told = []
+    for name, column in rewards_in(series, "grad_cosine_reward_{}_x0").items():
+        cosine = series.part(column, 0.1, 1)
+        if cosine < -0.3:
+            told.append(
+                f"the gradients of the reward {name} and of matching at x0 point against each other "
+                f"(cosine {cosine:.2f}): lower its weight"
+            )
+    return told
 
 
 def reward_is_hacked(series: Series) -> list[str]:
-    """The rewarding classifier is content, the one that never rewards is not."""
-    rewarding, holdout = (series.part(f"preview_accuracy_{name}", 0.5, 1) for name in ("reward", "holdout"))
-    losses = {
-        name: (series.part(f"preview_loss_{name}", 0, 0.35), series.part(f"preview_loss_{name}", 0.75, 1))
-        for name in ("reward", "holdout")
-    }
-    parted = losses["reward"][1] < losses["reward"][0] and losses["holdout"][1] > 3 * max(losses["holdout"][0], 0.03)
-    if rewarding - holdout > 0.15 or parted:
-        return [
-            "the reward rises and the held-out classifier does not follow (accuracy of the previews "
-            f"{rewarding:.2f} and {holdout:.2f}): the reward is being hacked; lower --reward-weight or stop earlier"
-        ]
-    return []
+    """A rewarding classifier is content, the one that never rewards is not."""
+    told = []
+    last_holdout = series.part("preview_accuracy_holdout", 0.5, 1)
+    holdout = [series.part("preview_loss_holdout", *part) for part in ((0, 0.35), (0.75, 1))]
+    for name, column in rewards_in(series, "preview_accuracy_reward_{}").items():
+        rewarding = series.part(column, 0.5, 1)
+        own = [series.part(f"preview_loss_reward_{name}", *part) for part in ((0, 0.35), (0.75, 1))]
+        parted = own[1] < own[0] and holdout[1] > 3 * max(holdout[0], 0.03)
+        if rewarding - last_holdout > 0.15 or parted:
+            told.append(
+                f"the reward {name} rises and the held-out classifier does not follow (accuracy of the previews "
+                f"{rewarding:.2f} and {last_holdout:.2f}): the reward is being hacked; lower its weight or stop earlier"
+            )
+    return told
 
 
 def class_collapsed(series: Series) -> list[str]:
     told = []
-    for name in ("holdout", "reward"):
+    for name in ("holdout", *(f"reward_{name}" for name in rewards_in(series, "preview_coverage_reward_{}"))):
         last = series.part(f"preview_coverage_{name}", 0.75, 1)
         if last < 0.85:
             told.append(

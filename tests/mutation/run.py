@@ -5,8 +5,8 @@
 
 A WORD picks the files whose path contains it; without one, all. Mutants live in a copy of the tracked files. The
 libraries are imported once and every mutant is a fork: it costs its tests alone, not the start of Python. Sessions are
-cosmic-ray's own (`cr-report --show-diff FILE.sqlite`) and continue where they were stopped; a file that has changed
-starts anew.
+cosmic-ray's own (`cr-report --show-diff FILE.sqlite`) and continue where they were stopped; what survived is met again,
+since the tests may have grown. A file that has changed starts anew.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TURNS = ["test_golden", "test_distill", "test_speed", "test_reward", "test_diagnostics"]
+TURNS = ["test_golden", "test_distill", "test_speed", "test_reward", "test_diagnostics", "test_dry_run"]
 # What is mutated, and the tests that are to notice, the likeliest first.
 MODULES = {
     "train_cc/flow.py": ["test_math"],
@@ -39,19 +39,23 @@ MODULES = {
     "train_cc/run/ema.py": ["test_golden", "test_teacher", "test_distill"],
     "train_cc/rewards/classifier.py": ["test_reward", "test_golden"],
     "train_cc/rewards/frechet.py": ["test_frechet"],
+    "train_cc/distillation/settings.py": [*TURNS, "test_recipes"],
     "train_cc/setup/build.py": [*TURNS, "test_recipes"],
+    "train_cc/setup/stage.py": ["test_dry_run", "test_distill", "test_resume", "test_command_line"],
+    "train_cc/pretrain/resumable.py": ["test_pretrain"],
     "train_cc/distillation/panel.py": ["test_diagnostics", "test_distill"],
     "train_cc/distillation/state.py": ["test_distill", "test_resume"],
     "train_cc/models/estimator.py": ["test_lora", "test_models", "test_golden", "test_speed"],
     "train_cc/models/generator.py": ["test_models", "test_distill", "test_command_line"],
-    "train_cc/models/vae.py": ["test_reward", "test_speed", "test_evaluation"],
+    "train_cc/models/vae.py": ["test_reward", "test_speed"],
     "train_cc/models/lora.py": ["test_lora", "test_models", "test_speed", "test_golden"],
-    "train_cc/rewards/at_x0.py": ["test_reward", "test_golden"],
+    "train_cc/rewards/at_x0.py": ["test_reward", "test_golden", "test_speed"],
+    "train_cc/models/dinov2.py": ["test_reward", "test_trust_inputs"],
     "train_cc/models/sit.py": ["test_models", "test_golden"],
     "train_cc/run/checkpoint.py": ["test_resume", "test_distill"],
     "train_cc/run/logbook.py": ["test_report", "test_distill", "test_resume"],
     "train_cc/run/session.py": ["test_distill", "test_processes"],
-    "train_cc/pretrain/teacher.py": ["test_teacher", "test_evaluation"],
+    "train_cc/pretrain/teacher.py": ["test_teacher", "test_pretrain"],
     "evaluation/metrics.py": ["test_metrics"],
     "convert_weight/pipeline.py": ["test_sampling", "test_convert"],
     "evaluation/report/rules.py": ["test_report"],

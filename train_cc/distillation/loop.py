@@ -13,11 +13,18 @@ from train_cc.distillation.panel import picture_path, preview
 from train_cc.distillation.scores import scores
 from train_cc.distillation.settings import Run, trainable
 from train_cc.distillation.state import export, require_finite_run, save
-from train_cc.distillation.turns import Figures, estimator_batches, estimator_turn, generator_turn
+from train_cc.distillation.turns import (
+    Figures,
+    estimator_batches,
+    estimator_turn,
+    fill_memories,
+    generator_turn,
+    observe_batches,
+)
 from train_cc.io.errors import InputError
 from train_cc.run.checkpoint import kept
-from train_cc.run.diagnostics import BY_BAND, UpdateSize, columns, gathered
-from train_cc.run.logbook import JsonLines, logger, not_finite
+from train_cc.run.diagnostics import UpdateSize, gathered
+from train_cc.run.logbook import BY_BAND, JsonLines, columns, logger, not_finite
 from train_cc.run.session import Session, StopSignal
 from train_cc.run.trackers import show_picture, tracking
 from train_cc.schedules import annealing, dynamic_guidance_scale
@@ -29,6 +36,7 @@ def train(run: Run) -> None:
     """From ``run.step`` to ``max_train_steps`` generator turns; writes logs, previews, checkpoints and the export."""
     session, output = run.session, run.output
     logs = open_logs(run) if session.is_main else []
+    fill_memories(run)
     progress = tqdm(
         desc="generator updates",
         total=output.max_train_steps,
@@ -68,7 +76,10 @@ def train(run: Run) -> None:
 def cycle(run: Run, step: int, stopping: bool = False) -> tuple[list[Row], Row, bool]:
     """``ratio_update`` estimator turns and a generator turn, each with its update. -> log rows, whether to stop."""
     estimator_figures = []
-    for batches in estimator_batches(run, step):
+    observed = run.method.frechet_observe or run.method.ratio_update
+    for number, batches in enumerate(estimator_batches(run, step)):
+        if number < observed:
+            observe_batches(run, batches)
         estimator_figures.append(estimator_turn(run, step, batches) | update_estimator(run))
     figures = generator_turn(run, step) | update_generator(run)
     of_band = f"loss_fake{BY_BAND}"  # the bands of all estimator turns together are one line's
@@ -168,7 +179,7 @@ def tell(run: Run, progress: tqdm, of_estimator: Row, row: Row, sampled: bool) -
         logger.info(", ".join(f"{name} {value:.5g}" for name, value in there.items()))
     accelerator.log(there, step=run.step)
     losses = row | of_estimator
-    shown = [name for name in ("loss_dmd", "loss_reward", "loss_fake") if name in losses]
+    shown = [name for name in losses if name in ("loss_dmd", "loss_fake") or name.startswith("loss_reward_")]
     progress.set_postfix({name: f"{losses[name]:.4f}" for name in shown}, refresh=False)
     progress.update()
 

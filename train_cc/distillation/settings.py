@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.sit import SiT
 from train_cc.rewards.at_x0 import Reward
+from train_cc.rewards.frechet import Frechet
+from train_cc.rewards.tilt import Tilt
 from train_cc.run.ema import Average
 from train_cc.run.session import Session
 
@@ -31,6 +33,7 @@ class Method:
     renoise_beta: float = 1.5
     real_guidance_scale: float = 1.0  # at most 1 is off
     real_guidance_interval: tuple[float, float] = (0.0, 1.0)
+    frechet_observe: int = 0  # estimator turns of a cycle whose samples a Frechet reward observes; 0: all
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Run:
     teacher: Path
     ema: Average | None = None  # of the generator's trained parameters
     rewards: list[Reward] = field(default_factory=list)
+    tilts: list[Tilt] = field(default_factory=list)  # experimental: rewards without gradient
     reward_micro_batch: int = 0  # samples decoded at once; 0: the whole batch
     judges: dict[str, nn.Module] = field(default_factory=dict)  # score the previews
     lora_rank_generator: int | None = None  # None: the whole generator is trained
@@ -105,6 +109,11 @@ class Run:
     @property
     def plain_estimator(self) -> ScoreEstimator:
         return self.session.estimator_accelerator.unwrap_model(self.estimator)
+
+    @property
+    def memories(self) -> dict[str, Frechet]:
+        """Of the rewards of a distribution, by name."""
+        return {reward.name: reward.memory for reward in self.rewards if reward.memory is not None}
 
     @property
     def num_classes(self) -> int:

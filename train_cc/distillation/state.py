@@ -29,6 +29,7 @@ from train_cc.run.logbook import logger
 from train_cc.run.together import on_main
 
 AVERAGE = "accelerator_1/ema.safetensors"
+MEMORIES = "accelerator_1/rewards.safetensors"  # of the rewards that have one
 
 
 def averaged(run: Run) -> contextlib.AbstractContextManager:
@@ -73,6 +74,9 @@ def save(run: Run) -> Path:
     }
     if run.ema is not None:
         parts["accelerator_1/ema.safetensors"] = {name: states.whole(value) for name, value in run.ema.values.items()}
+    if run.memories:
+        memories = {name: memory.state_dict() for name, memory in run.memories.items()}
+        parts[MEMORIES] = {f"{name}.{key}": value for name, state in memories.items() for key, value in state.items()}
     units = {
         "samples_seen": run.samples_seen,
         "effective_batch": run.optimisation.effective_batch(run.session.world_size),
@@ -121,10 +125,20 @@ def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     ):
         states.restore_optimizer(model, optimizer, checkpoint.read(name), checkpoint.file(name))
     restore_average(run, checkpoint)
+    restore_memories(run, checkpoint)
     for accelerator, state in zip(accelerators(run), checkpoint.units["scalers"], strict=True):
         if accelerator.scaler is not None and state:
             accelerator.scaler.load_state_dict(state)
     run.step, run.samples_seen = checkpoint.step, checkpoint.units["samples_seen"]
+
+
+def restore_memories(run: Run, checkpoint: Checkpoint) -> None:
+    """The statistics of rewards that the checkpoint knows by name; one that it does not know begins anew."""
+    state = checkpoint.read(MEMORIES) if run.memories and checkpoint.has(MEMORIES) else {}
+    for name, memory in run.memories.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        if own:
+            memory.load_state_dict(own, checkpoint.file(MEMORIES))
 
 
 @torch.no_grad()

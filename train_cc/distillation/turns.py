@@ -12,13 +12,16 @@ from train_cc.draws import Draws
 from train_cc.flow import interpolate, x0_from_velocity
 from train_cc.objectives import dmd_direction, dmd_loss, dmd_normaliser, velocity_matching_losses
 from train_cc.rewards.at_x0 import Term, reward_terms
-from train_cc.run.diagnostics import BY_BAND, by_band
+from train_cc.rewards.tilt import effective_samples, tilt_weights
+from train_cc.run.diagnostics import by_band
+from train_cc.run.logbook import BY_BAND
 from train_cc.run.session import synchronised
 from train_cc.samplers import few_step_input
 from train_cc.schedules import annealing, beta_times, renoise_density
 
 # First key of the draws, after the seed: no two uses share random numbers; the previews' is in panel.py.
-ESTIMATOR_TURN, GENERATOR_TURN = 1, 2
+ESTIMATOR_TURN, GENERATOR_TURN, FILL = 1, 2, 4
+FILL_SAMPLES = 4000  # of the generator, that a Frechet reward observes before its first update
 
 Figures = dict[str, Tensor]  # 0-d, or (2, 4) where a figure comes by band of t
 
@@ -87,15 +90,75 @@ def estimator_turn(run: Run, step: int, batches: list[tuple[Draws, Tensor, Tenso
     accelerator, chunks = run.session.estimator_accelerator, run.optimisation.gradient_accumulation_steps
     c = annealing(step, run.method.dynamic_steps)
     totals: Figures = {}
+    weights, figures = tilt_batches(run, batches)
     for chunk in synchronised(accelerator, run.estimator, chunks):
         draws, y, x0 = batches[chunk]
         x_t, noise, _, t = renoise(run, draws, x0, c)
         v_fake = run.estimator(x_t, t, y, lora_scale=run.method.lora_scale_fake)
         losses = velocity_matching_losses(v_fake, x0, noise)
-        accelerator.backward(losses.mean() / chunks)
+        weighted = losses if weights is None else losses * weights[chunk]
+        accelerator.backward(weighted.mean() / chunks)
         losses = losses.detach()
         add(totals, {"loss_fake": losses.mean(), f"loss_fake{BY_BAND}": by_band(losses, t)}, chunks)
-    return totals
+    return totals | figures
+
+
+@torch.no_grad()
+def tilt_batches(run: Run, batches: list[tuple[Draws, Tensor, Tensor]]) -> tuple[list[Tensor] | None, Figures]:
+    """The weights of an estimator turn's samples, chunk by chunk, over the batch of all processes; None without tilts.
+
+    Several tilts multiply. (docs/method.md: tilted fake score.)
+    """
+    if not run.tilts:
+        return None, {}
+    images = [
+        torch.cat([run.decode(part) for part in x0.split(run.reward_micro_batch or len(x0))]) for _, _, x0 in batches
+    ]
+    weights, figures = 1.0, {}
+    for tilt in run.tilts:
+        own = torch.cat([tilt.rewards(each, y) for each, (_, y, _) in zip(images, batches, strict=True)])
+        everyone = run.session.gather(own)
+        of_all = tilt_weights(everyone, tilt.beta)
+        rank, size = run.session.rank, len(own)
+        weights = weights * of_all[rank * size : (rank + 1) * size]
+        figures |= {
+            f"tilt_reward_{tilt.name}": everyone.mean(),
+            f"tilt_largest_weight_{tilt.name}": of_all.max(),
+            f"tilt_effective_samples_{tilt.name}": effective_samples(of_all),
+        }
+    return list(weights.split(run.optimisation.batch_size)), figures
+
+
+@torch.no_grad()
+def observe_batches(run: Run, batches: list[tuple[Draws, Tensor, Tensor]]) -> None:
+    """The samples of an estimator turn enter the statistics of the rewards that have some: a forward alone."""
+    memories = run.memories.values()
+    for _, y, x0 in batches if memories else ():
+        for part, labels in zip(
+            x0.split(run.reward_micro_batch or len(x0)), y.split(run.reward_micro_batch or len(y)), strict=True
+        ):
+            images = run.decode(part)
+            for memory in memories:
+                memory.observe(memory.features_of(images), labels)
+    for memory in memories:
+        memory.commit()
+
+
+@torch.no_grad()
+def fill_memories(run: Run) -> None:
+    """Before the first update the window of a Frechet reward is filled, as far as `FILL_SAMPLES` goes."""
+    if all(memory.samples for memory in run.memories.values()):
+        return
+    batch = run.optimisation.effective_batch(run.session.world_size)
+    window = max(memory.window for memory in run.memories.values())
+    with run.session.generator_accelerator.autocast():
+        for number in range(-(-min(FILL_SAMPLES, window) // batch)):
+            batches = []
+            for chunk in range(run.optimisation.gradient_accumulation_steps):
+                draws = chunk_draws(run, FILL, number, chunk)
+                y = draw_labels(run, draws)
+                batches.append((draws, y, generate(run, draws, y)))
+            observe_batches(run, batches)
 
 
 # Generator turn -----------------------------------------------------------------------------------------------------
@@ -124,6 +187,8 @@ def generator_turn(run: Run, step: int) -> Figures:
     accelerator, chunks = run.session.generator_accelerator, run.optimisation.gradient_accumulation_steps
     c = annealing(step, run.method.dynamic_steps)
     totals: Figures = {}
+    for memory in run.memories.values():
+        memory.solve()
     for chunk in synchronised(accelerator, run.generator, chunks):
         draws = chunk_draws(run, GENERATOR_TURN, step, chunk)
         y = draw_labels(run, draws)
@@ -136,4 +201,6 @@ def generator_turn(run: Run, step: int) -> Figures:
         # Every term's gradient at x0 is known: one backward passes their sum on to the generator.
         accelerator.backward((x0.float() * gradient).sum() / chunks)
         add(totals, figures, chunks)
+    for memory in run.memories.values():
+        memory.end_turn()
     return totals

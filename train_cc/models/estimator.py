@@ -32,12 +32,15 @@ class ScoreEstimator(nn.Module):
         self.network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=contexts))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, lora_scale: float | Tensor) -> Tensor:
-        """x (B, C, H, W), t (B,), y (B,), lora_scale a number or one a sample (B,) -> v (B, C, H, W)."""
+        """x (B, C, H, W), t (B,), y (B,), lora_scale a number or one a sample (B,) -> v (B, C, H, W).
+
+        All tensors on one device: a scale from the CPU would be copied at every call.
+        """
         if isinstance(lora_scale, Tensor):
             # In the dtype of the layers' outputs: an fp32 one would lift them all to fp32.
             autocast = torch.is_autocast_enabled(x.device.type)
             dtype = torch.get_autocast_dtype(x.device.type) if autocast else lora_scale.dtype
-            scale = lora_scale.to(x.device, dtype, non_blocking=True).view(-1, 1, 1)
+            scale = lora_scale.to(dtype).view(-1, 1, 1)
         else:
             scale = torch.full((), lora_scale, device=x.device)
         set_lora_scale(self._layers, scale)

@@ -124,11 +124,11 @@ def run_training(training: Training, stage: str, args: argparse.Namespace, save:
 
     Raises `InputError` where loss or weights are no longer finite; then what was saved before stays.
     """
-    begin = _restore(training, args)
-    if begin == 0:  # what is left of an earlier network must not be taken for this one
-        for name in (RECORD, *WRITTEN):
+    begin, content = _restore(training, args), record(stage, vars(args))
+    if begin == 0 and (args.output_dir / RECORD).exists():
+        write_record(args.output_dir, content)  # a folder of ours stays ours, whenever this is killed
+        for name in WRITTEN:  # what is left of an earlier network must not be taken for this one
             (args.output_dir / name).unlink(missing_ok=True)
-    content = record(stage, vars(args))
     if not _train(training, stage, args, begin, content):
         return False
     temporary = args.output_dir / "finished.tmp"

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from train_cc.rewards.frechet import Frechet
 from train_cc.run.diagnostics import compare_gradients
 
 # Half precision would lose small gradients on the way back through decoder and classifier. A power of two is exact.
@@ -27,11 +28,15 @@ class Term(NamedTuple):
 
 @dataclass
 class Reward:
-    """``losses``: images (B, C, H, W) in [0, 1], labels (B,) -> losses (B,) and figures, each (B,)."""
+    """``losses``: images (B, C, H, W) in [0, 1], labels (B,) -> losses (B,) and figures, each (B,).
+
+    ``memory``: of a reward of the distribution, which sets its own weight.
+    """
 
     name: str
     weight: float
     losses: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+    memory: Frechet | None = None
 
 
 class AtX0(NamedTuple):
@@ -86,8 +91,12 @@ def reward_terms(
     """Each reward's term, its weight in the gradient, and how it stands to ``of_matching``, matching's gradient."""
     terms = []
     for reward, found in zip(rewards, rewards_at_x0(rewards, decode, x0, y, micro_batch), strict=True):
-        gradient = reward.weight * found.gradient
-        figures = {"loss_reward": found.losses.mean()}
-        figures |= {f"{name}_reward": values.mean() for name, values in found.figures.items()}
-        terms.append(Term(found.losses.mean(), gradient, figures | compare_gradients(of_matching, gradient)))
+        name, figures = reward.name, {f"loss_reward_{reward.name}": found.losses.mean()}
+        figures |= {f"{figure}_reward_{name}": values.mean() for figure, values in found.figures.items()}
+        weight = reward.weight
+        if reward.memory is not None:
+            weight = reward.memory.weight_of(found.gradient, of_matching)
+            figures |= reward.memory.figures(name)
+        gradient = weight * found.gradient
+        terms.append(Term(found.losses.mean(), gradient, figures | compare_gradients(name, of_matching, gradient)))
     return terms

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from train_cc.io.errors import InputError
 from train_cc.io.read import fit, require_finite
-from train_cc.rewards.at_x0 import GRADIENT_SCALE, Term
 from train_cc.rewards.statistics import Statistics
 
 ROUNDING = 1e-12  # eigenvalues below this part of the largest are rounding
@@ -69,7 +68,7 @@ class Sums(NamedTuple):
 
 
 def sums_of(f: Tensor, y: Tensor, num_classes: int) -> Sums:
-    n = torch.bincount(y, minlength=num_classes).to(f.dtype)
+    n = f.new_zeros(num_classes).index_add_(0, y, f.new_ones(len(y)))  # bincount would wait for the device
     return Sums(n, f.new_zeros(num_classes, f.shape[1]).index_add_(0, y, f), f.T @ f)
 
 
@@ -120,8 +119,8 @@ class Frechet:
     """A reward of the distribution: decayed statistics of the generator's features, and the losses that they give.
 
     An estimator turn: `observe` every device batch, then `commit`. A generator turn: `solve`; for every device batch
-    `term` (or `losses`, and `measure` for its gradient) and `measure` for matching's gradient; then `end_turn`. The
-    turn's own samples enter the statistics after their gradient, so that they cost no second forward.
+    `losses`, and `weight_of` its gradient at x0; then `end_turn`. The turn's own samples enter the statistics after
+    their gradient, so that they cost no second forward.
 
     ``features_of``: images in [0, 1] (B, C, H, W) -> features (B, D), differentiable. ``window``: W, in samples.
     ``weight``: of the scaled gradient; 1 begins as strong as matching. ``reduce``: the sum over processes of a tensor.
@@ -153,6 +152,7 @@ class Frechet:
         self.root = square_root(self.sigma_real)
         self.digest = hashlib.sha256(f"{statistics.sha256} {self.per_class}".encode()).digest()
         self.sums = self._no_sums()
+        self.observed = False  # whether the window holds any sample: known without asking the device
         self.pending: Sums | None = None  # of the device batches of a global batch that is not whole yet
         self.squares = torch.zeros(2, dtype=torch.float64, device=self.device)  # of this turn's gradients, as GRADIENTS
         self.norms: list[list[float]] = []  # of the first turns' gradients, as GRADIENTS
@@ -183,6 +183,7 @@ class Frechet:
     @torch.no_grad()
     def commit(self) -> None:
         """A global batch is whole: sum it over processes, in one reduction, and let the window move on."""
+        self.observed |= self.pending is not None
         pending = self.pending or self._no_sums()
         flat = self.reduce(torch.cat([part.flatten() for part in pending]))
         parts = flat.split([part.numel() for part in pending])
@@ -191,10 +192,13 @@ class Frechet:
 
     @torch.no_grad()
     def solve(self) -> Tensor:
-        """The transport of now, and FD (0-d). Once a generator turn. Raises `InputError` for features not finite."""
-        if not torch.isfinite(self.sums.m).all():
+        """The transport of now, and FD (0-d). Once a generator turn. Raises `InputError` for features not finite.
+
+        The host waits for the device here: eigenvalues report to it whether they were found.
+        """
+        if (~torch.isfinite(self.sums.m)).any():
             raise InputError("the features of generated images hold NaN or infinity: the Frechet reward cannot go on")
-        if not self.sums.n.sum() > 0:
+        if not self.observed:
             raise RuntimeError("the Frechet reward has observed no sample: fill its window first")
         mu, sigma = moments(self.sums, self.mu_real)
         a, trace_root = transport(sigma, self.root, LARGEST_GAIN)
@@ -213,30 +217,11 @@ class Frechet:
 
     # The loss
 
-    def losses(self, images: Tensor, labels: Tensor) -> Tensor:
+    def losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """|f - stop_gradient(T(f | y))|^2 a sample, (B,), unscaled: the mean has FD's gradient. Observes f."""
         features = self.features_of(images)
         self.observe(features.detach(), labels)
-        return (features - self.target(features.detach(), labels)).square().sum(dim=1)
-
-    def term(self, x0: Tensor, y: Tensor, decode: Callable[[Tensor], Tensor], micro_batch: int = 0) -> Term:
-        """The losses' mean at a detached x0, ``micro_batch`` samples at a time (0: all at once), and its gradient.
-
-        The gradient is times `scale`, and 0 while that is measured.
-        """
-        losses, gradients = [], []
-        for part, labels in zip(x0.detach().split(micro_batch or len(x0)), y.split(micro_batch or len(y)), strict=True):
-            part = part.clone().requires_grad_()
-            with torch.enable_grad():
-                each = self.losses(decode(part), labels)
-            (gradient,) = torch.autograd.grad(each.sum() * (GRADIENT_SCALE / len(x0)), part)
-            gradients.append(gradient.float() / GRADIENT_SCALE)
-            losses.append(each.detach())
-        gradient = torch.cat(gradients)
-        self.measure("frechet", gradient)
-        scale = self.scale or 0.0
-        figures = {"frechet": self.solved[2], "scale_frechet": self.solved[2].new_tensor(scale)}
-        return Term(torch.cat(losses).mean(), scale * gradient, figures)
+        return (features - self.target(features.detach(), labels)).square().sum(dim=1), {}
 
     # The scale
 
@@ -247,6 +232,17 @@ class Frechet:
             return None
         matching, own = (sum(column) for column in zip(*self.norms, strict=True))
         return self.weight * matching / own
+
+    def weight_of(self, own: Tensor, of_matching: Tensor) -> float:
+        """The weight of a device batch's own gradient at x0; 0 while the scale is measured, of which this is a part."""
+        self.measure("frechet", own)
+        self.measure("matching", of_matching)
+        return self.scale or 0.0
+
+    def figures(self, name: str) -> dict[str, Tensor]:
+        """The distance of now and the scale, 0-d, for the log."""
+        distance = self.solved[2]
+        return {name: distance, f"scale_{name}": distance.new_full((), self.scale or 0.0)}
 
     def measure(self, name: str, gradient: Tensor) -> None:
         """The unscaled gradient at a device batch's x0, of "matching" or "frechet". Ignored once `scale` is known."""
@@ -298,6 +294,7 @@ class Frechet:
         if (state["n"] < 0).any() or (state["norms"] <= 0).any():
             raise InputError(f"{source}: {hint} hold a count or a norm below 0; the file is damaged")
         self.sums = Sums(*(state[name].to(self.device, copy=True) for name in shapes))
+        self.observed = bool(state["n"].sum() > 0)
         self.norms = state["norms"].tolist()
         self.pending, self.solved = None, None
         self.squares.zero_()

@@ -80,7 +80,7 @@ class PythonReward:
         images = images.detach().requires_grad_(with_gradient)
         with torch.set_grad_enabled(with_gradient):
             found = self.rewards(images, y)
-        if not torch.isfinite(found).all():
+        if (~torch.isfinite(found)).any():
             raise InputError(f"the reward {self.source} returned values that are not finite on a first batch")
         if with_gradient:
             reached = found.requires_grad and torch.autograd.grad(found.sum(), images, allow_unused=True)[0] is not None

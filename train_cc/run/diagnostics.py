@@ -4,16 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-# Lower edges of the four bands of t, in hundredths, as in the names of the columns.
-BANDS = (0, 25, 50, 75)
-
-
-BY_BAND = "_by_band"  # ends the name of a figure that comes by band
-
-
-def band_columns(name: str) -> tuple[str, ...]:
-    """The columns of figure ``name`` by band, such as score_gap_t00."""
-    return tuple(f"{name}_t{low:02}" for low in BANDS)
+from train_cc.run.logbook import BANDS
 
 
 def by_band(values: Tensor, t: Tensor) -> Tensor:
@@ -23,24 +14,12 @@ def by_band(values: Tensor, t: Tensor) -> Tensor:
     return torch.zeros(2, len(BANDS), device=t.device).index_add_(1, band, both)
 
 
-def columns(figures: dict[str, float | list[list[float]]]) -> dict[str, float | None]:
-    """A row of the log: a figure by band becomes four columns, its sums by its counts; None where no sample was."""
-    row: dict[str, float | None] = {}
-    for name, value in figures.items():
-        if name.endswith(BY_BAND):
-            means = [each / count if count > 0 else None for each, count in zip(*value, strict=True)]
-            row |= zip(band_columns(name.removesuffix(BY_BAND)), means, strict=True)
-        else:
-            row[name] = value
-    return row
-
-
-def compare_gradients(of_matching: Tensor, of_reward: Tensor) -> dict[str, Tensor]:
-    """Norms at x0 of the gradients of matching and of the weighted reward, any one shape, and their cosine."""
+def compare_gradients(name: str, of_matching: Tensor, of_reward: Tensor) -> dict[str, Tensor]:
+    """Norms at x0 of the gradients of matching and of the weighted reward ``name``, of one shape, and their cosine."""
     return {
         "grad_norm_dmd_x0": of_matching.norm(),
-        "grad_norm_reward_x0": of_reward.norm(),
-        "grad_cosine_x0": torch.cosine_similarity(of_matching.flatten(), of_reward.flatten(), dim=0),
+        f"grad_norm_reward_{name}_x0": of_reward.norm(),
+        f"grad_cosine_reward_{name}_x0": torch.cosine_similarity(of_matching.flatten(), of_reward.flatten(), dim=0),
     }
 
 

@@ -82,6 +82,8 @@ class FakeGpu(TorchDispatchMode):
         if func in READS and on_gpu(args[0]):
             self.wait(f"read by {func}")
             return READS[func](*args, **kwargs)
+        if func in REPORTING and on_gpu(args[0]):
+            self.wait(f"asked by {func}")
         if func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
             self.wait(f"read by {func}")
             return _empty(args[0], len(args[0]), dtype=torch.long)
@@ -176,6 +178,7 @@ READS = {
     aten.bincount.default: lambda x, weights=None, minlength=0: _empty(x, max(minlength, 1), dtype=torch.long),
     aten._linalg_check_errors.default: lambda *args, **kwargs: None,
 }
+REPORTING = {aten._linalg_eigh.default, aten._linalg_svd.default, aten.linalg_eig.default}  # whether they succeeded
 MASKS = (torch.bool, torch.uint8)
 
 

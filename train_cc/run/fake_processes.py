@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from train_cc.run.fake_gpu import NAME
 
 real_accelerator = Accelerator.__init__
+real_state = PartialState.__init__
 real_ddp = DistributedDataParallel.__init__
 
 
@@ -35,6 +36,12 @@ def _accelerator(self: Accelerator, *args: object, cpu: bool = False, **options:
     if half:
         AcceleratorState._shared_state["_mixed_precision"] = "fp16"
         self.scaler = torch.amp.GradScaler(NAME)
+
+
+def _state(self: PartialState, cpu: bool = False, **options: object) -> None:
+    """`PartialState` on the fake device, also where the environment was cleared for a run."""
+    with mock.patch.dict(os.environ, {"ACCELERATE_TORCH_DEVICE": f"{NAME}:0"}):
+        real_state(self, **options)
 
 
 def _ddp(self: DistributedDataParallel, *args: object, **options: object) -> None:
@@ -57,12 +64,15 @@ def fake_processes(count: int = 1) -> Iterator[None]:
     Collectives return at once, with what rank 0 gave. DDP, FSDP2 and meshes work on them. No process group may be open;
     accelerate's state is cleared before and after.
     """
-    environment = {"ACCELERATE_TORCH_DEVICE": f"{NAME}:0"}
-    patches = [mock.patch.object(Accelerator, "__init__", functools.wraps(real_accelerator)(_accelerator))]
+    environment = {}
+    patches = [
+        mock.patch.object(Accelerator, "__init__", functools.wraps(real_accelerator)(_accelerator)),
+        mock.patch.object(PartialState, "__init__", functools.wraps(real_state)(_state)),
+    ]
     if count > 1:
         from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
-        environment |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": str(count)}
+        environment = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": str(count)}
         ddp = "torch.nn.parallel.distributed"
         patches += [
             mock.patch.object(PartialState, "_prepare_backend", lambda *args: ("fake", DistributedType.MULTI_GPU)),

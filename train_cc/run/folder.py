@@ -15,7 +15,7 @@ CHECKPOINT_STEP = r"step-(\d+)"
 # Name (a regular expression of the whole of it) -> None for a file, or the same of a folder. In the order of deletion:
 # first what makes a checkpoint count. The record is not here: it is replaced, and while it stands the folder is ours.
 TORN = {r"\.tmp\w{6}": None}  # safetensors' own name for a file that it has not finished
-OF_A_STEP = {r"(generator|ema|estimator_lora)\.safetensors": None, r"optimizer\.pt": None}
+OF_A_STEP = {r"(generator|ema|rewards|estimator_lora)\.safetensors": None, r"optimizer\.pt": None}
 CHECKPOINTS = {
     "torch_units": {CHECKPOINT_STEP + r"\.pt(\.tmp|\.damaged)?": None},
     r"accelerator_[12]": {CHECKPOINT_STEP + r"(\.tmp)?": OF_A_STEP | TORN},

@@ -14,6 +14,18 @@ from train_cc.io.write import write_atomically
 logger = logging.getLogger("train_cc")
 
 
+# Lower edges of the four bands of t, in hundredths, as in the names of the columns.
+BANDS = (0, 25, 50, 75)
+
+
+BY_BAND = "_by_band"  # ends the name of a figure that comes by band
+
+
+def band_columns(name: str) -> tuple[str, ...]:
+    """The columns of figure ``name`` by band, such as score_gap_t00."""
+    return tuple(f"{name}_t{low:02}" for low in BANDS)
+
+
 class AboveProgressBars(logging.Handler):
     """Log lines to the terminal that do not break a progress bar in two."""
 
@@ -78,3 +90,18 @@ def parse_json_lines(text: str) -> tuple[list, int]:
 def not_finite(row: dict) -> list[str]:
     """The names of a row's values that are not finite numbers."""
     return [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+
+
+# Figures by band of t ---------------------------------------------------------------------------------------------
+
+
+def columns(figures: dict[str, float | list[list[float]]]) -> dict[str, float | None]:
+    """A row of the log: a figure by band becomes four columns, its sums by its counts; None where no sample was."""
+    row: dict[str, float | None] = {}
+    for name, value in figures.items():
+        if name.endswith(BY_BAND):
+            means = [each / count if count > 0 else None for each, count in zip(*value, strict=True)]
+            row |= zip(band_columns(name.removesuffix(BY_BAND)), means, strict=True)
+        else:
+            row[name] = value
+    return row

@@ -1,5 +1,6 @@
 """The processes of a run: devices, precision, the two accelerators, reductions."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -9,10 +10,12 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -20,6 +23,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from train_cc.io.errors import InputError, report
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # what autocast computes in
+# How long a process waits for the others. Some wait while one hashes, downloads or ends its part of a sampling.
+TIMEOUT = timedelta(hours=6)
 
 
 @dataclass
@@ -51,6 +56,14 @@ class Session:
         """The mean over processes of ``figures``, any shape."""
         return self.generator_accelerator.reduce(figures, reduction="mean")
 
+    def total(self, figures: Tensor) -> Tensor:
+        """The sum over processes of ``figures``, any shape."""
+        return self.generator_accelerator.reduce(figures, reduction="sum")
+
+    def gather(self, values: Tensor) -> Tensor:
+        """``values`` (N,) of all processes one after another, in the order of their ranks."""
+        return self.generator_accelerator.gather(values)
+
     def agree(self, number: int) -> bool:
         """Whether all processes hold the same ``number``."""
         return len(set(self.generator_accelerator.gather(torch.tensor([number], device=self.device)).tolist())) == 1
@@ -76,6 +89,20 @@ class Session:
 
     def barrier(self) -> None:
         self.generator_accelerator.wait_for_everyone()
+
+    def leave_at_exit(self) -> None:
+        """The process leaves its group before Python ends: gloo's threads would end it with a message of theirs.
+
+        For a run that succeeded: after an error this could wait for processes that are gone.
+        """
+        if dist.is_initialized():
+            atexit.unregister(leave_group)
+            atexit.register(leave_group)
+
+
+def leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class StopSignal:
@@ -223,12 +250,13 @@ def open_session(mixed_precision: str, report_to: str = "none", folder: Path | N
         raise InputError(
             f"NUM_PROCESSES asks for more than the {gpus} visible GPU(s) of this machine, one process each"
         )
-    if precision == "fp16" and not torch.cuda.is_available():
+    cpu = not torch.cuda.is_available()
+    device = PartialState(cpu=cpu, timeout=TIMEOUT).device
+    if precision == "fp16" and device.type == "cpu":
         raise InputError("--mixed-precision fp16 needs a GPU; allowed on a CPU: no, bf16")
     # Buffers never change. (torch's successor of this option still synchronises them once.)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    cpu = not torch.cuda.is_available()
     options = {"cpu": cpu, "mixed_precision": precision, "kwargs_handlers": [ddp]}
     tracked = {} if report_to == "none" else {"log_with": report_to, "project_dir": folder}
     session = Session(Accelerator(**options, **tracked), Accelerator(**options))
@@ -252,6 +280,19 @@ def require_compiler() -> None:
             f"--compile found no working compiler on this machine: {missing} is needed. Install it, or leave "
             f"--compile away ({type(error).__name__}: {told[0] if told else ''})"
         ) from error
+
+
+RECOMPILE_LIMIT = 64  # both networks, with and without gradient, autocast, batch sizes; torch's own is 8
+
+
+def configure_compiler() -> None:
+    """Blocks are compiled whole, and for every case that a run has, rather than left uncompiled from some point on.
+
+    DDP would have torch cut a block's graph at the ends of its buckets; gradients of one block after another overlap
+    with their reduction without that.
+    """
+    torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
 
 
 def synchronised(accelerator: Accelerator, model: nn.Module, chunks: int) -> Iterable[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from train_cc.io import flags
 from train_cc.io.errors import InputError
 from train_cc.io.flags import Parser
+from train_cc.rewards.spec import KINDS, TILT_KINDS, RewardSpec, require_sense
 
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/"
 DINOV2_BACKBONE = DINOV2_URL + "dinov2_vitl14_pretrain.pth"
@@ -126,13 +127,94 @@ def build_parser(description: str) -> Parser:
     optimisation.add_argument("--max-grad-norm", type=flags.number(1e-30, 1e30), default=1.0)
     optimisation.add_argument("--ema-decay", type=flags.DECAY, default=0.0, help="of the generator's average; 0 is off")
 
+    add_reward_arguments(parser)
+
+    hardware = parser.add_argument_group("hardware")
+    hardware.add_argument(
+        "--mixed-precision",
+        default="auto",
+        choices=["auto", "no", "fp16", "bf16"],
+        help="auto: bf16 on a GPU that has it, fp16 on another GPU, no on a CPU",
+    )
+    hardware.add_argument("--gradient-checkpointing", action="store_true", help="of both networks' blocks")
+    hardware.add_argument("--compile", action="store_true", help="torch.compile of both networks' blocks")
+    return parser
+
+
+class EncoderType(argparse.Action):
+    """none sets aside every reward named before it, so that an override at the end of a launcher's flags rules."""
+
+    def __call__(self, parser, namespace, value: str, option_string=None) -> None:
+        namespace.encoder_type = value
+        if value == "none":
+            namespace.reward = []
+
+
+class RewardFlag(argparse.Action):
+    """KIND NUMBER [SOURCE], repeatable; the number is a weight or a tilt's beta."""
+
+    def __init__(self, *args, kinds: tuple[str, ...] = tuple(KINDS), number=None, **kwargs):
+        super().__init__(*args, nargs="+", **kwargs)
+        self.kinds, self.number = kinds, number
+
+    def __call__(self, parser, namespace, values: list[str], option_string=None) -> None:
+        words = values if self.dest == "reward" else [*values[1:2], *values[:1], *values[2:]]
+        kind, told = words[0] if words else "", " ".join(values)
+        if kind not in self.kinds:
+            parser.error(f"{option_string} {told}: the kind is {kind!r}; allowed: {', '.join(self.kinds)}")
+        expected = [kind, "NUMBER", *(["SOURCE"] if KINDS[kind] else [])]
+        if len(words) != len(expected):
+            what = f", SOURCE being {KINDS[kind]}" if KINDS[kind] else ""
+            parser.error(f"{option_string} {told}: expected are {' '.join(expected)}{what}")
+        try:
+            number = self.number(words[1])
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{option_string} {told}: the number {error}")
+        if kind == "python" and not (words[2].rpartition(":")[0] and words[2].rpartition(":")[2].isidentifier()):
+            parser.error(f"{option_string} {told}: the source is {words[2]}; {KINDS['python']} is expected")
+        spec = RewardSpec(kind, number, *words[2:])
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), spec])
+
+
+def add_reward_arguments(parser: Parser) -> None:
     reward = parser.add_argument_group("reward")
     reward.add_argument(
         "--encoder-type",
+        action=EncoderType,
         default="none",
         type=lambda name: name.lower(),
         choices=["dinov2", "classifier", "none"],
-        help="the classifier that rewards; none: no RL",
+        help="the classifier that rewards, at --reward-weight; none sets aside every reward given before it",
+    )
+    reward.add_argument(
+        "--reward",
+        action=RewardFlag,
+        number=flags.number(0, 1e6),
+        default=[],
+        metavar="KIND WEIGHT [SOURCE]",
+        help="repeatable: dinov2, classifier FOLDER_OR_TIMM_NAME, frechet STATISTICS.npz, python FILE.py:FUNCTION; "
+        "of frechet, weight 1 begins as strong as matching",
+    )
+    reward.add_argument(
+        "--tilt",
+        action=RewardFlag,
+        kinds=TILT_KINDS,
+        number=flags.number(0, 1e3, low_open=True),
+        default=[],
+        metavar="BETA KIND [SOURCE]",
+        help="experimental: a reward without gradient tilts the fake score by exp(-BETA r)",
+    )
+    reward.add_argument(
+        "--frechet-window", type=flags.integer(1, 2**40), default=50_000, help="samples of the decayed statistics"
+    )
+    reward.add_argument(
+        "--frechet-unconditional", action="store_true", help="one mean and covariance, though the file has class means"
+    )
+    reward.add_argument(
+        "--frechet-observe",
+        type=flags.integer(0, 10_000),
+        default=0,
+        help="estimator turns of a cycle whose samples enter the window; 0: all",
     )
     reward.add_argument(
         "--reward-weight", type=flags.number(0, 1e6), default=0.05, help="of the reward loss, beside the DMD loss"
@@ -154,17 +236,6 @@ def build_parser(description: str) -> Parser:
     reward.add_argument(
         "--holdout-classifier", help="scores the previews and never rewards: shows reward hacking; folder or timm name"
     )
-
-    hardware = parser.add_argument_group("hardware")
-    hardware.add_argument(
-        "--mixed-precision",
-        default="auto",
-        choices=["auto", "no", "fp16", "bf16"],
-        help="auto: bf16 on a GPU that has it, fp16 on another GPU, no on a CPU",
-    )
-    hardware.add_argument("--gradient-checkpointing", action="store_true", help="of both networks' blocks")
-    hardware.add_argument("--compile", action="store_true", help="torch.compile of both networks' blocks")
-    return parser
 
 
 def validate(args: argparse.Namespace) -> list[str]:
@@ -197,13 +268,23 @@ def validate(args: argparse.Namespace) -> list[str]:
         notes.append(
             f"--real-guidance-scale is {args.real_guidance_scale} (off): --real-guidance-interval is set aside"
         )
-    if args.encoder_type == "none":
+    if args.encoder_type == "classifier" and not args.reward_classifier:
+        raise InputError("--encoder-type classifier needs --reward-classifier: a classifier folder or a timm name")
+    rewards = rewards_of(args)
+    require_sense(rewards, args.tilt)
+    if not rewards:
         if args.reward_classifier or args.reward_micro_batch or args.reward_checkpointing:
             notes.append("--encoder-type is none: the reward's flags are set aside")
-    elif args.encoder_type == "classifier" and not args.reward_classifier:
-        raise InputError("--encoder-type classifier needs --reward-classifier: a classifier folder or a timm name")
     elif args.reward_micro_batch and args.batch_size % args.reward_micro_batch:
         raise InputError(
             f"--reward-micro-batch {args.reward_micro_batch} does not divide --batch-size {args.batch_size}"
         )
     return notes
+
+
+def rewards_of(args: argparse.Namespace) -> list[RewardSpec]:
+    """All rewards of a command: that of --encoder-type with --reward-weight, and each --reward."""
+    if args.encoder_type == "none":
+        return list(args.reward)
+    source = args.reward_classifier if args.encoder_type == "classifier" else None
+    return [RewardSpec(args.encoder_type, args.reward_weight, source), *args.reward]

@@ -4,7 +4,6 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,19 +11,20 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from train_cc.distillation.settings import Method, Optimisation, Output, Run, trainable
+from train_cc.draws import Draws
 from train_cc.io.errors import InputError
 from train_cc.io.read import sha256
-from train_cc.models.classifier import ImageClassifier
-from train_cc.models.dinov2 import DINOv2Classifier
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.generator import build_generator, generator_lora_rank
 from train_cc.models.lora import hold_frozen_in
 from train_cc.models.sit import SiT
 from train_cc.models.vae import load_decoder, require_decoder
-from train_cc.rewards.at_x0 import Reward
-from train_cc.rewards.classifier import classifier_losses
+from train_cc.rewards.build import Built, Fit, build_rewards, load_classifier, require_judge_fits
 from train_cc.run.ema import Average
-from train_cc.run.session import COMPUTE_DTYPES, Session, require_compiler
+from train_cc.run.session import COMPUTE_DTYPES, Session, configure_compiler, require_compiler
+from train_cc.setup.arguments import rewards_of
+
+CHECK = 5  # first key of the draws, after the seed, of the batch that a user's function is checked on
 
 
 def settings_of(kind: type, args: argparse.Namespace, **more: object) -> object:
@@ -33,46 +33,18 @@ def settings_of(kind: type, args: argparse.Namespace, **more: object) -> object:
     return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}, **more)
 
 
-def load_classifier(source: str) -> ImageClassifier:
-    """A folder of pretrain/classifier.py, or a timm name with published weights."""
-    return ImageClassifier.from_pretrained(source) if Path(source).exists() else ImageClassifier.from_timm(source)
+def input_hashes(files: dict[str, list[Path]]) -> dict[str, str]:
+    """SHA-256 of every file that was read, by the flag or reward that named it."""
+    return {name: sha256(path) for name, paths in files.items() for path in paths}
 
 
-def load_judges(args: argparse.Namespace, num_classes: int, shown: int) -> dict[str, nn.Module]:
-    """ "reward": the classifier that rewards; "holdout": one that does not, and shows where the reward is hacked.
-
-    Raises `InputError` where one does not fit the generator's classes or images of ``shown`` channels.
-    """
-    judges = {}
-    if args.encoder_type == "dinov2":
-        judges["reward"] = DINOv2Classifier.from_official(args.dinov2_backbone, args.dinov2_head)
-    elif args.encoder_type == "classifier":
-        judges["reward"] = load_classifier(args.reward_classifier)
+def add_holdout(args: argparse.Namespace, fit: Fit, built: Built) -> None:
+    """A classifier that rewards nothing, and shows where a reward is hacked."""
     if args.holdout_classifier:
-        judges["holdout"] = load_classifier(args.holdout_classifier)
-    for name, judge in judges.items():
-        require_judge_fits(name, judge, num_classes, shown)
-    return judges
-
-
-def require_judge_fits(name: str, judge: nn.Module, num_classes: int, shown: int) -> None:
-    """``judge`` has the generator's classes, and takes images of ``shown`` channels. Raises `InputError`."""
-    if judge.num_classes != num_classes:
-        told = f"{judge.num_classes} classes, the generator {num_classes}"
-        raise InputError(f"the {name} classifier has {told}")
-    if judge.in_channels != shown:
-        raise InputError(f"the {name} classifier takes {judge.in_channels} channels, the images have {shown}")
-
-
-def input_hashes(teacher: SiT, decode: Callable[[Tensor], Tensor], judges: dict[str, nn.Module]) -> dict[str, str]:
-    """SHA-256 of every weights file that was read, by the flag that named it."""
-    flags = {"teacher": teacher.files, "vae": getattr(decode, "files", [])}
-    for name, judge in judges.items():
-        if isinstance(judge, DINOv2Classifier):
-            flags |= {"dinov2_backbone": judge.files[:1], "dinov2_head": judge.files[1:]}
-        else:
-            flags[f"{name}_classifier"] = judge.files
-    return {flag: sha256(file) for flag, files in flags.items() for file in files}
+        judge = load_classifier(args.holdout_classifier)
+        require_judge_fits("holdout", judge, fit.num_classes, fit.channels)
+        built.judges["holdout"] = judge.to(fit.device, fit.dtype)
+        built.files["holdout_classifier"] = judge.files
 
 
 def build_optimizer(
@@ -125,33 +97,52 @@ def prepare_network(network: nn.Module, args: argparse.Namespace, device: torch.
             block.compile()
 
 
-def build_rewards(args: argparse.Namespace, judges: dict[str, nn.Module], decode: object) -> list[Reward]:
-    if "reward" not in judges:
-        return []
-    if args.reward_checkpointing:
-        for model in (judges["reward"], decode):
-            if isinstance(model, nn.Module):  # pixel space has no decoder network
-                model.enable_gradient_checkpointing()
-    return [Reward(args.encoder_type, args.reward_weight, partial(classifier_losses, judges["reward"]))]
+def check_functions(built: Built, decode: Callable[[Tensor], Tensor], shape: tuple[int, int, int], fit: Fit) -> None:
+    """Each of a user's functions on one batch, before anything is written. Raises `InputError`."""
+    if built.checks:
+        y = torch.arange(2, device=fit.device) % fit.num_classes
+        with torch.no_grad():
+            images = decode(Draws(0, CHECK, device=fit.device).noise(2, *shape))
+        for check in built.checks:
+            check(images, y)
 
 
 def build(args: argparse.Namespace, session: Session) -> Run:
     """Load the teacher twice: as the estimator's frozen base, and as the generator's start."""
     if args.compile:
+        configure_compiler()
         require_compiler()  # before anything is loaded
     device, dtype = session.device, COMPUTE_DTYPES[session.generator_accelerator.mixed_precision]
     how = settings_of(Optimisation, args)
     teacher, config, shown = load_teacher(args)
-    judges = load_judges(args, config["num_classes"], shown)
-    for judge in judges.values():
-        choose_attention(judge.to(device, dtype), device, dtype)
+    fit = settings_of(
+        Fit,
+        args,
+        num_classes=config["num_classes"],
+        channels=shown,
+        device=device,
+        dtype=dtype,
+        reduce=session.total,
+        checkpointing=args.reward_checkpointing,
+    )
+    built = build_rewards(rewards_of(args), args.tilt, fit)
+    add_holdout(args, fit, built)
+    for judge in built.judges.values():
+        choose_attention(judge, device, dtype)
+    sample_shape, read = teacher.sample_shape, {"teacher": teacher.files} | built.files
     estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
     prepare_network(estimator, args, device, dtype)  # before the generator is loaded: never two copies in fp32
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
     generator = build_generator(args.teacher, rank, args.seed)
     prepare_network(generator, args, device, dtype)
-    decoded = args.vae != "none" and (args.num_previews or "reward" in judges)
+    decoded = args.vae != "none" and (args.num_previews or built.rewards or built.tilts)
     decode = load_decoder(args.vae if decoded else None, device, dtype)
+    if isinstance(decode, nn.Module):  # pixel space has no decoder network
+        read["vae"] = decode.files
+        if args.reward_checkpointing and built.rewards:
+            decode.enable_gradient_checkpointing()
+    check_functions(built, decode, sample_shape, fit)
+    session.notes += built.notes
     # Placed first: sharding replaces the parameters, and EMA and optimizers belong to those that are trained.
     of_generator, of_estimator = session.generator_accelerator, session.estimator_accelerator
     generator = session.place(of_generator, generator, generator.blocks)
@@ -172,10 +163,11 @@ def build(args: argparse.Namespace, session: Session) -> Run:
         decode=decode,
         model_config=config,
         teacher=args.teacher,
-        rewards=build_rewards(args, judges, decode),
+        rewards=built.rewards,
+        tilts=built.tilts,
         reward_micro_batch=args.reward_micro_batch,
-        judges=judges,
+        judges=built.judges,
         lora_rank_generator=rank,
         arguments=json.loads(json.dumps(vars(args), default=str)),
-        hashes=input_hashes(teacher, decode, judges),
+        hashes=input_hashes(read),
     )

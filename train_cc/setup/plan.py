@@ -20,13 +20,18 @@ from train_cc.io.errors import InputError
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.dinov2 import IMAGE_SIZE, PATCH_SIZE, DINOv2Classifier, official_file
 from train_cc.models.estimator import ScoreEstimator
+from train_cc.models.features import FeatureSpace, load_space
 from train_cc.models.generator import generator_lora_rank
 from train_cc.models.lora import GENERATOR_TARGETS, add_lora, hold_frozen_in
 from train_cc.models.sit import WEIGHTS_NAME, SiT, read_sit_config
 from train_cc.models.vae import VAEDecoder, load_vae, new_vae, require_decoder, vae_files
+from train_cc.rewards.build import require_judge_fits
+from train_cc.rewards.python_file import load_module
+from train_cc.rewards.spec import named_apart
+from train_cc.rewards.statistics import read_statistics
 from train_cc.run.checkpoint import newest_intact, open_checkpoint
 from train_cc.run.session import COMPUTE_DTYPES, resolve_precision, sharding_asked
-from train_cc.setup.build import require_judge_fits
+from train_cc.setup.arguments import rewards_of
 
 GIB = 2**30
 DINOV2_SIZES = {"vits14": (384, 12), "vitb14": (768, 12), "vitl14": (1024, 24)}  # width, depth
@@ -143,7 +148,7 @@ def judge_cost(source: nn.Module | str, batch: int, dtype: torch.dtype) -> tuple
     if isinstance(source, DINOv2Classifier):
         return dinov2_cost(source.backbone.embed_dim, len(source.backbone.blocks), batch, dtype)
     model = source.requires_grad_(False).eval().to(like(dtype))
-    side = model.config["image_size"]
+    side = model.preprocessing["image_size"] if isinstance(model, FeatureSpace) else model.config["image_size"]
     images = torch.zeros(1, model.in_channels, side, side, requires_grad=True)
     return count(model), batch * kept_bytes(model, lambda: model(images), nullcontext())
 
@@ -151,21 +156,35 @@ def judge_cost(source: nn.Module | str, batch: int, dtype: torch.dtype) -> tuple
 # The inputs, read as a run reads them ------------------------------------------------------------------------------
 
 
-def judges_to_come(args: argparse.Namespace, num_classes: int, shown: int) -> dict[str, nn.Module | str]:
-    """The classifiers of a run; what is to be downloaded is a URL, or has random weights. Raises `InputError`."""
-    judges: dict[str, nn.Module | str] = {}
-    if args.encoder_type == "dinov2":
-        sources = (args.dinov2_backbone, args.dinov2_head)
-        here = [official_file(source, download_it=False) for source in sources]
-        judges["reward"] = DINOv2Classifier.from_official(*sources) if all(here) else args.dinov2_backbone
-    elif args.encoder_type == "classifier":
-        judges["reward"] = classifier_to_come(args.reward_classifier)
-    if args.holdout_classifier:
-        judges["holdout"] = classifier_to_come(args.holdout_classifier)
-    for name, judge in judges.items():
-        if isinstance(judge, nn.Module):
-            require_judge_fits(name, judge, num_classes, shown)
-    return judges
+def judges_to_come(
+    args: argparse.Namespace, num_classes: int, shown: int
+) -> tuple[dict[str, nn.Module | str], dict[str, nn.Module | str], list[str]]:
+    """-> networks that reward, others that judge, what to say. What is to be downloaded is a URL or has random weights.
+
+    Raises `InputError`.
+    """
+    notes: list[str] = []
+    specs = [*rewards_of(args), *args.tilt]
+    rewarding = {}
+    for spec, name in zip(specs, named_apart(specs), strict=True):
+        if spec.kind == "python":
+            load_module(spec.source)
+            notes.append(f"what {spec.source} needs is not known: its memory comes on top")
+        elif spec.kind == "frechet":
+            rewarding[name] = load_space(
+                str(read_statistics(Path(spec.source)).space["name"]), dinov2_backbone=args.dinov2_backbone
+            )
+        elif spec.kind == "dinov2":
+            sources = (args.dinov2_backbone, args.dinov2_head)
+            here = [official_file(source, download_it=False) for source in sources]
+            rewarding[name] = DINOv2Classifier.from_official(*sources) if all(here) else args.dinov2_backbone
+        else:
+            rewarding[name] = classifier_to_come(spec.source)
+    holdout = {"holdout classifier": classifier_to_come(args.holdout_classifier)} if args.holdout_classifier else {}
+    for name, judge in (rewarding | holdout).items():
+        if isinstance(judge, nn.Module) and hasattr(judge, "num_classes"):
+            require_judge_fits("holdout" if name in holdout else "reward", judge, num_classes, shown)
+    return rewarding, holdout, notes
 
 
 def classifier_to_come(source: str) -> ImageClassifier:
@@ -239,18 +258,19 @@ def reward_bytes(
 ) -> tuple[dict[str, int], int | None, list[str]]:
     """-> weights of decoder and classifiers; the reward's activations, if any; what to say. Raises `InputError`."""
     shown = require_decoder(config["in_channels"], args.vae, args.teacher)
-    judges, notes = judges_to_come(args, config["num_classes"], shown), []
+    rewarding, holdout, notes = judges_to_come(args, config["num_classes"], shown)
     held, activations = {}, 0
     batch = args.reward_micro_batch or args.batch_size
-    if args.vae != "none" and (args.num_previews or "reward" in judges):
-        decoder, notes = decoder_to_come(args.vae)
+    if args.vae != "none" and (args.num_previews or rewarding):
+        decoder, more = decoder_to_come(args.vae)
+        notes += more
         parameters, activations = decoder_cost(decoder, config, batch, dtype)
         held["decoder weights"] = dtype.itemsize * parameters
-    for name, judge in judges.items():
+    for name, judge in (rewarding | holdout).items():
         parameters, kept = judge_cost(judge, batch, dtype)
-        held[f"{name} classifier weights"] = dtype.itemsize * parameters
-        activations += kept if name == "reward" else 0
-    return held, activations if "reward" in judges else None, notes
+        held[f"{'reward ' if name in rewarding else ''}{name} weights"] = dtype.itemsize * parameters
+        activations += kept if name in rewarding else 0
+    return held, activations if rewarding else None, notes
 
 
 def plan(stage: str, args: argparse.Namespace, processes: int) -> str:

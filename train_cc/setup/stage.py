@@ -39,6 +39,7 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
         if start.finished:
             if session.is_main:
                 print(start.finished, file=sys.stderr)
+            session.leave_at_exit()
             return
         if not session.agree(int(start.checkpoint is None or start.checkpoint.complete())):
             raise InputError(f"{start.checkpoint.path} is not complete for all processes: is it shared by all?")
@@ -47,6 +48,7 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
             restore(run, start.checkpoint)
         on_main(session, lambda: begin(name, args, run, start, [*notes, *session.notes]))
         train(run)
+    session.leave_at_exit()
 
 
 def room_for(args: argparse.Namespace) -> int:
@@ -89,8 +91,8 @@ def describe(run: Run, args: argparse.Namespace, name: str, start: Start) -> Non
         args.gradient_accumulation_steps,
         session.world_size,
     )
-    for flag, digest in run.hashes.items():
-        logger.info("%s %s: SHA-256 %s", flag, getattr(args, flag), digest)
+    for name, digest in run.hashes.items():
+        logger.info("%s %s: SHA-256 %s", name, getattr(args, name, ""), digest)
     if checkpoint is None:
         return
     before = checkpoint.units.get("effective_batch", batch)
