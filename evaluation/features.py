@@ -1,6 +1,5 @@
 """The two feature spaces: Inception as ADM used it, or a classifier of ours."""
 
-import http.client
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,7 @@ from tqdm import tqdm
 from train_cc.io.errors import InputError
 from train_cc.io.read import read_torch, require_file, sha256
 from train_cc.models.classifier import ImageClassifier
-
-# Of torch-fidelity's weights-inception-2015-12-05-6726825d.pth, 95,628,359 bytes.
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+from train_cc.models.features import INCEPTION_SHA256, downloaded_inception
 
 
 @dataclass
@@ -61,7 +58,7 @@ def inception_space(weights: Path | None) -> FeatureSpace:
     """
     from torch_fidelity import feature_extractor_inceptionv3 as library
 
-    path = download_inception(library.URL_INCEPTION_V3) if weights is None else weights
+    path = downloaded_inception("give their file by --inception") if weights is None else weights
     digest = sha256(require_file(path, "torch-fidelity's Inception weights"))
     if not digest.startswith(INCEPTION_SHA256):
         raise InputError(f"{path} has SHA-256 {digest[:8]}..., torch-fidelity's Inception {INCEPTION_SHA256[:8]}...")
@@ -78,16 +75,3 @@ def inception_space(weights: Path | None) -> FeatureSpace:
         return network(images.to(device))
 
     return FeatureSpace("inception-v3-compat", extract, knows_labels=False, sha256=digest)
-
-
-def download_inception(url: str) -> Path:
-    """torch-fidelity's file in torch's folder of downloads. A file that is damaged there is downloaded again."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    if path.is_file() and sha256(path).startswith(INCEPTION_SHA256):
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=INCEPTION_SHA256)  # whole and right, or not there
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise InputError(f"cannot download the Inception weights ({error}); give their file by --inception") from error
-    return path

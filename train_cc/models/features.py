@@ -14,6 +14,7 @@ spaces take images as they are. Weights in half precision move the features a li
 """
 
 import hashlib
+import http.client
 import io
 from pathlib import Path
 
@@ -221,7 +222,7 @@ def dinov2_space(source: str | Path) -> FeatureSpace:
 
 
 def inception_space(source: str | Path | None) -> FeatureSpace:
-    file = fetched(source if source is not None else INCEPTION_URL, "give the file by --inception-weights")
+    file = downloaded_inception("give the file by --inception-weights") if source is None else Path(source)
     digest = sha256(require_file(file, "torch-fidelity's Inception weights"))
     if digest != INCEPTION_SHA256:
         raise InputError(f"{file} has SHA-256 {digest}, torch-fidelity's Inception {INCEPTION_SHA256}")
@@ -231,18 +232,21 @@ def inception_space(source: str | Path | None) -> FeatureSpace:
     return FeatureSpace("inception", network, 3, preprocessing, digest)
 
 
-def fetched(source: str | Path, advice: str = "give a file") -> Path:
-    """A file, or the local copy of a URL, downloaded once. Raises `InputError`."""
-    if not str(source).startswith(("http://", "https://")):
-        return Path(source)
-    file = Path(torch.hub.get_dir()) / "checkpoints" / str(source).rsplit("/", 1)[-1]
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(str(source), str(file))
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"cannot download {source} ({first_line(error)}); {advice}") from error
-    return file
+def downloaded_inception(advice: str) -> Path:
+    """torch-fidelity's file in torch's folder of downloads; one that is damaged there is downloaded again.
+
+    Raises `InputError`, ``advice`` at its end, where the download fails.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
+    if path.is_file() and sha256(path) == INCEPTION_SHA256:
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # whole and right, or not there
+        torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise InputError(f"cannot download {INCEPTION_URL} ({first_line(error)}); {advice}") from error
+    return path
 
 
 def as_numbers(value: float | list[float] | tuple[float, ...]) -> list[float]:
