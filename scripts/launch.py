@@ -7,6 +7,7 @@ and they are waited for, however long a checkpoint takes; and they end when the 
 """
 
 import argparse
+import atexit
 import contextlib
 import logging
 import os
@@ -153,14 +154,15 @@ def follow(launcher: int) -> None:
 
 def work(words: list[str]) -> None:
     """Run a module as one of the processes. What it dies of is left to the launcher to show."""
+    atexit.register(end, 0)  # the first to be registered is the last to be called
     follow(int(os.environ["DMDR_LAUNCHER"]))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher hands it on and says the rest
     sys.argv = words
     try:
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
         code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except SystemExit as told:
+        code = told.code if isinstance(told.code, int) else int(told.code is not None)
     except BaseException:
         code, told = 1, traceback.format_exc()
         try:
@@ -168,9 +170,15 @@ def work(words: list[str]) -> None:
         except OSError:  # the launcher is gone, and its folder
             print(told, file=sys.stderr)
     if code:  # at once: a library that tidies up could wait for the other processes for ever
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end(code)
+
+
+def end(code: int) -> None:
+    """End without Python's own tearing down: a thread of gloo or autograd that lets go of a tensor while Python goes
+    ends the process by SIGABRT, all work done (pytorch/pytorch#190489)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 # The launcher -----------------------------------------------------------------------------------------------------

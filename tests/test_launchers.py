@@ -3,6 +3,7 @@
 This file is also the program that the launcher starts: small, so that what is timed is the launcher.
 """
 
+import atexit
 import os
 import shutil
 import signal
@@ -47,10 +48,23 @@ def program(what: str, folder: str) -> None:
         if what == "sleep":
             (Path(folder) / f"up-{rank}").touch()
             time.sleep(120)
+        if what == "ends":
+            atexit.register((Path(folder) / f"exit-{rank}").touch)
+            Path.torn_down = Late(Path(folder) / f"torn-{rank}")
         if what.startswith("train"):
             train(Path(folder), rank, hangs=what == "train, hang")
 
     main()
+
+
+class Late:
+    """Leaves ``trace`` when Python tears itself down, as a thread of torch can then end the process."""
+
+    def __init__(self, trace: Path):
+        self.trace = os.fspath(trace)
+
+    def __del__(self, open=open) -> None:
+        open(self.trace, "w").close()
 
 
 def train(folder: Path, rank: int, hangs: bool) -> None:
@@ -111,6 +125,17 @@ def test_what_processes_say_is_shown_once_and_the_code_is_theirs(tmp_path, what,
 
 
 # Signals
+
+
+def test_a_process_that_is_done_ends_before_python_tears_itself_down(tmp_path):
+    """What libraries registered for the exit is done before."""
+    command = [sys.executable, "-m", "tests.test_launchers", "ends", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"RANK": "7"}, check=True, capture_output=True)
+    assert (tmp_path / "torn-7").exists()  # so it is by itself
+    process = launch("ends", tmp_path)
+    _, shown = process.communicate(timeout=90)
+    assert process.returncode == 0 and shown == ""
+    assert {file.name for file in tmp_path.iterdir()} == {"exit-0", "exit-1", "exit-7", "torn-7"}
 
 
 def test_a_stop_that_reaches_all_twice_saves_once_and_ends_well(tmp_path):
