@@ -21,7 +21,8 @@ from train_cc.flow import interpolate
 from train_cc.io import flags
 from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.read import fit, load_weights, read_torch, sha256
+from train_cc.io.read import read_torch, sha256
+from train_cc.io.weights import fit, load_weights
 from train_cc.io.write import (
     check_parent,
     check_whole_folder,

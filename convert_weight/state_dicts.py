@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import block_count, require_tensors
+from train_cc.io.weights import block_count, require_tensors
 from train_cc.models.sit import SIT_SIZES, check_sit_config
 
 State = dict[str, Tensor]

@@ -11,6 +11,7 @@ from train_cc.io.errors import InputError
 from train_cc.io.read import Number, check_numbers, npz_headers, parsing, read_json, read_npz
 from train_cc.io.write import mark_of, write_atomically
 
+HEADLINE = 50_000  # images of a figure that needs no suffix
 METRICS = ("FID", "Recall", "IS", "Precision", "accuracy")
 IMAGES = "an .npz with arr_0 uint8 (N, H, W, C), C of 1 or 3"
 FIGURES = "the figures that evaluation.evaluate or evaluation.frontier writes"
@@ -114,3 +115,26 @@ def apart(paths: Iterable[tuple[str, Path | None]]) -> None:
     for flag, path in paths:
         if path is not None and seen.setdefault(real := os.path.realpath(path), flag) != flag:
             raise InputError(f"{seen[real]} and {flag} are both {path}; choose two")
+
+
+def count_suffix(count: int) -> str:
+    """ "" for a headline count, else "-5k" and the like."""
+    return "" if count >= HEADLINE else f"-{count / 1000:g}k"
+
+
+def table(rows: dict[str, dict], count: int) -> str:
+    """A Markdown table, a line a row; ``rows``: name -> {"figures", "intervals"}."""
+    columns = [name for name in METRICS if any(name in row["figures"] for row in rows.values())]
+    shown = [name + ("" if name == "accuracy" else count_suffix(count)) for name in columns]
+    lines = ["| | " + " | ".join(shown) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        cells = []
+        for column in columns:
+            digits = 2 if column in ("FID", "IS") else 3
+            cell = f"{row['figures'][column]:.{digits}f}" if column in row["figures"] else "-"
+            if column in row.get("intervals", {}):
+                low, high = row["intervals"][column]
+                cell += f" ({low:.{digits}f} to {high:.{digits}f})"
+            cells.append(cell)
+        lines.append(f"| {name.replace('|', '/')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -14,191 +14,17 @@ within (D, D), the pooled within-class covariance, over N; space: JSON text, whi
 """
 
 import argparse
-import contextlib
-import io
-import json
-import os
-import zipfile
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Sequence
 
-import numpy as np
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
-from evaluation.images import FolderImages, Images, checked, open_images
 from train_cc.io import flags
-from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.read import read_npz
-from train_cc.io.write import (
-    MARK,
-    check_output_file,
-    flush,
-    is_ours,
-    library_versions,
-    locked,
-    need_space,
-    record,
-    record_of,
-    write_atomically,
-    write_record,
-)
-from train_cc.models.features import NOTATION, FeatureSpace, load_space
-
-# Mathematics ------------------------------------------------------------------------------------------------------
-
-
-def shard_moments(features: Tensor, labels: Tensor | None) -> dict[str, np.ndarray]:
-    """Of (B, D) features, in float64: mean, scatter about it (its upper triangle), and sums of the classes it holds."""
-    f = features.double()
-    mean = f.mean(dim=0)
-    scatter = (f - mean).T @ (f - mean)
-    content = {"count": torch.tensor(len(f)), "mean": mean, "scatter": scatter[tuple(triangle(len(mean)))]}
-    if labels is not None:
-        classes, inverse = labels.unique(return_inverse=True)
-        sums = f.new_zeros(len(classes), f.shape[1]).index_add_(0, inverse.to(f.device), f)
-        content |= {"classes": classes, "class_count": torch.bincount(inverse), "class_sum": sums}
-    return {name: value.cpu().numpy() for name, value in content.items()}
-
-
-def triangle(size: int) -> Tensor:
-    return torch.triu_indices(size, size)
-
-
-def merged(shards: Iterator[dict[str, np.ndarray]], size: int, num_classes: int | None) -> dict[str, np.ndarray]:
-    """Moments of all images from those of the shards, in their order (Chan et al.: no large sums are subtracted)."""
-    count, mean, scatter = 0, np.zeros(size), np.zeros((size, size))
-    class_count, class_sum = np.zeros(num_classes or 0), np.zeros((num_classes or 0, size))
-    rows, columns = triangle(size).numpy()
-    for shard in shards:
-        n, delta = shard["count"].item(), shard["mean"] - mean
-        part = np.zeros((size, size))
-        part[rows, columns] = part[columns, rows] = shard["scatter"]
-        scatter += part + np.outer(delta, delta) * (count * n / (count + n))
-        mean, count = mean + delta * (n / (count + n)), count + n
-        if num_classes:
-            class_count[shard["classes"]] += shard["class_count"]
-            class_sum[shard["classes"]] += shard["class_sum"]
-    moments = {"mu": mean, "sigma": scatter / (count - 1)}
-    if num_classes:
-        class_mu = class_sum / np.maximum(class_count, 1)[:, None]
-        between = (class_mu - mean) * np.sqrt(class_count)[:, None]
-        moments |= {"class_mu": class_mu, "class_count": class_count, "within": (scatter - between.T @ between) / count}
-    return moments
-
-
-# Shards -----------------------------------------------------------------------------------------------------------
-
-
-def open_shards(folder: Path, identity: dict, arguments: dict) -> None:
-    """``folder`` is there for shards of ``identity`` alone. Those of another command of ours are removed."""
-    identity = json.loads(json.dumps(identity))
-    if any(path.name != ".lock" for path in folder.iterdir()):
-        if not is_ours(folder):
-            raise InputError(f"{folder} is not empty, and no command of this project wrote it: choose another --output")
-        if record_of(folder).get("identity") != identity:
-            remove_shards(folder)
-    write_record(folder, record("statistics", arguments, identity=identity))
-
-
-def remove_shards(folder: Path) -> None:
-    for path in (*folder.glob("shard-*.npz"), *folder.glob("shard-*.tmp"), *folder.glob("args.json")):
-        path.unlink()
-
-
-def write_shard(path: Path, content: dict[str, np.ndarray], rank: int) -> None:
-    temporary = path.with_name(f"{path.stem}-{rank}.tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, **content)
-    flush(temporary)
-    os.replace(temporary, path)
-
-
-def read_shard(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise InputError(f"{path} is missing: do all processes share the storage of --output? Run the command again")
-    return read_npz(path, "a shard of this command")
-
-
-def shards_of(count: int, size: int) -> dict[str, range]:
-    """File name -> the images it is of. The number of processes does not enter."""
-    return {f"shard-{first:09d}.npz": range(first, min(first + size, count)) for first in range(0, count, size)}
-
-
-def fill_shards(
-    folder: Path, todo: dict[str, range], images: Images, space: FeatureSpace, accelerator: Accelerator, args
-) -> None:
-    """Read, embed and sum up the images of ``todo``, a shard at a time; one loader for all keeps its workers busy."""
-    batches = {
-        name: [range(first, min(first + args.batch_size, part.stop)) for first in part[:: args.batch_size]]
-        for name, part in todo.items()
-    }
-    loader = iter(
-        DataLoader(
-            images,
-            batch_sampler=[batch for parts in batches.values() for batch in parts],
-            num_workers=args.workers,
-            collate_fn=list,
-        )
-    )
-    shape = images.shape
-    progress = tqdm(
-        desc="images", total=sum(map(len, todo.values())), disable=not accelerator.is_main_process, mininterval=2
-    )
-    with progress:
-        for name, parts in batches.items():
-            features = []
-            for indices in parts:
-                pixels = stacked(next(loader), indices, images, shape).to(accelerator.device)
-                with torch.no_grad():
-                    features.append(space(pixels.float() / 255))
-                progress.update(len(indices))
-            features = torch.cat(features)
-            bad = (~torch.isfinite(features).all(dim=1)).nonzero()
-            if len(bad):
-                first = images.name(todo[name][bad[0].item()])
-                raise InputError(
-                    f"{space.name} gives NaN or infinity for {first}; the weights or the image are unusable"
-                )
-            labels = None if images.labels is None else images.labels[todo[name].start : todo[name].stop]
-            write_shard(folder / name, shard_moments(features, labels), accelerator.process_index)
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """A network's rounding on a CPU depends on the number of threads, which launchers set.
-
-    More cores are used by more processes.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def stacked(batch: list[Tensor | str], indices: range, images: Images, shape: tuple[int, ...]) -> Tensor:
-    for index, image in zip(indices, batch, strict=True):
-        if checked(image).shape != shape:
-            raise InputError(
-                f"{images.name(index)} has the size {tuple(image.shape[1:])}, the first image {shape[1:]}; "
-                "images of one size are expected: crop them by --image-size"
-            )
-    return torch.stack(batch)
-
-
-# Command ----------------------------------------------------------------------------------------------------------
+from train_cc.io.errors import exits_on_input_error
+from train_cc.io.write import check_output_file
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = flags.Parser(description=__doc__)
     parser.add_argument("--images", required=True, help="folder, .npz or data set")
-    parser.add_argument("--space", required=True, help=NOTATION)
+    parser.add_argument("--space", required=True, help=flags.FEATURE_SPACES)
     parser.add_argument("--output", type=flags.path, required=True, help="the .npz to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output of this project")
     parser.add_argument("--image-size", type=flags.integer(1, 8192), help="of a folder's images: ADM's centre crop")
@@ -213,76 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def choose_workers(processes: int) -> int:
-    return max(0, min(8, (os.cpu_count() or 1) // processes - 1))
-
-
-def save(path: Path, moments: dict[str, np.ndarray], space: FeatureSpace, images: Images) -> None:
-    about = space.describe() | {"images": len(images), "source": images.source}
-    about |= {"made_by": MARK, "versions": library_versions()}
-    buffer = io.BytesIO()
-    np.savez(buffer, **moments, space=np.array(json.dumps(about)))
-    with zipfile.ZipFile(buffer, "a") as archive:
-        archive.comment = MARK.encode()  # numpy's text is UTF-32: the mark is looked for in plain bytes
-    write_atomically(path, buffer.getvalue())
-
-
-def notes(images: Images, moments: dict[str, np.ndarray]) -> list[str]:
-    lines, size = [], len(moments["mu"])
-    if len(images) <= size:
-        lines.append(
-            f"WARNING: {len(images)} images in {size} dimensions: the covariance is singular; give more images"
-        )
-    empty = np.flatnonzero(moments["class_count"] == 0) if "class_count" in moments else []
-    if len(empty):
-        lines.append(
-            f"WARNING: classes {empty[:8].tolist()} have no image: the Frechet reward per class refuses the file"
-        )
-    return lines
-
-
 @exits_on_input_error
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     check_output_file(args.output, args.overwrite)
-    # Whoever is done first waits for the slowest.
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patient])
-    if args.workers is None:
-        args.workers = choose_workers(accelerator.num_processes)
-    space = load_space(args.space, accelerator.device, args.dinov2_backbone, args.inception_weights)
-    images = open_images(args.images, args.image_size, space.in_channels, args.data_dir)
-    if len(images) < 2:
-        raise InputError(f"{args.images} holds {len(images)} image(s); a covariance needs 2 or more")
-    space.require_channels(images.shape[0])
-    if not isinstance(images, FolderImages):
-        args.workers = 0  # what is in memory needs no reading
-    folder = args.output.with_name(args.output.name + ".shards")
-    shards = shards_of(len(images), args.shard_size)
-    with locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
-        if accelerator.is_main_process:
-            need_space(folder, 4 * space.size**2 * (len(shards) + 6))
-            identity = {"space": space.describe(), "images": len(images), "source": images.source}
-            open_shards(folder, identity | {"shard_size": args.shard_size}, vars(args))
-        accelerator.wait_for_everyone()
-        todo = [name for name in shards if not (folder / name).exists()]
-        accelerator.wait_for_everyone()  # all have looked before any writes
-        mine = todo[accelerator.process_index :: accelerator.num_processes]
-        with one_thread():
-            fill_shards(folder, {name: shards[name] for name in mine}, images, space, accelerator, args)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            moments = merged((read_shard(folder / name) for name in shards), space.size, images.num_classes)
-            save(args.output, moments, space, images)
-            remove_shards(folder)
-    if accelerator.is_main_process:
-        (folder / ".lock").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        classes = f", {images.num_classes} classes" if images.num_classes else ", no labels"
-        print(f"{len(images)} images{classes}, {space.size} features of {space.name} -> {args.output}")
-        for note in notes(images, moments):
-            print(note)
+    from evaluation.moments import gather  # networks take seconds to import: what is wrong has been said
+
+    gather(args)
 
 
 if __name__ == "__main__":

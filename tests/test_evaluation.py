@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import evaluate, features, frontier, generate
+from evaluation import evaluate, figures, files, frontier, generate, sampling
 from evaluation.metrics import statistics
 from evaluation.standins import write_vae
 from tests.conftest import refused, run_cold_start, save_unchecked
 from train_cc.models.classifier import ImageClassifier
+from train_cc.models.features import load_space
 from train_cc.pretrain import data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +81,7 @@ def test_two_processes_give_the_same_images(teacher, tmp_path):
 
 def test_generation_continues_from_its_shards(teacher, tmp_path, monkeypatch):
     whole = samples(teacher, tmp_path / "whole.npz", "--shard-size", 4)
-    batch, made = generate.generate_batch, []
+    batch, made = sampling.generate_batch, []
 
     def stopped(model, decode, indices, args):
         if indices[0] == 8 and len(made) == 2:
@@ -88,7 +89,7 @@ def test_generation_continues_from_its_shards(teacher, tmp_path, monkeypatch):
         made.append(indices[0])
         return batch(model, decode, indices, args)
 
-    monkeypatch.setattr(generate, "generate_batch", stopped)
+    monkeypatch.setattr(sampling, "generate_batch", stopped)
     with pytest.raises(SystemExit) as stop:
         samples(teacher, tmp_path / "cut.npz", "--shard-size", 4)
     assert stop.value.code == 130
@@ -159,7 +160,7 @@ def test_provenance_travels_with_the_figures(teacher, digits, classifier, tmp_pa
 
 
 def test_stored_statistics_are_used(digits, classifier, tmp_path, capsys):
-    space = features.classifier_space(classifier)
+    space = load_space(f"classifier:{classifier}")
     images = np.load(digits)["arr_0"]
     mu, sigma = statistics(space.of(images, 500)[0])
     np.savez(tmp_path / "stored.npz", arr_0=images, mu=mu + 1, sigma=sigma)
@@ -169,19 +170,19 @@ def test_stored_statistics_are_used(digits, classifier, tmp_path, capsys):
 
 
 def test_count_suffix():
-    assert [evaluate.count_suffix(n) for n in (50_000, 60_000, 5_000, 1_800)] == ["", "", "-5k", "-1.8k"]
+    assert [files.count_suffix(n) for n in (50_000, 60_000, 5_000, 1_800)] == ["", "", "-5k", "-1.8k"]
 
 
 def test_bootstrap_interval_holds_the_precision():
     torch.manual_seed(0)
     real, made = torch.randn(200, 4), torch.randn(200, 4) * 1.2
-    reference = evaluate.Reference.__new__(evaluate.Reference)
+    reference = figures.Reference.__new__(figures.Reference)
     reference.features, reference.statistics = real, statistics(real)
-    figures = evaluate.figures(made, torch.randn(200, 5), None, reference)
-    intervals = evaluate.bootstrap(made, torch.randn(200, 5), reference, rounds=100)
+    row = figures.figures(made, torch.randn(200, 5), None, reference)
+    intervals = figures.bootstrap(made, torch.randn(200, 5), reference, rounds=100)
     for name in ("Precision", "Recall"):
         low, high = intervals[name]
-        assert low < figures[name] < high and high - low < 0.25
+        assert low < row[name] < high and high - low < 0.25
 
 
 BAD_SAMPLES = {
@@ -236,10 +237,10 @@ def test_bad_references_and_spaces_are_refused(digits, classifier, tmp_path, cap
     assert "does not exist" in told(digits, "--inception", weights)
     weights.write_bytes(b"something else")
     assert "SHA-256" in told(digits, "--inception", weights)
-    torch.manual_seed(0)
-    three = ImageClassifier("test_resnet", num_classes=10, in_channels=3, image_size=32)
-    three.save_pretrained(tmp_path / "three")
-    assert "3 channels, the images 1" in told(digits, "--classifier", tmp_path / "three")
+    np.savez(tmp_path / "coloured.npz", arr_0=images.repeat(3, axis=3))
+    coloured = tmp_path / "coloured.npz"
+    message = refused(evaluate.main, words(coloured, coloured, "--classifier", classifier), capsys=capsys)
+    assert "1 channel(s), these have 3" in message
 
 
 def test_features_that_are_not_finite_are_refused(digits, classifier, tmp_path, capsys):
@@ -249,21 +250,6 @@ def test_features_that_are_not_finite_are_refused(digits, classifier, tmp_path, 
     save_unchecked(model, tmp_path / "nan")
     message = refused(evaluate.main, words(digits, digits, "--classifier", tmp_path / "nan"), capsys=capsys)
     assert "not finite" in message
-
-
-def test_inception_is_adm_compatible_in_form(digits, tmp_path, monkeypatch):
-    """Random weights: 2048 features, 1008 logits without bias; grey is shown as three equal channels."""
-    import hashlib
-
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-    weights = tmp_path / "weights.pth"
-    torch.save({}, weights)
-    monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
-    space = features.inception_space(weights)
-    found, logits = space.of(np.load(digits)["arr_0"][:4], 2)
-    assert found.shape == (4, 2048) and logits.shape == (4, 1008)
 
 
 # frontier.py

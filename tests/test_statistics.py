@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import statistics
+from evaluation import moments
 from evaluation.images import centre_crop, open_images
-from evaluation.statistics import main, merged, shard_moments
+from evaluation.moments import merged, shard_moments
+from evaluation.statistics import main
 from tests.conftest import refused
 from train_cc.io.errors import InputError
 from train_cc.io.write import is_ours
@@ -124,7 +125,7 @@ class Rank:
 
 def made_by(count: int, monkeypatch, *arguments) -> dict[str, np.ndarray]:
     barrier, own, failed = threading.Barrier(count), threading.local(), []
-    monkeypatch.setattr(statistics, "Accelerator", lambda **options: Rank(own.rank, barrier))
+    monkeypatch.setattr(moments, "Accelerator", lambda **options: Rank(own.rank, barrier))
 
     def run(rank: int) -> None:
         own.rank = rank
@@ -146,8 +147,8 @@ def made_by(count: int, monkeypatch, *arguments) -> dict[str, np.ndarray]:
 
 def test_any_number_of_processes_gives_the_same_file(npz, space, tmp_path, monkeypatch):
     writers = []
-    write = statistics.write_shard
-    monkeypatch.setattr(statistics, "write_shard", lambda path, *rest: writers.append(rest[-1]) or write(path, *rest))
+    write = moments.write_shard
+    monkeypatch.setattr(moments, "write_shard", lambda path, *rest: writers.append(rest[-1]) or write(path, *rest))
     alone = made(npz, space, tmp_path / "1.npz", "--shard-size", 9)
     assert writers == [0] * 7
     threads = torch.get_num_threads()
@@ -173,7 +174,7 @@ def test_two_processes_of_a_launcher_give_the_same_file(npz, space, tmp_path):
 
 def test_a_stopped_command_continues_from_its_shards(npz, space, tmp_path, monkeypatch):
     straight = made(npz, space, tmp_path / "straight.npz", "--shard-size", 12)
-    write, written = statistics.write_shard, []
+    write, written = moments.write_shard, []
 
     def stopped(path, *rest):
         if len(written) == 2:
@@ -183,10 +184,10 @@ def test_a_stopped_command_continues_from_its_shards(npz, space, tmp_path, monke
         write(path, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(statistics, "write_shard", stopped)
+        patch.setattr(moments, "write_shard", stopped)
         main(words(npz, space, tmp_path / "s.npz", "--shard-size", 12))
     assert not (tmp_path / "s.npz").exists() and len(list((tmp_path / "s.npz.shards").glob("*.npz"))) == 2
-    monkeypatch.setattr(statistics, "write_shard", lambda path, *rest: written.append(path.name) or write(path, *rest))
+    monkeypatch.setattr(moments, "write_shard", lambda path, *rest: written.append(path.name) or write(path, *rest))
     again = made(npz, space, tmp_path / "s.npz", "--shard-size", 12, "--batch-size", 7)
     assert written == [f"shard-{first:09d}.npz" for first in (0, 12, 24, 36, 48)]  # none twice
     assert largest_difference(straight, again) == 0
@@ -212,7 +213,7 @@ def test_shards_of_another_command_are_not_taken_and_folders_of_others_not_touch
     expected = made(npz, space, tmp_path / "expected.npz", "--shard-size", 30)
     folder = tmp_path / "s.npz.shards"
     folder.mkdir()
-    statistics.open_shards(folder, {"images": "others"}, {})
+    moments.open_shards(folder, {"images": "others"}, {})
     np.savez(folder / "shard-000000000.npz", count=1)
     assert largest_difference(expected, made(npz, space, tmp_path / "s.npz", "--shard-size", 30)) == 0
     folder = tmp_path / "t.npz.shards"
@@ -312,7 +313,7 @@ def test_commands_that_cannot_work_are_refused_before_anything_is_written(npz, s
 
 def test_features_that_are_not_finite_name_their_image(npz, space, tmp_path, capsys, monkeypatch):
     loaded = load_space(space)
-    monkeypatch.setattr(statistics, "load_space", lambda *rest: loaded)
+    monkeypatch.setattr(moments, "load_space", lambda *rest: loaded)
     loaded.register_forward_hook(lambda module, args, out: out / (args[0].shape[0] != 4))  # the last batch of 60 by 7
     message = refused(main, words(npz, space, tmp_path / "s.npz"), capsys=capsys)
     assert "gives NaN or infinity for image 56 of" in message

@@ -19,13 +19,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluation import evaluate, features, frontier, generate, shards
+from evaluation import evaluate, frontier, generate, sampling, shards
 from evaluation.files import provenance_of, write_figures
 from evaluation.metrics import frechet_distance, inception_score, precision_recall
 from evaluation.report import page as report
 from tests.conftest import TINY, random_sit, refused, run_cold_start
 from train_cc.io.errors import InputError
 from train_cc.io.write import is_ours
+from train_cc.models import features
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.generator import save_generator
 
@@ -104,7 +105,7 @@ def test_a_damaged_download_of_inception_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth").write_bytes(b"<html>")
-    with pytest.raises(InputError, match="give their file by --inception"):
+    with pytest.raises(InputError, match="give its file"):
         features.inception_space(None)
     assert asked == [features.INCEPTION_SHA256] and len(asked[0]) == 64
 
@@ -144,7 +145,7 @@ def test_what_a_command_did_not_write_is_left_alone(
         (folder / name).write_text("mine")
     before = tree(tmp_path)
     monkeypatch.setattr(ImageClassifier, "from_pretrained", lambda *_: pytest.fail("refused only after loading"))
-    monkeypatch.setattr(generate.Source, "load", lambda *_: pytest.fail("refused only after loading"))
+    monkeypatch.setattr(sampling.Source, "load", lambda *_: pytest.fail("refused only after loading"))
     command, arguments = FOREIGN[what](Files)
     refused(command.main, arguments, capsys=capsys)
     assert tree(tmp_path) == before
@@ -192,7 +193,7 @@ def test_odd_output_paths_are_refused_before_the_work(
     pair = words(reference, reference, "--classifier", classifier)
     before = tree(tmp_path)
     monkeypatch.setattr(ImageClassifier, "from_pretrained", lambda *_: pytest.fail("refused only after loading"))
-    monkeypatch.setattr(generate.Source, "load", lambda *_: pytest.fail("refused only after loading"))
+    monkeypatch.setattr(sampling.Source, "load", lambda *_: pytest.fail("refused only after loading"))
     for main, arguments in (
         (generate.main, sampled(teacher, path)),
         (generate.main, sampled(teacher, tmp_path / "s.npz", "--png-dir", path)),
@@ -285,27 +286,27 @@ def test_a_damaged_generation_config_is_refused(teacher, tmp_path, capsys, conte
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_samples_that_are_not_finite_become_no_images(teacher, tmp_path, capsys, value, monkeypatch):
     """Whether the reader refuses the weights or the samples show it: here the weights are damaged after reading."""
-    load = generate.Source.load
+    load = sampling.Source.load
 
     def damaged(self):
         model = load(self)
         model.final_layer.linear.bias.data.fill_(value)
         return model
 
-    monkeypatch.setattr(generate.Source, "load", damaged)
+    monkeypatch.setattr(sampling.Source, "load", damaged)
     message = refused(generate.main, sampled(teacher, tmp_path / "s.npz"), capsys=capsys)
     assert "samples 0 to 3 hold NaN or infinity" in message and not list(tmp_path.iterdir())
 
 
 def test_two_processes_do_not_write_one_output(teacher, tmp_path, capsys):
-    told = generate.provenance_of_run(generate.build_parser().parse_args(sampled("a", "b")), generate_source())
+    told = sampling.provenance_of_run(generate.build_parser().parse_args(sampled("a", "b")), generate_source())
     with shards.open_shards(tmp_path / "s.npz", told):
         message = refused(generate.main, sampled(teacher, tmp_path / "s.npz"), capsys=capsys)
     assert "another process writes" in message and not (tmp_path / "s.npz").exists()
 
 
 def generate_source():
-    return generate.Source(Path("a"), None, "0" * 64, None)
+    return sampling.Source(Path("a"), None, "0" * 64, None)
 
 
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
@@ -357,7 +358,7 @@ def test_the_same_command_continues_to_the_same_bytes_after_a_kill(every, teache
 def test_a_damaged_shard_is_made_again(teacher, tmp_path, monkeypatch, capsys):
     generate.main(sampled(teacher, tmp_path / "whole.npz"))
     kept = {}
-    monkeypatch.setattr(generate, "merge_shards", lambda paths, output, _: kept.update(
+    monkeypatch.setattr(sampling, "merge_shards", lambda paths, output, _: kept.update(
         {path.name: path.read_bytes() for path in paths}) or (_ for _ in ()).throw(KeyboardInterrupt))  # fmt: skip
     with pytest.raises(SystemExit):
         generate.main(sampled(teacher, tmp_path / "s.npz"))
@@ -376,7 +377,7 @@ def test_a_damaged_shard_is_made_again(teacher, tmp_path, monkeypatch, capsys):
 
 
 def test_shards_of_other_settings_are_not_taken(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "merge_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(sampling, "merge_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit):
         generate.main(sampled(teacher, tmp_path / "s.npz", "--seed", 5))
     monkeypatch.undo()
@@ -393,7 +394,7 @@ def test_the_decoder_is_part_of_the_provenance(teacher, tmp_path):
     vae = write_vae(tmp_path / "vae")
     digest = hashlib.sha256((vae / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     args = generate.build_parser().parse_args(words("--generator", teacher, "--output", "s.npz", "--vae", vae))
-    assert generate.provenance_of_run(args, generate.open_source(teacher))["vae_sha256"] == digest
+    assert sampling.provenance_of_run(args, sampling.open_source(teacher))["vae_sha256"] == digest
 
 
 @pytest.mark.slow
@@ -768,11 +769,11 @@ def fuzz(folder: Path, count: int, seed: int, teacher, classifier, images, run: 
     rows = {"rows": {"control: a": {"figures": dict.fromkeys(report.METRICS, 0.5)}}}
     (folder / "results.json").write_text(json.dumps(rows))
     left = folder / "left.npz"
-    keep = generate.merge_shards
-    generate.merge_shards = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    keep = sampling.merge_shards
+    sampling.merge_shards = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(SystemExit):
         generate.main(sampled(folder / "generator", left))
-    generate.merge_shards = keep
+    sampling.merge_shards = keep
     kept = shutil.copytree(folder / "left.npz.shards", folder / "kept")
     figures = words(folder / "s.npz", folder / "reference.npz", "--classifier", folder / "classifier")
     commands = {

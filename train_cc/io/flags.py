@@ -9,6 +9,8 @@ from pathlib import Path
 
 from train_cc.io.errors import InputError
 
+FEATURE_SPACES = "classifier:FOLDER, dinov2, inception, timm:NAME"  # the notation of models/features.py
+
 
 class Parser(argparse.ArgumentParser):
     """No abbreviations; what is wrong with a command line is an `InputError`. Help shows defaults."""

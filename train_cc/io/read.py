@@ -7,10 +7,9 @@ import contextlib
 import hashlib
 import json
 import math
-import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +17,7 @@ from train_cc.io.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor, nn
+    from torch import Tensor
 
 JSON_BYTES = 64 << 20  # no JSON file of ours or of a library comes near
 
@@ -40,29 +39,27 @@ def parsing(path: Path | str, expected: str, told: str = "is damaged or somethin
 
 
 def require_file(path: Path, expected: str) -> Path:
-    try:
-        there = path.is_file()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)[:300]!r} is no path ({first_line(error)}); {expected} is expected") from error
-    if not there:
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"{path} {kind}; {expected} is expected")
+    _require(path, Path.is_file, expected)
     return path
 
 
 def require_folder(path: Path, expected: str, *names: str) -> Path:
     """``path`` is a folder that holds files ``names``."""
-    try:
-        there = path.is_dir()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)[:300]!r} is no path ({first_line(error)}); {expected} is expected") from error
-    if not there:
-        kind = "is a file" if path.is_file() else "does not exist"
-        raise InputError(f"{path} {kind}; {expected} is expected")
+    _require(path, Path.is_dir, expected)
     for name in names:
         if not (path / name).is_file():
             raise InputError(f"{path / name} does not exist; {expected} is expected")
     return path
+
+
+def _require(path: Path, is_kind: Callable[[Path], bool], expected: str) -> None:
+    try:
+        there = is_kind(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(path)[:300]!r} is no path ({first_line(error)}); {expected} is expected") from error
+    if not there:
+        kind = "is a folder" if path.is_dir() else "is a file" if path.is_file() else "does not exist"
+        raise InputError(f"{path} {kind}; {expected} is expected")
 
 
 def sha256(path: Path) -> str:
@@ -180,7 +177,7 @@ def _array_header(told: str, held: int, file) -> tuple[tuple[int, ...], "np.dtyp
     return shape, dtype
 
 
-# Contents ---------------------------------------------------------------------------------------------------------
+# Values of a config ---------------------------------------------------------------------------------------------
 
 
 def shown(value: object) -> str:
@@ -218,96 +215,3 @@ def require_keys(config: Mapping, needed: Sequence[str], optional: Sequence[str]
     unknown = [str(name) for name in config if name not in needed and name not in optional and str(name)[:1] != "_"]
     if missing or unknown:
         raise InputError(f"{source} does not fit: missing {missing[:8]}, unknown {unknown[:8]}")
-
-
-def fit_shapes(
-    own: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], source: Path | str, hint: str = ""
-) -> None:
-    """``found`` has exactly the names and shapes of ``own``. Raises `InputError`."""
-    missing, unexpected = sorted(own.keys() - found.keys()), sorted(map(str, found.keys() - own.keys()))
-    reshaped = [
-        f"{name} {tuple(found[name])}, expected {tuple(own[name])}"
-        for name in sorted(own.keys() & found.keys())
-        if tuple(found[name]) != tuple(own[name])
-    ]
-    if missing or unexpected or reshaped:
-        told = {"missing": missing, "unexpected": unexpected, "other shapes": reshaped}
-        words = "; ".join(
-            f"{kind}: {', '.join(name[:120] for name in names[:6])}" for kind, names in told.items() if names
-        )
-        raise InputError(f"{source} does not fit{f' ({hint})' if hint else ''}: {words}")
-
-
-def fit(
-    own: Mapping[str, Sequence[int]],
-    state: Mapping[str, "Tensor"],
-    source: Path | str,
-    hint: str = "",
-) -> None:
-    """``state`` has exactly the names and shapes of ``own``. Raises `InputError`."""
-    fit_shapes(own, {name: value.shape for name, value in state.items()}, source, hint)
-
-
-def require_finite(state: Mapping[str, "Tensor"], source: Path | str) -> None:
-    """No tensor of ``state`` holds NaN or infinity. Raises `InputError` that names the first that does."""
-    import torch
-
-    for name, tensor in state.items():
-        if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
-            raise InputError(f"{source}: {name} is {tensor.dtype}, {tensor.layout}; plain real numbers are expected")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"{source}: {name} holds NaN or infinity; weights that are not finite are not used")
-
-
-def require_tensors(content: object, source: Path | str, expected: str) -> dict[str, "Tensor"]:
-    """``content`` is a dict of named plain tensors that hold all that they name. -> it. Raises `InputError`."""
-    import torch
-
-    if not isinstance(content, Mapping) or not content:
-        kind = "nothing" if isinstance(content, Mapping) else f"a {type(content).__name__}"
-        raise InputError(f"{source} holds {kind}; {expected} is expected")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            told = f"it holds {str(name)[:80]!r}, a {type(value).__name__}"
-            raise InputError(f"{source} is no bare state dict of tensors: {told}; {expected} is expected")
-        plain = value.layout == torch.strided and not (value.is_nested or value.is_quantized or value.is_complex())
-        if not plain or value.device.type != "cpu":
-            told = "nested" if value.is_nested else f"{value.dtype}, {value.layout}, on {value.device.type}"
-            raise InputError(f"{source}: {name} is {told}; plain real numbers are expected")
-        if value.nbytes > value.untyped_storage().nbytes():
-            raise InputError(f"{source}: {name} names {value.nbytes:,} bytes and holds fewer")
-    return dict(content)
-
-
-def block_count(names: Iterable[str], source: Path | str) -> int:
-    """N of the ``blocks.0.`` to ``blocks.(N - 1).`` in ``names``. Raises `InputError` where one is missing."""
-    found = {match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", name))}
-    if far := sorted(number for number in found if len(number) > 4):
-        raise InputError(f"{source} has a block {far[0][:40]}; 0 to 9999 are possible")
-    numbers = {int(number) for number in found}
-    if numbers != set(range(len(numbers))):
-        gaps = sorted(set(range(max(numbers))) - numbers)
-        raise InputError(f"{source}: blocks {gaps[:8]} are missing of 0 to {max(numbers)}")
-    return len(numbers)
-
-
-def load_weights(
-    module: "nn.Module", state: Mapping[str, "Tensor"], source: Path | str, hint: str = "", partly: bool = False
-) -> None:
-    """``state`` into ``module``, which may be on the meta device: names, shapes and kinds fit exactly, values finite.
-
-    Values become copies in the dtype of what they replace: of a mapped file, one view left would keep all of it in
-    memory. ``partly``: what ``state`` does not name stays as it is. Raises `InputError`.
-    """
-    require_tensors(state, source, "a state dict")
-    own = module.state_dict()
-    if partly:
-        own = {name: value for name, value in own.items() if name in state}
-    fit({name: value.shape for name, value in own.items()}, state, source, hint)
-    loaded = {}
-    for name, value in state.items():
-        if value.is_floating_point() != own[name].is_floating_point():
-            raise InputError(f"{source}: {name} is {value.dtype}, {own[name].dtype} is expected")
-        loaded[name] = value.to(own[name].dtype, copy=True).contiguous()
-    require_finite(loaded, source)
-    module.load_state_dict(loaded, assign=True, strict=not partly)

@@ -15,17 +15,14 @@ from train_cc.io.errors import InputError
 from train_cc.io.read import (
     Number,
     check_numbers,
-    fit_shapes,
-    load_weights,
     parsing,
     read_json,
     read_safetensors,
-    require_finite,
     require_folder,
     require_keys,
-    require_tensors,
     safetensors_shapes,
 )
+from train_cc.io.weights import fit_shapes, load_weights, require_finite, require_tensors
 from train_cc.io.write import copy_mode
 
 WEIGHTS_NAME = "model.safetensors"

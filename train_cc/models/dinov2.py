@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from train_cc.io.download import download, is_url, whole_archive
 from train_cc.io.errors import InputError
-from train_cc.io.read import block_count, load_weights, read_torch, require_file, require_tensors
+from train_cc.io.read import read_torch, require_file
+from train_cc.io.weights import block_count, load_weights, require_tensors
 
 IMAGE_SIZE, PATCH_SIZE = 224, 14
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -25,7 +25,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import first_line, read_torch, require_file, require_finite, sha256
+from train_cc.io.flags import FEATURE_SPACES
+from train_cc.io.read import first_line, read_torch, require_file, sha256
+from train_cc.io.weights import require_finite
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.dinov2 import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, official_backbone
 
@@ -33,7 +35,6 @@ INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of this file
-NOTATION = "classifier:FOLDER, dinov2, inception, timm:NAME"
 
 
 class FeatureSpace(nn.Module):
@@ -176,7 +177,7 @@ def load_space(
     elif text == "inception":
         space = inception_space(inception_weights)
     else:
-        raise InputError(f"{text[:200]!r} is no feature space; allowed: {NOTATION}")
+        raise InputError(f"{text[:200]!r} is no feature space; allowed: {FEATURE_SPACES}")
     return space.to(device, dtype)
 
 
@@ -222,7 +223,7 @@ def dinov2_space(source: str | Path) -> FeatureSpace:
 
 
 def inception_space(source: str | Path | None) -> FeatureSpace:
-    file = downloaded_inception("give the file by --inception-weights") if source is None else Path(source)
+    file = downloaded_inception() if source is None else Path(source)
     digest = sha256(require_file(file, "torch-fidelity's Inception weights"))
     if digest != INCEPTION_SHA256:
         raise InputError(f"{file} has SHA-256 {digest}, torch-fidelity's Inception {INCEPTION_SHA256}")
@@ -232,10 +233,10 @@ def inception_space(source: str | Path | None) -> FeatureSpace:
     return FeatureSpace("inception", network, 3, preprocessing, digest)
 
 
-def downloaded_inception(advice: str) -> Path:
+def downloaded_inception() -> Path:
     """torch-fidelity's file in torch's folder of downloads; one that is damaged there is downloaded again.
 
-    Raises `InputError`, ``advice`` at its end, where the download fails.
+    Raises `InputError` where the download fails.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
     if path.is_file() and sha256(path) == INCEPTION_SHA256:
@@ -245,7 +246,9 @@ def downloaded_inception(advice: str) -> Path:
         # whole and right, or not there
         torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise InputError(f"cannot download {INCEPTION_URL} ({first_line(error)}); {advice}") from error
+        raise InputError(
+            f"cannot download {INCEPTION_URL} ({first_line(error)}); fetch it where you can, and give its file"
+        ) from error
     return path
 
 

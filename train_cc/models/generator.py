@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import Number, check_numbers, fit, load_weights, read_json, require_finite
+from train_cc.io.read import Number, check_numbers, read_json
+from train_cc.io.weights import fit, load_weights, require_finite
 from train_cc.io.write import write_atomically
 from train_cc.models.lora import GENERATOR_TARGETS, add_lora, merge_lora
 from train_cc.models.sit import SiT, check_sit_config

@@ -14,17 +14,8 @@ from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import (
-    Number,
-    block_count,
-    check_numbers,
-    fit_shapes,
-    load_weights,
-    read_json,
-    read_safetensors,
-    require_keys,
-    safetensors_shapes,
-)
+from train_cc.io.read import Number, check_numbers, read_json, read_safetensors, require_keys, safetensors_shapes
+from train_cc.io.weights import block_count, fit_shapes, load_weights
 from train_cc.io.write import copy_mode
 
 # name -> the arguments of `SiT` that it stands for; inputs are 4 x 32 x 32 latents, 1000 classes, by default.

@@ -15,15 +15,13 @@ from train_cc.io.errors import InputError
 from train_cc.io.read import (
     Number,
     check_numbers,
-    fit_shapes,
-    load_weights,
     read_json,
     read_safetensors,
     read_torch,
     require_keys,
-    require_tensors,
     safetensors_shapes,
 )
+from train_cc.io.weights import fit_shapes, load_weights, require_tensors
 
 # A hub name stands for one state of its files.
 PINNED_REVISIONS = {"stabilityai/sd-vae-ft-ema": "f04b2c4b98319346dad8c65879f680b1997b204a"}

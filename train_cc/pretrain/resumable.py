@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from train_cc.io.errors import InputError
 from train_cc.io.flags import COUNT, LEARNING_RATE, SEED, Parser, integer, path
-from train_cc.io.read import fit, read_torch, require_finite
+from train_cc.io.read import read_torch
+from train_cc.io.weights import fit, require_finite
 from train_cc.io.write import RECORD, check_output_dir, flush, locked, need_space, record, record_of, write_record
 from train_cc.run.session import StopSignal
 

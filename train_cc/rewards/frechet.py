@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import fit, require_finite
+from train_cc.io.weights import fit, require_finite
 from train_cc.rewards.statistics import Statistics
 
 ROUNDING = 1e-12  # eigenvalues below this part of the largest are rounding

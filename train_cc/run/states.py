@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import fit, parsing, require_finite, shown
+from train_cc.io.read import parsing, shown
+from train_cc.io.weights import fit, require_finite
 from train_cc.run.diagnostics import gathered
 from train_cc.run.session import Session
 

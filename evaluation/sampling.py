@@ -1,0 +1,239 @@
+"""Images of a generator or a teacher, in shards: what evaluation/generate.py runs."""
+
+import argparse
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from evaluation.files import apart
+from evaluation.shards import (
+    check_png_dir,
+    check_shards_folder,
+    finished,
+    merge_shards,
+    open_shards,
+    read_shard,
+    shard_path,
+    shards_of,
+    write_pngs,
+    write_shard,
+)
+from train_cc.distillation.state import generator_from
+from train_cc.draws import Draws
+from train_cc.io.errors import InputError
+from train_cc.io.read import check_numbers, read_npz, require_file, require_folder, sha256
+from train_cc.io.write import check_output_file, library_versions, mark_of, need_space, record
+from train_cc.models.generator import SAMPLING, read_sampling
+from train_cc.models.sit import WEIGHTS_NAME, SiT, read_sit_config
+from train_cc.models.vae import images_to_uint8, load_decoder, require_decoder, vae_files
+from train_cc.run.checkpoint import Checkpoint, open_checkpoint
+from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample
+
+IMAGES, RANDOM_LABEL = 11, 12  # first keys of the draws, after the seed
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MULTI_STEP = {"euler": euler_sample, "heun": heun_sample}
+# What may differ between the runs that fill the shards of one output.
+FREE = ("batch_size", "output", "png_dir", "overwrite")
+
+
+class ImageNoise:
+    """Noise for the images ``indices``, one step after another; each row is a function of (seed, i, step)."""
+
+    def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device: torch.device):
+        self._draws = [Draws(seed, IMAGES, i) for i in indices]
+        self._shape, self._device = shape, device
+
+    def __call__(self, like: Tensor | None = None) -> Tensor:
+        return torch.stack([draws.noise(*self._shape) for draws in self._draws]).to(self._device)
+
+
+def labels_of(indices: range, seed: int, num_classes: int, mode: str) -> Tensor:
+    """balanced: i mod num_classes; random: uniform. (N,) int64."""
+    if mode == "balanced":
+        return torch.tensor(indices) % num_classes
+    return torch.cat([Draws(seed, RANDOM_LABEL, i).integers(num_classes, 1) for i in indices])
+
+
+@torch.no_grad()
+def generate_batch(model: SiT, decode, indices: range, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """-> images uint8 (B, H, W, C), labels (B,)."""
+    y = labels_of(indices, args.seed, model.null_class, args.labels)
+    noise, labels = ImageNoise(args.seed, indices, model.sample_shape, model.device), y.to(model.device)
+
+    def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return model(x, t, y).float()  # the solver's algebra is fp32 whatever the network's dtype
+
+    network = guide(network, model.null_class, args.guidance_scale, tuple(args.guidance_interval))
+    if args.sampler == "few-step":
+        x0 = few_step_sample(network, noise(), labels, args.num_steps, args.timestep_shift, noise)
+    else:
+        x0 = MULTI_STEP[args.sampler](network, noise(), labels, args.num_steps)
+    images = decode(x0)
+    for what, values in (("samples", x0), ("decoded images", images)):
+        if not torch.isfinite(values).all():
+            raise InputError(
+                f"{what} {indices[0]} to {indices[-1]} hold NaN or infinity: the weights are damaged, the guidance "
+                "scale is too large, or --dtype too narrow; no images are made of them"
+            )
+    return images_to_uint8(images).numpy(), y.numpy()
+
+
+# The model, and how it is sampled --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder or a checkpoint. ``sampling``: the steps K and the shift that it was trained for, if recorded."""
+
+    path: Path
+    checkpoint: Checkpoint | None
+    sha256: str  # of its weights
+    sampling: tuple[int, float] | None
+
+    @property
+    def in_channels(self) -> int:
+        config = self.checkpoint.units["model_config"] if self.checkpoint is not None else read_sit_config(self.path)
+        return config["in_channels"]
+
+    def load(self) -> SiT:
+        """A checkpoint's EMA weights where there are some."""
+        return SiT.from_pretrained(self.path) if self.checkpoint is None else generator_from(self.checkpoint, "auto")
+
+
+def open_source(path: Path) -> Source:
+    if path.suffix == ".pt":
+        checkpoint = open_checkpoint(path)
+        name = "ema" if checkpoint.has("accelerator_1/ema.safetensors") else "generator"
+        weights = require_file(checkpoint.file(f"accelerator_1/{name}.safetensors"), "the checkpoint's weights")
+        return Source(path, checkpoint, sha256(weights), recorded_sampling(checkpoint))
+    if path.is_file():
+        raise InputError(f"{path} is a file; a model folder or a checkpoints/torch_units/step-N.pt is expected")
+    require_folder(path, f"a model folder, with config.json and {WEIGHTS_NAME},", "config.json", WEIGHTS_NAME)
+    return Source(path, None, sha256(path / WEIGHTS_NAME), read_sampling(path))
+
+
+def recorded_sampling(checkpoint: Checkpoint) -> tuple[int, float]:
+    """(K, shift) that a checkpoint's run trains for."""
+    arguments = checkpoint.units["arguments"]
+    if not isinstance(arguments, dict) or not {"num_steps", "timestep_shift"} <= arguments.keys():
+        raise InputError(f"{checkpoint.path} does not record --num-steps and --timestep-shift")
+    steps, shift = arguments["num_steps"], arguments["timestep_shift"]
+    check_numbers({"num_inference_steps": steps, "timestep_shift": shift}, SAMPLING, checkpoint.path)
+    return steps, float(shift)
+
+
+def resolve_sampling(args: argparse.Namespace, recorded: tuple[int, float] | None) -> None:
+    """Set the steps and the shift that the command line leaves open."""
+    steps, shift = recorded if recorded and args.sampler == "few-step" else (1, 1.0)
+    args.num_steps = steps if args.num_steps is None else args.num_steps
+    args.timestep_shift = shift if args.timestep_shift is None else args.timestep_shift
+
+
+def decoder_of(args: argparse.Namespace, model: SiT, device: torch.device):
+    """-> x0 -> images in [0, 1], in the dtype asked for, and (H, W, C) of an image."""
+    decode = load_decoder(None if args.vae == "none" else args.vae, device)
+    channels, height, width = model.sample_shape
+    if not isinstance(decode, torch.nn.Module):
+        return decode, (height, width, channels)
+    dtype, network = DTYPES[args.dtype], decode.to(DTYPES[args.dtype])
+    factor = 2 ** (len(network.vae.config.block_out_channels) - 1)
+    return lambda x0: network(x0.to(dtype)), (factor * height, factor * width, network.vae.config.out_channels)
+
+
+# All of them, in shards ------------------------------------------------------------------------------------------
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """What can be refused before anything is read: outputs that cannot be written, or that are not ours."""
+    check_output_file(args.output, kind="samples")
+    check_shards_folder(shards_of(args.output))
+    if args.png_dir is not None:
+        check_png_dir(args.png_dir, args.overwrite)
+    apart(
+        (("--output", args.output), ("the folder of its shards", shards_of(args.output)), ("--png-dir", args.png_dir))
+    )
+
+
+def provenance_of_run(args: argparse.Namespace, source: Source) -> dict:
+    what = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    return {
+        "made_by": mark_of("samples"),
+        "arguments": what,
+        "generator_sha256": source.sha256,
+        "vae_sha256": None if args.vae == "none" else sha256(vae_files(args.vae)[1]),
+        "versions": library_versions(),
+    }
+
+
+def fill_shards(
+    args: argparse.Namespace, folder: Path, provenance: dict, source: Source, accelerator: Accelerator
+) -> None:
+    """Make this process's share of the shards that are missing or damaged."""
+    model = source.load().to(accelerator.device, DTYPES[args.dtype]).eval()
+    decode, image_shape = decoder_of(args, model, accelerator.device)
+    if accelerator.is_main_process:
+        there = sum(path.stat().st_size for path in folder.glob("*.npz"))
+        need_space(folder, 2 * args.num_images * math.prod(image_shape) - there)
+    starts = range(0, args.num_images, args.shard_size)[accelerator.process_index :: accelerator.num_processes]
+    ranges = [range(start, min(start + args.shard_size, args.num_images)) for start in starts]
+    main = accelerator.is_main_process
+    with tqdm(desc="images", total=sum(map(len, ranges)), disable=not main) as progress:
+        for indices in ranges:
+            path = shard_path(folder, indices[0])
+            labels = labels_of(indices, args.seed, model.null_class, args.labels).numpy()
+            if read_shard(path, labels, image_shape, provenance) is None:
+                firsts = range(indices.start, indices.stop, args.batch_size)
+                batches = [range(first, min(first + args.batch_size, indices.stop)) for first in firsts]
+                made = [generate_batch(model, decode, batch, args) for batch in batches]
+                write_shard(path, *(np.concatenate(parts) for parts in zip(*made, strict=True)), provenance)
+            progress.update(len(indices))
+
+
+def images_of(paths: list[Path]) -> Iterator[np.ndarray]:
+    for path in paths:
+        yield read_npz(path, "images")["arr_0"]
+
+
+def write_png_dir(args: argparse.Namespace, paths: list[Path], provenance: dict) -> None:
+    if args.png_dir is not None:
+        content = record("generate", vars(args), provenance=provenance)
+        write_pngs(images_of(paths), args.png_dir, content)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """The command, its flags checked. Raises `InputError`."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.is_main_process:
+        check_outputs(args)
+    source = open_source(args.generator)
+    require_decoder(source.in_channels, args.vae, args.generator)
+    resolve_sampling(args, source.sampling)
+    provenance = provenance_of_run(args, source)
+    if accelerator.is_main_process and args.png_dir is not None:
+        check_png_dir(args.png_dir, args.overwrite, provenance)
+    there = not args.overwrite and finished(args.output, provenance)
+    if not there and args.output.exists() and not args.overwrite:
+        raise InputError(f"{args.output} exists, made otherwise; give another --output, or --overwrite")
+    accelerator.wait_for_everyone()  # what is there is looked at before anything is written
+    folder = shards_of(args.output)
+    with open_shards(args.output, provenance) if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        if not there:
+            fill_shards(args, folder, provenance, source, accelerator)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            paths = [args.output]
+            if not there:
+                paths = [shard_path(folder, start) for start in range(0, args.num_images, args.shard_size)]
+                merge_shards(paths, args.output, provenance)
+            write_png_dir(args, paths, provenance)
+    if accelerator.is_main_process:
+        print(f"{args.num_images} images {'were there already:' if there else '->'} {args.output}")
