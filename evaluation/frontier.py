@@ -8,24 +8,21 @@ they were asked for with the same settings, else the difference is named. The fi
 """
 
 import argparse
-import hashlib
-import json
 import os
-import re
 import shlex
 import signal
 import subprocess
 import threading
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.evaluate import table
-from evaluation.files import METRICS, read_figures, require_plain, write_figures
-from evaluation.scatter import picture
+from evaluation.asked import ROOT, folder_sha256, require_reference, require_same, settings_of
+from evaluation.files import METRICS, read_figures, table, write_figures
+from evaluation.rows import SETTINGS, STAGES, TEACHERS, Guidance, folder_name, published_table, row_name
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.read import read_json, require_file, require_folder, sha256
+from train_cc.io.read import require_file, require_folder, sha256
+from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.io.write import (
     check_output_dir,
     check_output_file,
@@ -36,123 +33,12 @@ from train_cc.io.write import (
     write_atomically,
     write_record,
 )
-from train_cc.models.sit import WEIGHTS_NAME
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Of the real score while training; of the sampler for the teacher."""
-
-    name: str
-    scale: float = 1.0
-    low: float = 0.0
-    high: float = 1.0
-
-    def flags(self, scale: str, interval: str) -> list[str]:
-        return [scale, str(self.scale), interval, str(self.low), str(self.high)]
-
-
-OFF, ON, STRONG = Guidance("off"), Guidance("1.5", 1.5), Guidance("4", 4.0)
-ON_07, ON_04, STRONG_04 = (
-    Guidance("1.5 on t <= 0.7", 1.5, 0.0, 0.7),
-    Guidance("1.5 on t <= 0.4", 1.5, 0.0, 0.4),
-    Guidance("3 on t <= 0.4", 3.0, 0.0, 0.4),
-)
-# What is trained from a setting's cold start, with as many updates each: name -> flags of the stage's launcher.
-# {statistics} and {black_box} are files: a stage that names one is left out where the file was not given.
-NO_REWARD = ("--encoder-type", "none")
-FRECHET = ("--reward", "frechet", "1", "{statistics}")
-STAGES = {
-    "RL": (),
-    "control": NO_REWARD,
-    "RL 0.05": ("--reward-weight", "0.05"),
-    "Frechet": (*NO_REWARD, *FRECHET),
-    "Frechet, global": (*NO_REWARD, *FRECHET, "--frechet-unconditional"),
-    "Frechet + RL 0.05": ("--reward-weight", "0.05", *FRECHET),
-    "tilt": (*NO_REWARD, "--tilt", "1", "python", "{black_box}"),
-}
-SETTINGS = {
-    OFF: tuple(STAGES),
-    ON: ("RL", "control"),
-    STRONG: (),
-    ON_07: (),
-    ON_04: ("RL", "control", "Frechet", "Frechet + RL 0.05"),
-    STRONG_04: (),
-}
-TEACHERS = (OFF, ON)
-# Published 1-step results, ImageNet 256, 50 000 samples (DMDR, arXiv 2511.13649).
-PUBLISHED = {
-    "guidance off": (2.13, 0.64, 232.15, 0.77),
-    "guidance 1.5": (5.20, 0.48, 387.24, 0.88),
-    "guidance 4": (15.70, 0.11, 453.65, 0.86),
-    "guidance off + RL": (6.95, 0.40, 416.01, 0.90),
-    "guidance 1.5 + RL": (13.43, 0.24, 494.43, 0.93),
-}
 LAUNCHERS = {
     "cold_start": "scripts/cold_start_{}.sh",
     "dmdr": "scripts/dmdr_{}_refl.sh",
     "evaluate": "scripts/evaluate_{}.sh",
 }
-
-
-def row_name(guidance: Guidance, stage: str) -> str:
-    if stage == "teacher":
-        return "teacher" if guidance == OFF else f"teacher, guidance {guidance.name}"
-    return f"guidance {guidance.name}" + ("" if stage == "cold start" else f" + {stage}")
-
-
-def folder_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c == "." else "_" for c in name.replace("<=", "upto").replace("+", "and"))
-
-
-# What was asked for --------------------------------------------------------------------------------------------
-
-
-def folder_sha256(folder: Path) -> str:
-    """Of the names and contents of a model folder's files."""
-    told = "".join(f"{path.name} {sha256(path)}\n" for path in sorted(folder.iterdir()) if path.is_file())
-    return hashlib.sha256(told.encode()).hexdigest()
-
-
-def settings_of(script: Path, words: list[str], **more: object) -> dict[str, str]:
-    """All that decides what ``script`` makes: its text, the flags, the variables that it reads, and ``more``."""
-    settings = {"launcher's SHA-256": sha256(script)} | {name: str(value) for name, value in more.items()}
-    read = set(re.findall(r"\$\{([A-Z0-9_]+)", script.read_text(encoding="utf-8")))
-    settings |= {name: os.environ[name] for name in sorted(read - {"OUTPUT_DIR", "TEACHER"}) if name in os.environ}
-    flag = ""
-    for word in words:
-        if word.startswith("--"):
-            flag = word
-            settings.setdefault(flag, "")
-        else:
-            settings[flag] = f"{settings.get(flag, '')} {word}".strip()
-    return settings
-
-
-def require_same(note: Path, settings: dict[str, str], product: Path) -> None:
-    """``product`` is not there yet, or was asked for with ``settings``; they are noted. Raises `InputError`."""
-    if product.is_dir() and any(product.iterdir()):
-        if not note.is_file():
-            raise InputError(f"{product} is there, but {note}, which says how it was made, is not: move it away")
-        content = read_json(note, "the settings of a product")
-        require_plain(content, note)
-        recorded = content.get("settings")
-        recorded = recorded if isinstance(recorded, dict) else {}
-        differing = [
-            f"{name} {recorded.get(name, 'not given')!s:.80}, asked {settings.get(name, 'not given')!s:.80}"
-            for name in sorted(settings.keys() | recorded.keys())
-            if settings.get(name) != recorded.get(name)
-        ]
-        if differing:
-            raise InputError(
-                f"{product} was made with {'; '.join(differing[:6])}. It is kept: choose another --output-dir, or "
-                "move it away to make it again"
-            )
-    else:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(note, json.dumps({"made_by": mark_of("settings"), "settings": settings}, indent=2) + "\n")
 
 
 class Frontier:
@@ -269,14 +155,6 @@ class Frontier:
         return found
 
 
-def require_reference(content: dict, path: Path) -> None:
-    """The reference that a row was evaluated against is still the one that lies there. Raises `InputError`."""
-    reference = content.get("reference")
-    there = isinstance(reference, str) and reference and (ROOT / reference).is_file()
-    if there and sha256(ROOT / reference) != content.get("reference_sha256"):
-        raise InputError(f"{reference} has changed since {path} was made; move that row away to make it again")
-
-
 def run_all(frontier: Frontier, jobs: int) -> None:
     """Every row, ``jobs`` at once. The first failure, and a signal, stop all others."""
 
@@ -297,12 +175,6 @@ def run_all(frontier: Frontier, jobs: int) -> None:
     finally:
         pool.shutdown(cancel_futures=True)
         signal.signal(signal.SIGTERM, before)
-
-
-def published_table() -> str:
-    lines = ["| | " + " | ".join(METRICS[:4]) + " |", "|---" * 5 + "|"]
-    lines += [f"| {name} | " + " | ".join(map(str, row)) + " |" for name, row in PUBLISHED.items()]
-    return "\n".join(lines)
 
 
 def train_flags(text: str) -> list[str]:
@@ -356,6 +228,8 @@ def write_results(args: argparse.Namespace, rows: dict[str, dict]) -> str:
     text += f"\nPublished, ImageNet 256, 50 000 images (arXiv 2511.13649):\n\n{published_table()}\n"
     write_atomically(args.output_dir / "frontier.md", f"{text}\n<!-- {mark_of('a table')} -->\n")
     write_figures(args.output_dir / "frontier.json", rows)
+    from evaluation.scatter import picture  # matplotlib takes a second
+
     picture(rows, args.output_dir / "frontier.png")
     return text
 

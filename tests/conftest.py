@@ -111,6 +111,15 @@ def logged(run: Path, name: str = "gen") -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
+def words(*arguments) -> list[str]:
+    return [str(argument) for argument in arguments]
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
 def refused(call, *args, capsys) -> str:
     """The message of a call that must end with exit code 2."""
     with pytest.raises(SystemExit) as stopped:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import evaluate, figures, files, frontier, generate, sampling
+from evaluation import evaluate, figures, files, generate, sampling
 from evaluation.metrics import statistics
 from evaluation.standins import write_vae
-from tests.conftest import refused, run_cold_start, save_unchecked
+from tests.conftest import refused, run_cold_start, save_unchecked, words
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.features import load_space
 from train_cc.pretrain import data
@@ -34,10 +34,6 @@ def digits(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["data", "--output", str(tmp_path / "reference.npz")])
     data.main()
     return tmp_path / "reference.npz"
-
-
-def words(*arguments):
-    return [str(argument) for argument in arguments]
 
 
 def samples(source, output, *more):
@@ -250,49 +246,3 @@ def test_features_that_are_not_finite_are_refused(digits, classifier, tmp_path, 
     save_unchecked(model, tmp_path / "nan")
     message = refused(evaluate.main, words(digits, digits, "--classifier", tmp_path / "nan"), capsys=capsys)
     assert "not finite" in message
-
-
-# frontier.py
-
-
-def test_frontier_rows_have_their_names_folders_and_picture(tmp_path):
-    names = [frontier.row_name(g, "teacher") for g in frontier.TEACHERS]
-    names += [frontier.row_name(g, s) for g, stages in frontier.SETTINGS.items() for s in ("cold start", *stages)]
-    assert len(names) == len(set(names)) == len({frontier.folder_name(name) for name in names}) == 21
-    assert set(frontier.PUBLISHED) <= set(names)
-    rows = {
-        name: {"figures": {"FID": 1.0, "Recall": 0.1 * i, "IS": 9.0, "Precision": 0.5}} for i, name in enumerate(names)
-    }
-    frontier.picture(rows, tmp_path / "p.png")
-    assert (tmp_path / "p.png").stat().st_size > 1000
-
-
-def test_frontier_keeps_finished_rows_and_names_a_failed_one(teacher, tmp_path, monkeypatch, capsys):
-    """The launchers are replaced by a fake that writes what they would."""
-    launched = []
-
-    def launch(self, script, log, more, **variables):
-        launched.append(script)
-        if script == "evaluate":
-            row = Path(more[1])
-            row.mkdir(parents=True, exist_ok=True)
-            figures = {"FID": 1.0, "Recall": 0.5, "IS": 9.0, "Precision": 0.5}
-            record = {"rows": {"s": {"figures": figures, "images": 1800}}, "features": "f", "reference_sha256": "r"}
-            (row / "figures.json").write_text(json.dumps(record))
-        else:
-            (Path(variables["OUTPUT_DIR"]) / "generator").mkdir(parents=True)
-            (Path(variables["OUTPUT_DIR"]) / "generator" / "config.json").write_text("{}")
-
-    monkeypatch.setattr(frontier.Frontier, "launch", launch)
-    arguments = words("--recipe", "digits", "--output-dir", tmp_path, "--teacher", teacher)
-    arguments += ["--base-steps", "4", "--extra-steps", "2"]
-    frontier.main(arguments)
-    assert launched.count("evaluate") == 15 and launched.count("cold_start") == 6 and launched.count("dmdr") == 7
-    assert "guidance 1.5 + RL" in (tmp_path / "frontier.md").read_text()
-    launched.clear()
-    frontier.main(arguments)
-    assert not launched
-    monkeypatch.undo()
-    (tmp_path / "rows" / "teacher" / "figures.json").unlink()
-    message = refused(frontier.main, [*arguments, "--teacher", str(tmp_path / "no")], capsys=capsys)
-    assert "does not exist" in message or "exit code 2" in message

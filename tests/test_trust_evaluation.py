@@ -10,20 +10,18 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from evaluation import evaluate, frontier, generate, sampling, shards
 from evaluation.files import provenance_of, write_figures
 from evaluation.metrics import frechet_distance, inception_score, precision_recall
 from evaluation.report import page as report
-from tests.conftest import TINY, random_sit, refused, run_cold_start
+from tests.conftest import TINY, random_sit, refused, run_cold_start, tree, words
 from train_cc.io.errors import InputError
 from train_cc.io.write import is_ours
 from train_cc.models import features
@@ -31,10 +29,6 @@ from train_cc.models.classifier import ImageClassifier
 from train_cc.models.generator import save_generator
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def words(*arguments) -> list[str]:
-    return [str(argument) for argument in arguments]
 
 
 def sampled(source, output, *more) -> list[str]:
@@ -63,11 +57,6 @@ def reference(tmp_path, images):
 @pytest.fixture(scope="module")
 def finished_run(teacher, tmp_path_factory):
     return run_cold_start(teacher, tmp_path_factory.mktemp("trust") / "run", "--sample-steps", 3)
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    paths = sorted(folder.rglob("*"))
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 # Code and other people's files --------------------------------------------------------------------------------------
@@ -639,93 +628,6 @@ def test_odd_rows_of_a_log_are_left_out(finished_run, tmp_path):
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert f"{len(odd)} line(s) cannot be read" in text and "step-7/grid.png is damaged" in text
     assert text.count("<svg") > 8 and "<b>" not in text
-
-
-# The frontier -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def frontier_of(teacher, tmp_path, monkeypatch):
-    """A frontier whose launchers write what the real ones would. -> a function of flags, and what was launched."""
-    launched = []
-
-    def launch(self, script, log, more, **variables):
-        launched.append((script, *more))
-        if script == "evaluate":
-            row = Path(more[1])
-            row.mkdir(parents=True, exist_ok=True)
-            figures = {"FID": 1.0, "Recall": 0.5, "IS": 9.0, "Precision": 0.5}
-            content = {"rows": {"s": {"figures": figures, "images": 1800}}, "features": "f", "reference_sha256": "r"}
-            (row / "figures.json").write_text(json.dumps(content))
-        else:
-            folder = Path(variables["OUTPUT_DIR"]) / "generator"
-            folder.mkdir(parents=True)
-            (folder / "config.json").write_text("{}")
-
-    monkeypatch.setattr(frontier.Frontier, "launch", launch)
-    base = {"--recipe": "digits", "--output-dir": tmp_path / "f", "--teacher": teacher}
-    base |= {"--base-steps": 4, "--extra-steps": 2}
-
-    def run(**changed):
-        given = base | {f"--{name.replace('_', '-')}": value for name, value in changed.items()}
-        frontier.main(words(*(word for pair in given.items() for word in pair)))
-
-    return run, launched
-
-
-def test_rows_of_other_settings_are_not_taken(frontier_of, tmp_path, capsys, monkeypatch):
-    run, launched = frontier_of
-    monkeypatch.setenv("SEED", "30")
-    run()
-    before, count = tree(tmp_path / "f"), len(launched)
-    run()
-    assert len(launched) == count
-    other = shutil.copytree(Path(run.__closure__[0].cell_contents["--teacher"]), tmp_path / "other_teacher")
-    state = load_file(other / "diffusion_pytorch_model.safetensors")
-    save_file({name: value + 1 for name, value in state.items()}, other / "diffusion_pytorch_model.safetensors")
-    for changed, told in (
-        ({"base_steps": 5}, "--max-train-steps 4, asked 5"),
-        ({"teacher_steps": 3}, "--num-steps 32, asked 3"),
-        ({"train_flags": "--batch-size 3"}, "--batch-size not given, asked 3"),
-        ({"teacher": other}, "teacher"),
-    ):
-        assert told in refused(lambda changed=changed: run(**changed), capsys=capsys), changed
-    monkeypatch.setenv("SEED", "31")
-    assert "SEED 30, asked 31" in refused(run, capsys=capsys)
-    assert len(launched) == count
-    assert {name: content for name, content in tree(tmp_path / "f").items() if name in before} == before
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", '{"rows": {"s": {"figures": {"FID": NaN}}}}', "\0", "[" * 100_000,
-                                     '{"rows": {"s": {"figures": {"FID": 1}, "images": 3}}}'])  # fmt: skip
-def test_a_damaged_row_of_the_frontier_is_refused(frontier_of, tmp_path, capsys, content):
-    run, _ = frontier_of
-    run()
-    for name in ("rows/teacher/figures.json", "asked/rows/teacher.json"):
-        kept = (tmp_path / "f" / name).read_bytes()
-        (tmp_path / "f" / name).write_text(content)
-        assert "teacher" in refused(run, capsys=capsys)
-        (tmp_path / "f" / name).write_bytes(kept)
-
-
-def test_the_frontier_stops_at_the_first_failure(teacher, tmp_path, capsys, monkeypatch):
-    """One launcher fails while another sleeps: the message comes at once, and nothing is left running."""
-    fails = tmp_path / "fails.sh"
-    fails.write_text(
-        f'echo $$ >> {tmp_path}/pids\necho "the reason" >&2\ncase "$*" in *"4.0"*) exit 3;; esac\nsleep 60\n'
-    )
-    monkeypatch.setattr(frontier, "LAUNCHERS", dict.fromkeys(("cold_start", "dmdr", "evaluate"), str(fails)))
-    arguments = words("--recipe", "digits", "--output-dir", tmp_path / "f", "--teacher", teacher, "--base-steps", 4)
-    began = time.monotonic()
-    with pytest.raises(SystemExit) as stopped:
-        frontier.main([*arguments, *words("--extra-steps", 2, "--jobs", 3)])
-    assert stopped.value.code == 2 and time.monotonic() - began < 30
-    message = capsys.readouterr().err
-    assert "exit code 3" in message and "the reason" in message
-    for pid in (tmp_path / "pids").read_text().split():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(pid), 0)
-    assert "--jobs is 0" in refused(frontier.main, [*arguments, "--extra-steps", "2", "--jobs", "0"], capsys=capsys)
 
 
 # Random damage ------------------------------------------------------------------------------------------------------

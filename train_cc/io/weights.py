@@ -10,6 +10,8 @@ from train_cc.io.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # of a model folder, beside config.json
+
 
 def fit_shapes(
     own: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], source: Path | str, hint: str = ""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from train_cc.io.errors import InputError
 from train_cc.io.read import Number, check_numbers, read_json, read_safetensors, require_keys, safetensors_shapes
-from train_cc.io.weights import block_count, fit_shapes, load_weights
+from train_cc.io.weights import WEIGHTS_NAME, block_count, fit_shapes, load_weights
 from train_cc.io.write import copy_mode
 
 # name -> the arguments of `SiT` that it stands for; inputs are 4 x 32 x 32 latents, 1000 classes, by default.
@@ -38,7 +38,6 @@ SIT_CONFIG = {
 SIT_DEFAULTS = {"patch_size": 2, "mlp_ratio": 4.0}
 EXPECTED = "a SiT's model folder"
 DIFFUSERS_OPTIONS = {"device_map", "variant", "quantization_config", "subfolder", "revision"}
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
 def check_sit_config(config: Mapping, source: Path | str) -> dict:
