@@ -7,37 +7,37 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-from torch import nn
-
-from train_cc.distillation.state import generator_from, kind_of, recorded_arguments, sampling_of
-from train_cc.draws import Draws
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.io.write import check_whole_folder, need_space, record, was_interrupted, whole_folder
-from train_cc.models.generator import (
-    GENERATION_CONFIG,
-    save_generator,
-)
-from train_cc.models.sit import WEIGHTS_NAME, SiT, check_sit_config
-from train_cc.models.vae import load_vae, require_decoder
-from train_cc.run.checkpoint import open_checkpoint
 
-WRITTEN = ("config.json", WEIGHTS_NAME, GENERATION_CONFIG)
+if TYPE_CHECKING:
+    from torch import nn
+
+    from train_cc.models.sit import SiT
+
+WRITTEN = ("config.json", WEIGHTS_NAME, "generation_config.json")
 PIPELINE_WRITTEN = ("model_index.json", "generator", "vae")
 
 
-@torch.no_grad()
-def require_same_outputs(before: SiT, after: SiT) -> None:
+def require_same_outputs(before: "SiT", after: "SiT") -> None:
     """What was written and read again must give the same velocities, bit for bit."""
+    import torch
+
+    from train_cc.draws import Draws
+
     draws = Draws(0)
     x, y = draws.noise(2, *before.sample_shape), draws.integers(before.null_class, 2)
     for time in (1.0, 0.5):
         t = torch.full((2,), time)
-        if not torch.equal(before(x, t, y), after(x, t, y)):
+        with torch.no_grad():
+            same = torch.equal(before(x, t, y), after(x, t, y))
+        if not same:
             raise InputError("the written generator gives other outputs than the checkpoint's: is the disk failing?")
 
 
@@ -79,9 +79,12 @@ def check_targets(args: argparse.Namespace) -> bool:
 
 
 def save_both(
-    generator: SiT, vae: nn.Module | None, sampling: dict, provenance: dict, folders: dict[str, Path]
+    generator: "SiT", vae: "nn.Module | None", sampling: dict, provenance: dict, folders: dict[str, Path]
 ) -> None:
     """Write what ``folders`` names, read it again, and compare."""
+    from train_cc.models.generator import save_generator
+    from train_cc.models.sit import SiT
+
     if "--output-dir" in folders:
         folder = folders["--output-dir"]
         save_generator(generator, folder, sampling["num_inference_steps"], sampling["timestep_shift"], **provenance)
@@ -97,6 +100,12 @@ def save_both(
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     overwrite = check_targets(args)
+    # Networks take seconds to import: what is wrong with the command line has been said.
+    from train_cc.distillation.state import generator_from, kind_of, recorded_arguments, sampling_of
+    from train_cc.models.sit import check_sit_config
+    from train_cc.models.vae import load_vae, require_decoder
+    from train_cc.run.checkpoint import open_checkpoint
+
     checkpoint = open_checkpoint(args.checkpoint)
     recorded, vae = recorded_arguments(checkpoint), None
     provenance = {

@@ -7,22 +7,17 @@ reversed time), or a folder of ours. Sizes are read off the tensors.
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-from convert_weight import state_dicts
-from train_cc.draws import Draws
-from train_cc.flow import interpolate
 from train_cc.io import flags
 from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import read_torch, sha256
-from train_cc.io.weights import fit, load_weights
+from train_cc.io.weights import WEIGHTS_NAME, fit, load_weights
 from train_cc.io.write import (
     check_parent,
     check_whole_folder,
@@ -32,9 +27,9 @@ from train_cc.io.write import (
     whole_folder,
     write_atomically,
 )
-from train_cc.models.sit import SIT_SIZES, WEIGHTS_NAME, SiT
-from train_cc.objectives import velocity_matching_loss
-from train_cc.samplers import euler_sample
+
+if TYPE_CHECKING:
+    from train_cc.models.sit import SiT
 
 REPA_URL = (
     "https://www.dl.dropboxusercontent.com/scl/fi/cxedbs4da5ugjq5wg3zrg/last.pt"
@@ -52,8 +47,13 @@ def read_checkpoint(path: Path) -> object:
     return read_torch(path, EXPECTED, allowed=[argparse.Namespace])
 
 
-def convert(content: object, num_heads: int | None = None, encoder_depth: int = 8) -> tuple[SiT, list[str]]:
+def convert(content: object, num_heads: int | None = None, encoder_depth: int = 8) -> "tuple[SiT, list[str]]":
     """-> the model, and lines that say what was recognised and what was dropped. Raises `InputError`."""
+    import torch
+
+    from convert_weight import state_dicts
+    from train_cc.models.sit import SIT_SIZES, SiT
+
     state, place = state_dicts.unnest(content)
     told = [f"weights: {place}"]
     state, dropped = state_dicts.drop_projectors(state)
@@ -81,51 +81,6 @@ def convert(content: object, num_heads: int | None = None, encoder_depth: int = 
     return model.eval(), told
 
 
-HYPOTHESES = {
-    "as converted": (1, False),
-    "wrong sign": (-1, False),
-    "wrong time direction": (1, True),
-    "wrong sign and time direction": (-1, True),
-}
-
-
-@torch.no_grad()
-def check_denoising(model: SiT, count: int = 4, num_steps: int = 6) -> dict[str, float]:
-    """How well the model, read in each of four ways, denoises what it samples itself when read so. No data is needed.
-
-    -> for each way mean (v - (noise - x0))^2 / mean (noise - x0)^2 over three times. A flow model read rightly stays
-    well below 1; read with a wrong sign or time direction it does not denoise its own samples.
-    """
-    draws = Draws(0)
-    noise = draws.noise(count, *model.sample_shape)
-    y = draws.integers(model.null_class, count)
-    errors = {}
-    for name, (sign, reverse) in HYPOTHESES.items():
-
-        def velocity(x, t, y, sign=sign, reverse=reverse):
-            return sign * model(x, 1 - t if reverse else t, y)
-
-        x0 = euler_sample(velocity, noise, y, num_steps).clamp(-10, 10)
-        error = 0.0
-        for time in (0.3, 0.5, 0.7):
-            fresh, t = draws.noise_like(x0), torch.full((count,), time)
-            v = velocity(interpolate(x0, fresh, t), t, y)
-            error += (velocity_matching_loss(v, x0, fresh) / (fresh - x0).square().mean()).item() / 3
-        errors[name] = error
-    return errors
-
-
-def require_denoising(model: SiT) -> None:
-    errors = check_denoising(model)
-    for name, error in errors.items():
-        print(f"check: read {name}, relative denoising error {error:.3f}")
-    best, found = min(errors, key=errors.get), errors["as converted"]
-    if not all(map(math.isfinite, errors.values())):
-        raise InputError("the converted model's outputs are not finite: its weights are no trained SiT's")
-    if best != "as converted" or not found <= 0.95:
-        raise InputError("the converted model denoises better when read otherwise: its sign or time direction is wrong")
-
-
 def plain_name(text: str) -> str:
     """Of one folder."""
     if text in ("", ".", "..") or text != Path(text).name or not text.isprintable():
@@ -149,9 +104,11 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-def load_source(args: argparse.Namespace) -> tuple[SiT, list[str], Path]:
+def load_source(args: argparse.Namespace) -> "tuple[SiT, list[str], Path]":
     """-> the model, what was recognised, and the file or folder that was read. Raises `InputError`."""
     if args.input is not None and args.input.is_dir():
+        from train_cc.models.sit import SiT
+
         return SiT.from_pretrained(args.input), [f"recognised: a model folder of ours, {args.input}"], args.input
     source = args.input or args.save_dir / "last.pt"
     if args.input is None:
@@ -165,6 +122,8 @@ def load_source(args: argparse.Namespace) -> tuple[SiT, list[str], Path]:
 
 def target_of(args: argparse.Namespace, config: dict | None = None) -> Path:
     """The model folder to write, named after the size unless a name was given."""
+    from train_cc.models.sit import SIT_SIZES
+
     known = [name for name, size in SIT_SIZES.items() if config and size.items() <= config.items()]
     return args.save_dir / (args.name or (known[0].replace("/", "-") if known else "SiT-custom"))
 
@@ -189,6 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     model, told, source = load_source(args)
     print("\n".join(told))
     if args.check:
+        from convert_weight.denoising import require_denoising
+
         require_denoising(model)
 
     target = target_of(args, model.config)

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from convert_weight import export_generator, sit_convert
+from convert_weight import denoising, export_generator, sit_convert
 from convert_weight.pipeline import DMDRPipeline
 from convert_weight.state_dicts import reverse_time
 from evaluation.standins import authors_state, repa_state, sit_shapes, write_dinov2, write_vae
-from tests.conftest import refused, run_cold_start
+from tests.conftest import refused, run_cold_start, tree
 from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError
 from train_cc.io.write import record, write_record
@@ -259,9 +259,9 @@ def test_check_tells_right_from_wrong():
 
     for sign in (1, -1):
         for reverse in (False, True):
-            errors = sit_convert.check_denoising(Exact(sign, reverse), num_steps=20)
+            errors = denoising.check_denoising(Exact(sign, reverse), num_steps=20)
             best = min(errors, key=errors.get)
-            assert sit_convert.HYPOTHESES[best] == (sign, reverse), errors
+            assert denoising.HYPOTHESES[best] == (sign, reverse), errors
 
 
 # Downloads
@@ -402,10 +402,6 @@ def test_a_name_is_one_plain_folder_name(tmp_path, capsys, name):
     message = refused(convert_file, repa_state(**SMALL), tmp_path, "--name", name, "--overwrite", capsys=capsys)
     assert "name" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "mine.txt"]
-
-
-def tree(folder):
-    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
 
 
 FOREIGN = [

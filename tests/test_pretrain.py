@@ -65,7 +65,7 @@ def stop_at(monkeypatch, name: str, step: int) -> None:
                 raise RuntimeError("killed")
             super().__init__(*key, **more)
 
-    monkeypatch.setattr(COMMANDS[name], "Draws", Dying)
+    monkeypatch.setattr("train_cc.draws.Draws", Dying)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_killed_and_continued_equals_never_stopped(straight, tmp_path, monkeypat
     assert not list((tmp_path / "run").glob("*.safetensors")) and not (tmp_path / "run" / "config.json").exists()
     assert "finished" not in json.loads((tmp_path / "run" / "args.json").read_text())
     seen = []
-    monkeypatch.setattr(COMMANDS[name], "Draws", lambda *key, **more: seen.append(key[-1]) or Draws(*key, **more))
+    monkeypatch.setattr("train_cc.draws.Draws", lambda *key, **more: seen.append(key[-1]) or Draws(*key, **more))
     train(name, tmp_path / "run", "--checkpoint-steps", "2")
     assert seen == list(range(2, 5))
     assert same(trained(straight[name]), trained(tmp_path / "run"))
@@ -249,8 +249,8 @@ def test_nothing_shares_random_numbers_at_one_seed(straight, tmp_path, monkeypat
         ("evaluation", "classifier", "--purpose", "evaluation"),
         ("other", "classifier", "--architecture", "test_efficientnet"),
     ):
-        module, rows = COMMANDS[kind], []
-        monkeypatch.setattr(module, "Draws", lambda *key, rows=rows, **kw: rows.append(key) or Draws(*key, **kw))
+        rows = []
+        monkeypatch.setattr("train_cc.draws.Draws", lambda *key, rows=rows, **kw: rows.append(key) or Draws(*key, **kw))
         train(kind, tmp_path / name, *more, "--max-train-steps", "1")
         keys[name] = torch.stack([Draws(*key).uniform(64) for key in rows])
         starts[name] = trained(tmp_path / name)

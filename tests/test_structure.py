@@ -1,6 +1,8 @@
 """The rooms: a module imports only from lower levels, and rooms of one level do not know each other."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,38 @@ def test_only_the_door_sees_the_command_line(path):
     module = path.relative_to(ROOT).parts
     if module[0] == "train_cc" and module[1] in ("distillation", "rewards", "models", "run"):
         assert "argparse" not in path.read_text(), f"{path} takes the command line's arguments"
+
+
+COMMANDS = [
+    "train_cc.cold_start",
+    "train_cc.dmdr_refl",
+    "train_cc.pretrain.data",
+    "train_cc.pretrain.teacher",
+    "train_cc.pretrain.classifier",
+    "convert_weight.sit_convert",
+    "convert_weight.export_generator",
+    "evaluation.generate",
+    "evaluation.evaluate",
+    "evaluation.statistics",
+    "evaluation.frontier",
+    "evaluation.report",
+]
+
+
+def test_commands_answer_before_they_import_networks():
+    """Help and what is wrong with a command line: torch and its like take seconds."""
+    code = f"""
+import runpy, sys
+for name in {COMMANDS}:
+    for flag, expected in (("--help", 0), ("--no-such-flag", 2)):
+        sys.argv = [name, flag]
+        try:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            assert end.code == expected, (name, flag, end.code)
+        heavy = {{"torch", "timm", "accelerate", "matplotlib"}} & sys.modules.keys()
+        assert not heavy, (name, flag, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("usage:") == len(COMMANDS)

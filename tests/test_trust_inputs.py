@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert_weight import sit_convert
+from convert_weight import denoising, sit_convert
 from convert_weight.pipeline import DMDRPipeline
 from evaluation.standins import repa_state, write_dinov2, write_vae
 from tests.conftest import TINY, random_sit, refused
@@ -330,10 +330,10 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
 
 @pytest.mark.parametrize("error", [float("nan"), float("inf")])
 def test_the_check_does_not_pass_errors_that_are_not_finite(monkeypatch, error):
-    errors = dict.fromkeys(sit_convert.HYPOTHESES, 2.0) | {"as converted": error}
-    monkeypatch.setattr(sit_convert, "check_denoising", lambda model: errors)
+    errors = dict.fromkeys(denoising.HYPOTHESES, 2.0) | {"as converted": error}
+    monkeypatch.setattr(denoising, "check_denoising", lambda model: errors)
     with pytest.raises(InputError, match="not finite"):
-        sit_convert.require_denoising(None)
+        denoising.require_denoising(None)
 
 
 DINOV2_SPOILS = {

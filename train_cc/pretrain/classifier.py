@@ -6,32 +6,42 @@
 import argparse
 import time
 import zlib
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from train_cc.draws import Draws, rng_of
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.flags import Parser, integer, number
-from train_cc.models.classifier import ImageClassifier, accuracy
-from train_cc.pretrain.data import NUM_CLASSES, add_data_arguments, load_dataset
-from train_cc.pretrain.resumable import CLASSIFIER, Training, add_training_arguments, output_folder, run_training
+from train_cc.pretrain.data import NUM_CLASSES, add_data_arguments, add_training_arguments, load_dataset
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from train_cc.models.classifier import ImageClassifier
+    from train_cc.pretrain.resumable import Training
 
 PURPOSES = ("reward", "evaluation")
 
 
 def draws_key(args: argparse.Namespace) -> tuple[int, ...]:
     """Of initialisation and draws: two classifiers of one seed have none in common, or the hold-out would be weak."""
+    from train_cc.pretrain.resumable import CLASSIFIER
+
     return args.seed, CLASSIFIER, PURPOSES.index(args.purpose), zlib.crc32(args.architecture.encode())
 
 
-def classifier_training(model: ImageClassifier, images: Tensor, labels: Tensor, args: argparse.Namespace) -> Training:
+def classifier_training(
+    model: "ImageClassifier", images: "Tensor", labels: "Tensor", args: argparse.Namespace
+) -> "Training":
     """Cross-entropy on images with added noise of a standard deviation uniform in [0, ``noise_augmentation``]."""
+    import torch
+    from torch.nn import functional as F
+
+    from train_cc.draws import Draws
+    from train_cc.pretrain.resumable import Training
+
     device = next(model.parameters()).device
     data, targets = images.to(device).float() / 255, labels.to(device)
 
-    def update(step: int) -> Tensor:
+    def update(step: int) -> "Tensor":
         draws = Draws(*draws_key(args), step, device=device)
         rows = draws.integers(len(targets), args.batch_size).to(device)
         spread = draws.uniform(args.batch_size).float().to(device).view(-1, 1, 1, 1) * args.noise_augmentation
@@ -58,8 +68,13 @@ def command_parser() -> Parser:
     return parser
 
 
-def build(args: argparse.Namespace, images: Tensor) -> ImageClassifier:
+def build(args: argparse.Namespace, images: "Tensor") -> "ImageClassifier":
     """A fresh classifier that was tried on two images. Raises `InputError` where it cannot take them."""
+    import torch
+
+    from train_cc.draws import rng_of
+    from train_cc.models.classifier import ImageClassifier
+
     torch.manual_seed(rng_of(*draws_key(args)).initial_seed())
     try:
         model = ImageClassifier(args.architecture, NUM_CLASSES, images.shape[1], args.image_size)
@@ -82,6 +97,11 @@ def build(args: argparse.Namespace, images: Tensor) -> ImageClassifier:
 def main(argv: list[str] | None = None) -> None:
     args = command_parser().parse_args(argv)
     images, labels = load_dataset(args.dataset, args.data_dir)
+    import torch  # what is wrong with the command line has been said
+
+    from train_cc.models.classifier import accuracy
+    from train_cc.pretrain.resumable import output_folder, run_training
+
     with output_folder("pretrain.classifier", args) as something_is_left:
         if not something_is_left:
             return

@@ -9,23 +9,26 @@ import json
 import math
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.flags import Parser, path
+from train_cc.io.flags import COUNT, LEARNING_RATE, SEED, Parser, integer, path
 from train_cc.io.read import parsing, require_folder
 from train_cc.io.write import MARK, check_output_file, need_space, record, write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DATASETS = ("digits", "fashion-mnist")
 NUM_CLASSES = 10  # of both
 IDX_FOLDER = "a folder of Fashion-MNIST's idx files (train-images-idx3-ubyte and so on, or .gz)"
 
 
-def _digits() -> tuple[Tensor, Tensor]:
+def _digits() -> "tuple[Tensor, Tensor]":
     """scikit-learn's 1797 handwritten digits, 8 x 8, grey values 0 to 16."""
+    import torch
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -33,8 +36,10 @@ def _digits() -> tuple[Tensor, Tensor]:
     return images.unsqueeze(1), torch.from_numpy(data.target).long()
 
 
-def _read_idx(folder: Path, stem: str, shape: tuple[int, ...]) -> Tensor:
+def _read_idx(folder: Path, stem: str, shape: tuple[int, ...]) -> "Tensor":
     """uint8 (N, *shape). Raises `InputError` for a file that is missing, torn, or has another shape."""
+    import torch
+
     for file in (folder / f"{stem}.gz", folder / stem):
         if file.is_file():
             expected = f"a whole idx file of unsigned bytes, N{''.join(f' x {side}' for side in shape)},"
@@ -64,7 +69,7 @@ def _download() -> Path:
     return folder
 
 
-def _fashion_mnist(data_dir: Path | None) -> tuple[Tensor, Tensor]:
+def _fashion_mnist(data_dir: Path | None) -> "tuple[Tensor, Tensor]":
     """The 60 000 training images, 28 x 28, from a folder of idx files, else downloaded."""
     folder = _download() if data_dir is None else require_folder(data_dir, IDX_FOLDER)
     images = _read_idx(folder, "train-images-idx3-ubyte", (28, 28))
@@ -77,7 +82,7 @@ def _fashion_mnist(data_dir: Path | None) -> tuple[Tensor, Tensor]:
     return images.unsqueeze(1), labels.long()
 
 
-def load_dataset(name: str, data_dir: Path | str | None = None) -> tuple[Tensor, Tensor]:
+def load_dataset(name: str, data_dir: Path | str | None = None) -> "tuple[Tensor, Tensor]":
     """-> images uint8 (N, C, H, W), labels int64 (N,). Raises `InputError` for an unknown or unreadable data set."""
     if name == "digits" and data_dir is not None:
         raise InputError(f"--data-dir is {data_dir}; it is for fashion-mnist alone, digits come with scikit-learn")
@@ -93,6 +98,16 @@ def add_data_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--data-dir", type=path, help="folder of Fashion-MNIST's idx files; without it torchvision downloads them"
     )
+
+
+def add_training_arguments(parser: Parser, max_train_steps: int) -> None:
+    parser.add_argument("--output-dir", type=path, required=True)
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier command trained there")
+    parser.add_argument("--max-train-steps", type=COUNT, default=max_train_steps)
+    parser.add_argument("--checkpoint-steps", type=COUNT, default=250, help="steps between checkpoints")
+    parser.add_argument("--batch-size", type=integer(1, 2**16), default=128)
+    parser.add_argument("--learning-rate", type=LEARNING_RATE, default=2e-3, help="at the start; decays by a cosine")
+    parser.add_argument("--seed", type=SEED, default=30)
 
 
 @exits_on_input_error

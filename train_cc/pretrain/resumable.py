@@ -22,7 +22,6 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from train_cc.io.errors import InputError
-from train_cc.io.flags import COUNT, LEARNING_RATE, SEED, Parser, integer, path
 from train_cc.io.read import read_torch
 from train_cc.io.weights import fit, require_finite
 from train_cc.io.write import RECORD, check_output_dir, flush, locked, need_space, record, record_of, write_record
@@ -34,16 +33,6 @@ WRITTEN = (CHECKPOINT, CHECKPOINT + ".tmp", "config.json", "model.safetensors", 
 TEACHER, CLASSIFIER = 21, 22
 # Arguments that change nothing of what is trained.
 ASIDE = {"output_dir", "overwrite", "checkpoint_steps", "data_dir"}
-
-
-def add_training_arguments(parser: Parser, max_train_steps: int) -> None:
-    parser.add_argument("--output-dir", type=path, required=True)
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier command trained there")
-    parser.add_argument("--max-train-steps", type=COUNT, default=max_train_steps)
-    parser.add_argument("--checkpoint-steps", type=COUNT, default=250, help="steps between checkpoints")
-    parser.add_argument("--batch-size", type=integer(1, 2**16), default=128)
-    parser.add_argument("--learning-rate", type=LEARNING_RATE, default=2e-3, help="at the start; decays by a cosine")
-    parser.add_argument("--seed", type=SEED, default=30)
 
 
 def cosine_decay(step: int, steps: int, floor: float = 0.05) -> float:

@@ -6,29 +6,35 @@
 import argparse
 import os
 import time
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
-
-from train_cc.draws import Draws, rng_of
-from train_cc.flow import interpolate
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.flags import DECAY, Parser, integer, number
-from train_cc.models.sit import SiT
-from train_cc.objectives import velocity_matching_loss
-from train_cc.pretrain.data import NUM_CLASSES, add_data_arguments, load_dataset
-from train_cc.pretrain.resumable import TEACHER, Training, add_training_arguments, output_folder, run_training
-from train_cc.run.ema import warmed_up_average
-from train_cc.schedules import logit_normal_times
+from train_cc.pretrain.data import NUM_CLASSES, add_data_arguments, add_training_arguments, load_dataset
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from train_cc.models.sit import SiT
+    from train_cc.pretrain.resumable import Training
 
 
-def teacher_training(model: SiT, images: Tensor, labels: Tensor, args: argparse.Namespace) -> Training:
+def teacher_training(model: "SiT", images: "Tensor", labels: "Tensor", args: argparse.Namespace) -> "Training":
     """Flow matching: E (v(x_t, t, y) - (noise - x0))^2, y replaced by the null class at ``label_dropout``; EMA."""
+    import torch
+    from torch.optim.swa_utils import AveragedModel
+
+    from train_cc.draws import Draws
+    from train_cc.flow import interpolate
+    from train_cc.objectives import velocity_matching_loss
+    from train_cc.pretrain.resumable import TEACHER, Training
+    from train_cc.run.ema import warmed_up_average
+    from train_cc.schedules import logit_normal_times
+
     device = next(model.parameters()).device
     data, targets = images.to(device).float() / 127.5 - 1, labels.to(device)
 
-    def update(step: int) -> Tensor:
+    def update(step: int) -> "Tensor":
         draws = Draws(args.seed, TEACHER, step, device=device)
         rows = draws.integers(len(targets), args.batch_size).to(device)
         x0, y = data[rows], targets[rows]
@@ -71,6 +77,12 @@ def main(argv: list[str] | None = None) -> None:
             f"--hidden-size {args.hidden_size} with --depth {args.depth} needs {needed / 1e9:.0f} GB of memory, "
             f"this machine has {there / 1e9:.0f} GB"
         )
+    import torch  # what is wrong with the command line has been said
+
+    from train_cc.draws import rng_of
+    from train_cc.models.sit import SiT
+    from train_cc.pretrain.resumable import TEACHER, output_folder, run_training
+
     with output_folder("pretrain.teacher", args) as something_is_left:
         if not something_is_left:
             return
