@@ -7,6 +7,7 @@ import torch
 from evaluation import metrics
 from train_cc.io.errors import InputError
 from train_cc.rewards.at_x0 import Reward, Term, reward_terms
+from train_cc.rewards.build import window_note
 from train_cc.rewards.frechet import (
     Frechet,
     decayed,
@@ -16,7 +17,6 @@ from train_cc.rewards.frechet import (
     sums_of,
     transport,
     transport_matrix,
-    window_note,
 )
 from train_cc.rewards.statistics import Statistics
 

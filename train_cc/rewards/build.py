@@ -14,11 +14,13 @@ from train_cc.models.dinov2 import DINOv2Classifier
 from train_cc.models.features import load_space
 from train_cc.rewards.at_x0 import Reward
 from train_cc.rewards.classifier import classifier_losses
-from train_cc.rewards.frechet import Frechet, window_note
+from train_cc.rewards.frechet import Frechet
 from train_cc.rewards.python_file import PythonReward
 from train_cc.rewards.spec import RewardSpec, named_apart
 from train_cc.rewards.statistics import read_statistics
 from train_cc.rewards.tilt import Tilt
+
+SAMPLES_A_CLASS = 10  # fewer in the window, and the class means are noise
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,22 @@ def frechet_reward(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Rewar
     if note := window_note(fit.frechet_window, statistics.size, classes):
         built.notes.append(note)
     return Reward(name, spec.weight, memory.losses, memory)
+
+
+def window_note(window: int, size: int, num_classes: int) -> str | None:
+    """A warning where the statistics of a window are noise, or None. ``num_classes``: 1 if unconditional."""
+    if num_classes > 1 and window < SAMPLES_A_CLASS * num_classes:
+        return (
+            f"WARNING: --frechet-window {window} holds {window / num_classes:.1f} samples of each of the {num_classes} "
+            f"classes: their means are noise. Raise it to {SAMPLES_A_CLASS * num_classes} or more, or give "
+            "--frechet-unconditional"
+        )
+    if window < 2 * size:
+        return (
+            f"WARNING: --frechet-window {window} is short for {size} features: their covariance is noise. "
+            f"Raise it to {2 * size} or more"
+        )
+    return None
 
 
 def python_reward(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Reward:

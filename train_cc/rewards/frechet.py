@@ -27,7 +27,6 @@ ROUNDING = 1e-12  # eigenvalues below this part of the largest are rounding
 LARGEST_GAIN = 100.0
 SCALE_TURNS = 3  # generator turns over which the scale is measured
 GRADIENTS = ("matching", "frechet")  # whose norms give the scale
-SAMPLES_A_CLASS = 10  # fewer in the window, and the class means are noise
 
 # Mathematics: float64, symbols as above; K classes, D features ----------------------------------------------------
 
@@ -94,22 +93,6 @@ def frechet_distance(
     """sum_y share[y] |mu[y] - mu_r[y]|^2 + tr S + tr S_r - 2 tr (R S R)^(1/2). One class: FD as FID has it."""
     between = (share * (mu - mu_real).square().sum(dim=1)).sum()
     return between + sigma.trace() + sigma_real.trace() - 2 * trace_root
-
-
-def window_note(window: int, size: int, num_classes: int) -> str | None:
-    """A warning where the statistics of a window are noise, or None. ``num_classes``: 1 if unconditional."""
-    if num_classes > 1 and window < SAMPLES_A_CLASS * num_classes:
-        return (
-            f"WARNING: --frechet-window {window} holds {window / num_classes:.1f} samples of each of the {num_classes} "
-            f"classes: their means are noise. Raise it to {SAMPLES_A_CLASS * num_classes} or more, or give "
-            "--frechet-unconditional"
-        )
-    if window < 2 * size:
-        return (
-            f"WARNING: --frechet-window {window} is short for {size} features: their covariance is noise. "
-            f"Raise it to {2 * size} or more"
-        )
-    return None
 
 
 # The reward, with its memory ---------------------------------------------------------------------------------------

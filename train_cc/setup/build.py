@@ -107,40 +107,44 @@ def check_functions(built: Built, decode: Callable[[Tensor], Tensor], shape: tup
             check(images, y)
 
 
+def judged(args: argparse.Namespace, session: Session, num_classes: int, channels: int) -> tuple[Built, Fit]:
+    """Rewards, tilts and the held-out judge, on the device, each with the attention that is fast there."""
+    device, dtype = session.device, COMPUTE_DTYPES[session.generator_accelerator.mixed_precision]
+    own = {"num_classes": num_classes, "channels": channels, "device": device, "dtype": dtype}
+    fit = settings_of(Fit, args, **own, reduce=session.total, checkpointing=args.reward_checkpointing)
+    built = build_rewards(rewards_of(args), args.tilt, fit)
+    add_holdout(args, fit, built)
+    for judge in built.judges.values():
+        choose_attention(judge, device, dtype)
+    return built, fit
+
+
+def load_decode(args: argparse.Namespace, built: Built, fit: Fit) -> Callable[[Tensor], Tensor]:
+    """x0 -> images; its file is noted in ``built``. Without previews and rewards nothing is decoded, or loaded."""
+    decoded = args.vae != "none" and (args.num_previews or built.rewards or built.tilts)
+    decode = load_decoder(args.vae if decoded else None, fit.device, fit.dtype)
+    if isinstance(decode, nn.Module):  # pixel space has no decoder network
+        built.files["vae"] = decode.files
+        if args.reward_checkpointing and built.rewards:
+            decode.enable_gradient_checkpointing()
+    return decode
+
+
 def build(args: argparse.Namespace, session: Session) -> Run:
     """Load the teacher twice: as the estimator's frozen base, and as the generator's start."""
     if args.compile:
         configure_compiler()
         require_compiler()  # before anything is loaded
-    device, dtype = session.device, COMPUTE_DTYPES[session.generator_accelerator.mixed_precision]
     how = settings_of(Optimisation, args)
     teacher, config, shown = load_teacher(args)
-    fit = settings_of(
-        Fit,
-        args,
-        num_classes=config["num_classes"],
-        channels=shown,
-        device=device,
-        dtype=dtype,
-        reduce=session.total,
-        checkpointing=args.reward_checkpointing,
-    )
-    built = build_rewards(rewards_of(args), args.tilt, fit)
-    add_holdout(args, fit, built)
-    for judge in built.judges.values():
-        choose_attention(judge, device, dtype)
-    sample_shape, read = teacher.sample_shape, {"teacher": teacher.files} | built.files
+    built, fit = judged(args, session, config["num_classes"], shown)
+    sample_shape, of_teacher = teacher.sample_shape, {"teacher": teacher.files}
     estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
-    prepare_network(estimator, args, device, dtype)  # before the generator is loaded: never two copies in fp32
+    prepare_network(estimator, args, fit.device, fit.dtype)  # before the generator is loaded: never two copies in fp32
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
     generator = build_generator(args.teacher, rank, args.seed)
-    prepare_network(generator, args, device, dtype)
-    decoded = args.vae != "none" and (args.num_previews or built.rewards or built.tilts)
-    decode = load_decoder(args.vae if decoded else None, device, dtype)
-    if isinstance(decode, nn.Module):  # pixel space has no decoder network
-        read["vae"] = decode.files
-        if args.reward_checkpointing and built.rewards:
-            decode.enable_gradient_checkpointing()
+    prepare_network(generator, args, fit.device, fit.dtype)
+    decode = load_decode(args, built, fit)
     check_functions(built, decode, sample_shape, fit)
     session.notes += built.notes
     # Placed first: sharding replaces the parameters, and EMA and optimizers belong to those that are trained.
@@ -169,5 +173,5 @@ def build(args: argparse.Namespace, session: Session) -> Run:
         judges=built.judges,
         lora_rank_generator=rank,
         arguments=json.loads(json.dumps(vars(args), default=str)),
-        hashes=input_hashes(read),
+        hashes=input_hashes(of_teacher | built.files),
     )
