@@ -111,6 +111,15 @@ def logged(run: Path, name: str = "gen") -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory):
+    """A folder with a random classifier of digits."""
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    ImageClassifier("test_resnet", num_classes=10, in_channels=1, image_size=32).save_pretrained(folder)
+    return folder
+
+
 def words(*arguments) -> list[str]:
     return [str(argument) for argument in arguments]
 

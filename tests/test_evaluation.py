@@ -21,14 +21,6 @@ from train_cc.pretrain import data
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("classifier")
-    torch.manual_seed(0)
-    ImageClassifier("test_resnet", num_classes=10, in_channels=1, image_size=32).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def digits(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["data", "--output", str(tmp_path / "reference.npz")])

@@ -36,14 +36,6 @@ def sampled(source, output, *more) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("classifier")
-    torch.manual_seed(0)
-    ImageClassifier("test_resnet", num_classes=10, in_channels=1, image_size=32).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def images():
     return np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
 

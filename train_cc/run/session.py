@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -103,6 +104,7 @@ class Session:
 def leave_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # a group ends its threads when the last thing that holds it goes
 
 
 class StopSignal:
