@@ -12,12 +12,17 @@ of fewer than 50 000 images says so: FID-5k. Several sample files may stand befo
 import argparse
 import os
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evaluation.files import apart, image_shape, printable, table, write_figures
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import sha256
 from train_cc.io.write import check_output_file, library_versions
+
+if TYPE_CHECKING:
+    from train_cc.models.features import FeatureSpace
 
 
 def row_name(text: str) -> str:
@@ -80,6 +85,16 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
     return names
 
 
+def warn_of_rewards(path: Path, provenance: dict | None, space: "FeatureSpace") -> None:
+    """A reward moves its own space first: figures there say little."""
+    rewarded = (provenance or {}).get("rewards_sha256")
+    if isinstance(rewarded, list) and space.sha256 in rewarded:
+        print(
+            f"warning: {space.name} rewarded the generator of {path}: judge it in a space that no reward used",
+            file=sys.stderr,
+        )
+
+
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
@@ -103,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     rows, pictures = {}, []
     for name, path in zip(names, args.samples, strict=True):
         rows[name], images = evaluate(path, reference, space, args.batch_size, args.bootstrap)
+        warn_of_rewards(path, rows[name]["generation"], space)
         pictures.append(images[: args.picture_columns].copy())
     print(table(rows, next(iter(rows.values()))["images"]))
     print(f"features: {space.name}; FID reference: {reference.source}")

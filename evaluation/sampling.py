@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from train_cc.draws import Draws
 from train_cc.io.errors import InputError
 from train_cc.io.read import check_numbers, read_npz, require_file, require_folder, sha256
 from train_cc.io.write import check_output_file, library_versions, mark_of, need_space, record
-from train_cc.models.generator import SAMPLING, read_sampling
+from train_cc.models.generator import SAMPLING, read_rewards, read_sampling
 from train_cc.models.sit import WEIGHTS_NAME, SiT, read_sit_config
 from train_cc.models.vae import images_to_uint8, load_decoder, require_decoder, vae_files
 from train_cc.run.checkpoint import Checkpoint, open_checkpoint
@@ -97,6 +97,7 @@ class Source:
     checkpoint: Checkpoint | None
     sha256: str  # of its weights
     sampling: tuple[int, float] | None
+    rewards_sha256: list[str] = field(default_factory=list)  # networks that rewarded it, as far as it is recorded
 
     @property
     def in_channels(self) -> int:
@@ -113,11 +114,12 @@ def open_source(path: Path) -> Source:
         checkpoint = open_checkpoint(path)
         name = "ema" if checkpoint.has("accelerator_1/ema.safetensors") else "generator"
         weights = require_file(checkpoint.file(f"accelerator_1/{name}.safetensors"), "the checkpoint's weights")
-        return Source(path, checkpoint, sha256(weights), recorded_sampling(checkpoint))
+        rewards = checkpoint.units.get("rewards_sha256", [])
+        return Source(path, checkpoint, sha256(weights), recorded_sampling(checkpoint), rewards)
     if path.is_file():
         raise InputError(f"{path} is a file; a model folder or a checkpoints/torch_units/step-N.pt is expected")
     require_folder(path, f"a model folder, with config.json and {WEIGHTS_NAME},", "config.json", WEIGHTS_NAME)
-    return Source(path, None, sha256(path / WEIGHTS_NAME), read_sampling(path))
+    return Source(path, None, sha256(path / WEIGHTS_NAME), read_sampling(path), read_rewards(path))
 
 
 def recorded_sampling(checkpoint: Checkpoint) -> tuple[int, float]:
@@ -168,6 +170,7 @@ def provenance_of_run(args: argparse.Namespace, source: Source) -> dict:
         "made_by": mark_of("samples"),
         "arguments": what,
         "generator_sha256": source.sha256,
+        "rewards_sha256": source.rewards_sha256,
         "vae_sha256": None if args.vae == "none" else sha256(vae_files(args.vae)[1]),
         "versions": library_versions(),
     }

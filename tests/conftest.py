@@ -120,6 +120,17 @@ def classifier(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def real(tmp_path_factory, reward_folder) -> Path:
+    """Statistics of the real digits in the features of the tests' classifier."""
+    file = tmp_path_factory.mktemp("statistics") / "digits.npz"
+    from evaluation import statistics
+
+    words = ["--images", "digits", "--space", f"classifier:{reward_folder}", "--output", file]
+    statistics.main([str(word) for word in words])
+    return file
+
+
 def words(*arguments) -> list[str]:
     return [str(argument) for argument in arguments]
 

@@ -139,7 +139,7 @@ def numbers(row: dict) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_two_processes_train_what_one_does_with_two_accumulated_batches(teacher, tmp_path, reward_folder, steps):
+def test_two_processes_train_what_one_does_with_two_accumulated_batches(teacher, tmp_path, reward_folder, real, steps):
     """Both stages, DDP and FSDP2: after 4 or 20 generator updates all weights agree to 1e-6; so do the logs."""
     accumulated = [*PARITY, "--gradient-accumulation-steps", 2]
     cold = run_cold_start(teacher, tmp_path / "one", *accumulated, "--max-train-steps", steps)
@@ -151,6 +151,12 @@ def test_two_processes_train_what_one_does_with_two_accumulated_batches(teacher,
         sharded = kind == "fsdp2"
         jobs.append(job(teacher, tmp_path / kind, *PARITY, "--max-train-steps", steps, sharded=sharded))
         jobs.append(job(teacher, tmp_path / f"{kind}_dmdr", *PARITY, *reward, stage="dmdr_refl", sharded=sharded))
+    # Rewards of a distribution and tilts see the samples of all processes.
+    of_all = ["--reward", "frechet", 1, real, "--frechet-window", 64, "--tilt", 1, "classifier", reward_folder]
+    of_all = [*of_all, "--max-train-steps", steps]
+    whole = run_cold_start(teacher, tmp_path / "one_of_all", *accumulated, *of_all)
+    for kind in ("ddp", "fsdp2"):
+        jobs.append(job(teacher, tmp_path / f"{kind}_of_all", *PARITY, *of_all, sharded=kind == "fsdp2"))
     # Accumulation within each process: gradients are reduced in the last chunk alone.
     both = [*PARITY, "--batch-size", 1, "--max-train-steps", 2]
     four = run_cold_start(teacher, tmp_path / "four", *both, "--gradient-accumulation-steps", 4)
@@ -162,6 +168,10 @@ def test_two_processes_train_what_one_does_with_two_accumulated_batches(teacher,
     assert all(each["sharded"] == each["of"] > 100 for each in held[2:4])
     for kind in ("ddp", "fsdp2"):
         assert largest_difference(four, tmp_path / f"{kind}_twice", 2) < 1e-6
+        assert largest_difference(whole, tmp_path / f"{kind}_of_all", steps) < 1e-6
+        for one, other in zip(logged(whole), logged(tmp_path / f"{kind}_of_all"), strict=True):
+            assert numbers(one) == pytest.approx(numbers(other), rel=1e-4, abs=1e-6)
+    assert logged(whole)[3]["grad_norm_reward_frechet_x0"] > 0
     start = load_file(teacher / "diffusion_pytorch_model.safetensors")
     moved = load_file(cold / "generator" / "diffusion_pytorch_model.safetensors")
     assert max((start[name] - moved[name]).abs().max().item() for name in start) > 1e-4

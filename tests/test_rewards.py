@@ -2,20 +2,25 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from evaluation import statistics as statistics_command
+from evaluation import evaluate, generate
 from tests.conftest import build_run, flags, logged, refused, run_cold_start, spread_lora_b
+from tests.conftest import words as argv
 from tests.test_resume import assert_same_run, units
 from train_cc import cold_start
 from train_cc.distillation import turns
+from train_cc.draws import Draws
+from train_cc.flow import interpolate
+from train_cc.io.read import sha256
+from train_cc.objectives import dmd_direction, dmd_loss, velocity_matching_losses
 from train_cc.rewards.at_x0 import Reward, rewards_at_x0
 from train_cc.rewards.spec import RewardSpec, named_apart
 from train_cc.rewards.tilt import effective_samples, tilt_weights
+from train_cc.schedules import beta_times
 
 SHARP = """
 def sharpness(images, labels):
@@ -43,15 +48,6 @@ def sharp(tmp_path) -> str:
 def ink(tmp_path) -> str:
     (tmp_path / "ink.py").write_text(INK)
     return f"{tmp_path / 'ink.py'}:ink"
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory, reward_folder) -> Path:
-    """Statistics of the real digits in the features of the tests' classifier."""
-    file = tmp_path_factory.mktemp("statistics") / "digits.npz"
-    words = ["--images", "digits", "--space", f"classifier:{reward_folder}", "--output", file]
-    statistics_command.main([str(word) for word in words])
-    return file
 
 
 # A reward of ten lines from a file outside the package
@@ -292,3 +288,84 @@ def test_rewards_of_all_kinds_train_together(teacher, tmp_path, real, sharp, ink
         assert {f"loss_reward_{name}", f"grad_norm_reward_{name}_x0", f"grad_cosine_reward_{name}_x0"} <= row.keys()
     assert "preview_accuracy_reward_classifier" in row and "preview_accuracy_holdout" in row
     assert units(run, 3).exists()
+
+
+def two_modes(share: torch.Tensor, spread: float = 0.2):
+    """The velocity of (1 - share) N(-1, spread^2) + share N(1, spread^2), in closed form."""
+
+    def velocity(x, t):
+        t = t.float().view(-1, 1, 1, 1)
+        keep, variance = 1 - t, ((1 - t) * spread) ** 2 + t**2
+        of_mode = [(-1.0, torch.log(1 - share)), (1.0, torch.log(share))]
+        which = torch.stack([log - (x - keep * mode) ** 2 / (2 * variance) for mode, log in of_mode]).softmax(dim=0)
+        shrink = keep * spread**2 / variance
+        x0 = sum(part * (mode + shrink * (x - keep * mode)) for part, (mode, _) in zip(which, of_mode, strict=True))
+        return (x - x0) / t
+
+    return velocity
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_the_tilts_fixed_point_is_the_tilted_teacher(beta):
+    """Two modes, reward 1 at the right one: its share becomes that of p_teacher exp(beta r) / Z, within 5 %.
+
+    The fake score learns its share by the weighted loss; the generator, a threshold on its noise, by matching.
+    """
+    teacher, steps = torch.tensor(0.3), 300
+    threshold, logit = torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
+    optimizers = [torch.optim.Adam([threshold], lr=0.05), torch.optim.Adam([logit], lr=0.1)]
+    decays = [torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.1, steps) for optimizer in optimizers]
+
+    def sample(draws):
+        z = draws.noise(1024, 1, 1, 2)
+        return torch.tanh(30 * (z[..., :1] - threshold)) + 0.2 * z[..., 1:]
+
+    for step in range(steps):
+        for turn in range(2):
+            draws = Draws(3, step, turn)
+            x0 = sample(draws).detach()
+            t, noise = beta_times(draws.uniform(len(x0)), 1, 1), draws.noise_like(x0)
+            weights = tilt_weights((x0.flatten() > 0).float(), beta)
+            optimizers[1].zero_grad()
+            v = two_modes(logit.sigmoid())(interpolate(x0, noise, t), t)
+            (velocity_matching_losses(v, x0, noise) * weights).mean().backward()
+            optimizers[1].step()
+        draws = Draws(3, step, 2)
+        x0 = sample(draws)
+        t, noise = beta_times(draws.uniform(len(x0)), 1, 1), draws.noise_like(x0)
+        x_t = interpolate(x0.detach(), noise, t)
+        v_real, v_fake = two_modes(teacher)(x_t, t), two_modes(logit.detach().sigmoid())(x_t, t)
+        optimizers[0].zero_grad()
+        dmd_loss(x0, dmd_direction(v_real, v_fake, x0, noise)).backward()
+        optimizers[0].step()
+        for decay in decays:
+            decay.step()
+    share = 1 - torch.special.ndtr(threshold.detach()).item()
+    assert share == pytest.approx(0.3 * math.exp(beta) / (0.3 * math.exp(beta) + 0.7), rel=0.05)
+
+
+# What rewarded a generator is written down, for those who judge it
+
+
+def test_figures_in_the_space_of_a_reward_are_warned_of(teacher, tmp_path, reward_folder, real, capsys):
+    """Over two stages, through the export and the samples: a later stage without the reward does not wash it off."""
+    rewarded = run_cold_start(teacher, tmp_path / "a", *frechet(real), "--max-train-steps", 1)
+    later = ["--resume-ckpt", units(rewarded, 1), "--max-train-steps", 2]
+    after = run_cold_start(teacher, tmp_path / "b", *later)
+    plain = run_cold_start(teacher, tmp_path / "c", "--max-train-steps", 1)
+    digest = sha256(reward_folder / "model.safetensors")
+    made = {}
+    for name, source in (
+        ("folder", after / "generator"),
+        ("checkpoint", units(after, 2)),
+        ("plain", plain / "generator"),
+    ):
+        made[name] = tmp_path / f"{name}.npz"
+        generate.main(argv("--generator", source, "--output", made[name], "--num-images", 10))
+    images = np.load(made["plain"])["arr_0"]
+    np.savez(tmp_path / "reference.npz", arr_0=images[::-1] // 2)
+    for name, path in made.items():
+        capsys.readouterr()
+        evaluate.main(argv(path, tmp_path / "reference.npz", "--classifier", reward_folder))
+        assert ("rewarded the generator" in capsys.readouterr().err) == (name != "plain"), name
+    assert json.loads((after / "generator" / "generation_config.json").read_text())["rewards_sha256"] == [digest]

@@ -99,6 +99,7 @@ class Run:
     lora_rank_generator: int | None = None  # None: the whole generator is trained
     arguments: dict = field(default_factory=dict)  # of the command line, for records alone
     hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of what was loaded from outside, by flag
+    rewards_sha256: set[str] = field(default_factory=set)  # of the networks that rewarded, in all stages
     step: int = 0  # generator updates done
     samples_seen: int = 0  # by the generator, over all stages
 

@@ -82,6 +82,7 @@ def save(run: Run) -> Path:
         "effective_batch": run.optimisation.effective_batch(run.session.world_size),
         "model_config": run.model_config,
         "teacher_sha256": run.hashes["teacher"],
+        "rewards_sha256": sorted(run.rewards_sha256),
         "arguments": run.arguments,
         "scalers": [a.scaler and a.scaler.state_dict() for a in accelerators(run)],
         "ema_updates": run.ema.updates if run.ema else 0,
@@ -124,6 +125,7 @@ def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
         (estimator, run.estimator_optimizer.optimizer, "accelerator_2/optimizer.pt"),
     ):
         states.restore_optimizer(model, optimizer, checkpoint.read(name), checkpoint.file(name))
+    run.rewards_sha256 |= set(theirs.get("rewards_sha256", []))
     restore_average(run, checkpoint)
     restore_memories(run, checkpoint)
     for accelerator, state in zip(accelerators(run), checkpoint.units["scalers"], strict=True):
@@ -184,6 +186,7 @@ def write_generator(run: Run, state: dict[str, Tensor]) -> None:
         "step": run.step,
         "weights": "raw" if run.ema is None else "ema",
         "teacher_sha256": run.hashes["teacher"],
+        "rewards_sha256": sorted(run.rewards_sha256),
     }
     save_generator(generator, temporary, run.method.num_steps, run.method.timestep_shift, **provenance)
     for path in temporary.iterdir():

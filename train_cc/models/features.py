@@ -28,7 +28,7 @@ from train_cc.io.errors import InputError
 from train_cc.io.flags import FEATURE_SPACES
 from train_cc.io.read import first_line, read_torch, require_file, sha256
 from train_cc.io.weights import require_finite
-from train_cc.models.classifier import ImageClassifier
+from train_cc.models.classifier import WEIGHTS_NAME, ImageClassifier
 from train_cc.models.dinov2 import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, official_backbone
 
 INCEPTION_URL = (
@@ -183,9 +183,13 @@ def load_space(
 
 def classifier_space(name: str, folder: Path) -> FeatureSpace:
     classifier = ImageClassifier.from_pretrained(folder)
-    weights = folder / "model.safetensors"
-    require_finite(classifier.state_dict(), weights)
-    return of_classifier(name, classifier, sha256(weights), knows_labels=True)
+    require_finite(classifier.state_dict(), folder)
+    return of_classifier(name, classifier, weights_sha256(folder), knows_labels=True)
+
+
+def weights_sha256(folder: Path) -> str:
+    """Of a folder of pretrain/classifier.py: what its feature space is known by."""
+    return sha256(folder / WEIGHTS_NAME)
 
 
 def timm_space(name: str, architecture: str) -> FeatureSpace:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import Number, check_numbers, read_json
+from train_cc.io.read import Number, check_numbers, read_json, shown
 from train_cc.io.weights import fit, load_weights, require_finite
 from train_cc.io.write import write_atomically
 from train_cc.models.lora import GENERATOR_TARGETS, add_lora, merge_lora
@@ -64,6 +64,15 @@ def save_generator(generator: SiT, folder: str | Path, num_steps: int, shift: fl
     generator.save_pretrained(folder)
     content = {"num_inference_steps": num_steps, "timestep_shift": shift, **provenance}
     write_atomically(Path(folder) / GENERATION_CONFIG, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def read_rewards(folder: str | Path) -> list[str]:
+    """SHA-256 of the networks that rewarded this generator, as `save_generator` wrote them. Raises `InputError`."""
+    path = Path(folder) / GENERATION_CONFIG
+    found = read_json(path, "what a generator's folder says of it").get("rewards_sha256", []) if path.exists() else []
+    if not isinstance(found, list) or not all(isinstance(each, str) and len(each) == 64 for each in found):
+        raise InputError(f"{path}: rewards_sha256 is {shown(found)}; a list of SHA-256 is expected")
+    return found
 
 
 def read_sampling(folder: str | Path) -> tuple[int, float] | None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from train_cc.io.errors import InputError
+from train_cc.io.read import sha256
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.dinov2 import DINOv2Classifier
-from train_cc.models.features import load_space
+from train_cc.models.features import load_space, sha256_of_state, weights_sha256
 from train_cc.rewards.at_x0 import Reward
 from train_cc.rewards.classifier import classifier_losses
 from train_cc.rewards.frechet import Frechet
@@ -46,6 +47,7 @@ class Built:
         self.rewards: list[Reward] = []
         self.tilts: list[Tilt] = []
         self.judges: dict[str, nn.Module] = {}  # classifiers among them, by name: they score the previews too
+        self.networks: set[str] = set()  # SHA-256 of what judges, as the feature space of that network has it
         self.files: dict[str, list[Path]] = {}  # that were read, by the flag or name that named them
         self.notes: list[str] = []
         self.checks: list[Callable[[Tensor, Tensor], None]] = []  # of a user's function, on one batch
@@ -70,9 +72,12 @@ def judge_of(spec: RewardSpec, name: str, fit: Fit, built: Built) -> nn.Module:
     if spec.kind == "dinov2":
         judge = DINOv2Classifier.from_official(fit.dinov2_backbone, fit.dinov2_head)
         built.files |= {"dinov2_backbone": judge.files[:1], "dinov2_head": judge.files[1:]}
+        built.networks.add(sha256(judge.files[0]))
     else:
         judge = load_classifier(spec.source)
         built.files[f"reward_{name}"] = judge.files
+        folder = Path(spec.source)
+        built.networks.add(weights_sha256(folder) if folder.exists() else sha256_of_state(judge.network.state_dict()))
     require_judge_fits("reward", judge, fit.num_classes, fit.channels)
     if fit.checkpointing:
         judge.enable_gradient_checkpointing()
@@ -104,6 +109,7 @@ def frechet_reward(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Rewar
         fit.reduce,
     )
     built.files[f"reward_{name}"] = [path]
+    built.networks.add(space.sha256)
     classes = fit.num_classes if memory.per_class else 1
     if note := window_note(fit.frechet_window, statistics.size, classes):
         built.notes.append(note)

@@ -8,7 +8,7 @@ from train_cc.io.errors import InputError
 from train_cc.io.read import Number, shown
 from train_cc.run.folder import OF_A_STEP
 
-FORMAT_VERSION = 2  # 1 had the sizes of the files, without their SHA-256
+FORMAT_VERSION = 3  # 1: sizes of the files without their SHA-256; 2: without the networks that rewarded
 # Files that every checkpoint has, and the form of what may come beside them: no name leads out of the folder.
 NEEDED_FILES = {
     "accelerator_1/generator.safetensors",
@@ -80,6 +80,11 @@ def is_hash(value: object) -> bool:
     return isinstance(value, str) and HASH.fullmatch(value) is not None
 
 
+def hashes(value: object) -> str | None:
+    good = isinstance(value, list) and all(map(is_hash, value))
+    return None if good else "a list of SHA-256"
+
+
 def plain(value: object, depth: int = 3) -> bool:
     """Whether ``value`` is what JSON can hold, not nested deeply."""
     if isinstance(value, list):
@@ -120,7 +125,11 @@ FIELDS: dict[str, Callable[[object], str | None]] = {
     "arguments": arguments,
     "scalers": scalers,
 }
-OPTIONAL = {"effective_batch": Number(int, 1, 2**62).problem, "ema_updates": COUNT.problem}
+OPTIONAL = {
+    "effective_batch": Number(int, 1, 2**62).problem,
+    "ema_updates": COUNT.problem,
+    "rewards_sha256": hashes,
+}
 
 
 def check_units(content: object, path: Path) -> dict:

@@ -173,5 +173,6 @@ def build(args: argparse.Namespace, session: Session) -> Run:
         judges=built.judges,
         lora_rank_generator=rank,
         arguments=json.loads(json.dumps(vars(args), default=str)),
+        rewards_sha256=built.networks,
         hashes=input_hashes(of_teacher | built.files),
     )
