@@ -63,6 +63,7 @@ def test_what_is_written_is_read_with_sizes_and_hashes(tmp_path):
         assert found.has(name) and found.units["files"][name] == {"size": file.stat().st_size, "sha256": sha256(file)}
         assert found.read(name).keys() == content.keys()
     assert not found.has("accelerator_1/ema.safetensors")
+    assert not checkpoints.Checkpoint(path, found.units | {"format_version": 1}).hashed
     torch.testing.assert_close(found.read("accelerator_1/generator.safetensors")["weight"], torch.arange(3.0))
 
 
@@ -82,7 +83,10 @@ def test_a_checkpoint_ends_before_its_files_change(tmp_path, monkeypatch):
     root = written(tmp_path, 1)
     (root / "torch_units/step-1.pt.damaged").write_bytes(b"of an earlier time")
     (root / "accelerator_1/step-1.tmp").mkdir()
-    (root / "accelerator_1/step-1.tmp/optimizer.pt").write_bytes(b"of a killed run")
+    for name in ("accelerator_1/step-1.tmp/optimizer.pt", "accelerator_1/step-1/ema.safetensors"):
+        (root / name).write_bytes(b"of a killed run")
+    (root / "accelerator_2/step-1.tmp").mkdir()
+    (root / "accelerator_2/step-1.tmp/notes.txt").write_text("mine")
 
     def full(content, path):
         raise OSError("no space left")
@@ -92,7 +96,7 @@ def test_a_checkpoint_ends_before_its_files_change(tmp_path, monkeypatch):
         written(root, 1)
     assert checkpoints.complete_steps(root) == [] and not list(root.glob("torch_units/*"))
     monkeypatch.undo()
-    assert names(written(root, 1)) == sorted(files_of(1))
+    assert names(written(root, 1)) == sorted([*files_of(1), "accelerator_2/step-1.tmp/notes.txt"])
 
 
 @pytest.mark.parametrize("change", ["missing", "shorter", "longer", "a folder"])
@@ -114,6 +118,17 @@ def test_a_checkpoint_is_complete_where_every_file_has_its_size(tmp_path, change
         checkpoints.open_checkpoint(root / "torch_units/step-1.pt")
 
 
+@pytest.mark.parametrize("digit", "0f")
+def test_a_file_of_another_hash_is_damage(tmp_path, digit):
+    """Below the right hash and above it."""
+    path = written(tmp_path, 1) / "torch_units/step-1.pt"
+    content = torch.load(path, weights_only=True)
+    content["files"]["accelerator_2/optimizer.pt"]["sha256"] = digit * 64
+    torch.save(content, path)
+    with pytest.raises(InputError, match=r"SHA-256 of .*accelerator_2/step-1/optimizer.pt"):
+        checkpoints.open_checkpoint(path)
+
+
 def test_what_is_too_large_for_a_units_file_is_not_parsed(tmp_path, monkeypatch):
     """64 MiB and a byte; with the byte less it is parsed, and is something else."""
     monkeypatch.setattr(checkpoints, "read_torch", lambda path, expected: "parsed")
@@ -132,10 +147,10 @@ def test_a_link_to_a_units_file_is_the_checkpoint_that_it_leads_to(tmp_path):
 
 
 def test_steps_are_those_of_units_files_in_the_order_of_numbers(tmp_path):
-    root = written(tmp_path, 10, 9)
+    root = written(tmp_path, 10, 8, 9)
     for name in ("step-11.pt.tmp", "step-x.pt", "step-12.pt.damaged", "12.pt"):
         (root / "torch_units" / name).write_bytes(b"")
-    assert checkpoints.complete_steps(root) == [9, 10]
+    assert checkpoints.complete_steps(root) == [8, 9, 10]
     assert checkpoints.kept(root) == "the checkpoint of step 10 is kept"
     assert checkpoints.kept(tmp_path / "none") == "there is no checkpoint yet"
 
@@ -144,10 +159,11 @@ def test_the_newest_whole_checkpoint_is_found_and_what_is_wrong_with_newer_ones(
     assert checkpoints.newest_intact(tmp_path) == (None, {})
     root = written(tmp_path, 1, 2, 3, 4)
     (root / "accelerator_1/step-4/optimizer.pt").unlink()
-    os.replace(root / "torch_units/step-2.pt", root / "torch_units/step-3.pt")  # says step 2, whose files are there
+    for old, new in ((2, "x"), (3, 2), ("x", 3)):  # each says the other's step, whose files are there
+        os.replace(root / f"torch_units/step-{old}.pt", root / f"torch_units/step-{new}.pt")
     found, damaged = checkpoints.newest_intact(root)
-    assert found.step == 1 and list(damaged) == [4, 3]
-    assert "incomplete" in damaged[4] and "it says step 2" in damaged[3]
+    assert found.step == 1 and list(damaged) == [4, 3, 2]
+    assert "incomplete" in damaged[4] and "it says step 2" in damaged[3] and "it says step 3" in damaged[2]
     (root / "accelerator_1/step-1/optimizer.pt").unlink()
     with pytest.raises(InputError, match=r"no whole checkpoint: .*step-4.*; .*step-3.*; .*step-1"):
         checkpoints.newest_intact(root)
@@ -164,7 +180,7 @@ def test_bytes_are_those_of_all_tensors():
 
 @pytest.mark.parametrize(
     "keep,protected,left",
-    [(0, None, [1, 2, 3]), (1, None, [3]), (2, None, [2, 3]), (9, None, [1, 2, 3]), (1, 1, [1, 3])],
+    [(0, None, [1, 2, 3]), (1, None, [3]), (2, None, [2, 3]), (9, None, [1, 2, 3]), (1, 1, [1, 3]), (1, 2, [2, 3])],
 )
 def test_rotation_leaves_the_newest_and_the_protected(tmp_path, keep, protected, left):
     """A protected checkpoint is the same by whatever link it was named."""

@@ -6,6 +6,7 @@ import pytest
 
 from tests.test_command_line import commands
 from train_cc import cold_start, dmdr_refl
+from train_cc.distillation.settings import Method, Optimisation
 
 # docs/method.md and the paper: SiT-XL/2, ImageNet 256
 SITXL = {
@@ -97,6 +98,22 @@ def test_a_launcher_trains_with_the_numbers_of_its_recipe(script):
 def test_the_defaults_are_the_full_size_recipe(stage, recipe):
     args = vars(stage.stage_parser().parse_args(["--teacher", "t", "--output-dir", "o"]))
     assert {name: args[name] for name in recipe} == recipe
+
+
+def test_settings_without_a_command_line_are_the_full_size_recipe():
+    settings = vars(Method()) | vars(Optimisation())
+    named = SITXL_COLD | {"dynamic_steps": 0}
+    assert {name: value for name, value in settings.items() if name in named} == {
+        name: named[name] for name in settings if name in named
+    }
+    assert {name for name in settings if name not in named} == {
+        "optimizer",
+        "real_guidance_interval",
+        "frechet_observe",
+    }
+    assert (settings["optimizer"], settings["real_guidance_interval"]) == ("adamw", (0.0, 1.0))
+    assert settings["frechet_observe"] == 0  # all estimator turns
+    assert Optimisation(batch_size=3, gradient_accumulation_steps=5).effective_batch(7) == 105
 
 
 def options(words: list[str]) -> dict[str, str]:
