@@ -83,7 +83,10 @@ MODULES = {
         "test_trust_inputs::test_weights_may_be_read_by_whom_their_config_may",
         "test_convert::test_pipeline_round_trip_is_bit_identical",
     ],
-    "train_cc/rewards/tilt.py": ["test_rewards::test_tilt_weights"],
+    "train_cc/rewards/tilt.py": [
+        "test_rewards::test_tilt_weights",
+        "test_rewards::test_a_black_box_tilts_the_estimator",
+    ],
     "train_cc/run/units.py": [
         "test_checkpoint",
         "test_trust_runs::test_every_field_of_torch_units_is_checked",
