@@ -40,7 +40,7 @@ def test_the_pipeline_samples_at_its_shift():
 
 def test_the_pipeline_takes_labels_that_there_are_and_gives_what_is_asked_for():
     grey, colour = DMDRPipeline(random_sit()), DMDRPipeline(random_sit(in_channels=3))
-    for labels in ([], [-1], [10], [3, 10], [-1, 3]):
+    for labels in ([], [-1], [10], [11], [3, 10], [-1, 3]):
         with pytest.raises(ValueError, match=r"one label or more of 0 to 9 are allowed"):
             grey(labels)
     with pytest.raises(ValueError, match="output_type is 'pt'"):
@@ -51,6 +51,13 @@ def test_the_pipeline_takes_labels_that_there_are_and_gives_what_is_asked_for():
         arrays = pipeline((0, 9), generator=torch.Generator().manual_seed(1), output_type="np").images
         assert [(picture.mode, picture.size) for picture in pictures] == [(mode, (8, 8))] * 2
         assert np.array_equal(np.stack([np.asarray(picture).reshape(8, 8, -1) for picture in pictures]), arrays)
+
+
+def test_the_pipeline_keeps_no_graph(monkeypatch):
+    asked, forward = [], SiT.forward
+    monkeypatch.setattr(SiT, "forward", lambda *args: asked.append(torch.is_grad_enabled()) or forward(*args))
+    DMDRPipeline(random_sit())([1], num_inference_steps=2)
+    assert asked == [False, False]
 
 
 def test_a_pipeline_without_what_it_was_trained_for_takes_one_step_and_any_dtype(tmp_path):
