@@ -1,5 +1,9 @@
 """The figures of a log row against their definitions, the panel of a sample step, and the trackers."""
 
+import json
+import math
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +12,8 @@ from torch import nn
 
 from tests.conftest import flags, logged, refused, run_cold_start
 from train_cc import cold_start
-from train_cc.run.diagnostics import UpdateSize, by_band
-from train_cc.run.logbook import columns
+from train_cc.run.diagnostics import UpdateSize, by_band, compare_gradients, whole_norm
+from train_cc.run.logbook import JsonLines, columns, log_to, logger, not_finite, read_json_lines
 
 
 def test_bands_add_up_to_the_whole():
@@ -29,6 +33,68 @@ def test_update_size_is_that_of_the_middle_block():
         blocks[0].weight.mul_(3)
         blocks[2].weight.mul_(1.25)
     torch.testing.assert_close(size.ratio(), torch.tensor(0.25))
+
+
+def test_gradients_are_compared_by_norm_and_angle():
+    """3-4-5 and its mirror image, scaled by two."""
+    of_matching, of_reward = torch.tensor([[3.0, 4.0]]), torch.tensor([[8.0, 6.0]])
+    found = compare_gradients("x", of_matching, of_reward)
+    expected = {"grad_norm_dmd_x0": 5.0, "grad_norm_reward_x_x0": 10.0, "grad_cosine_reward_x_x0": 48 / 50}
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected)
+    assert all(value.shape == () for value in found.values())
+    assert whole_norm([of_matching, torch.tensor([12.0])]).item() == pytest.approx(13.0)
+
+
+# The log
+
+
+def test_a_log_is_appended_to_and_cut_at_the_step_that_is_resumed_from(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    path = tmp_path / "run" / "loss_logs" / "log.jsonl"
+    log = JsonLines(path, 0)
+    log.write([{"step": 1, "a": None}, {"step": 2, "a": 0.5}])
+    log.write([{"step": 2}, {"step": 3}])
+    assert path.read_text().splitlines() == [
+        '{"step": 1, "a": null}',
+        '{"step": 2, "a": 0.5}',
+        '{"step": 2}',
+        '{"step": 3}',
+    ]
+    assert read_json_lines(path) == ([json.loads(line) for line in path.read_text().splitlines()], 0)
+    JsonLines(path, 2).write([{"step": 4}])
+    assert [row["step"] for row in read_json_lines(path)[0]] == [1, 2, 2, 4] and not caplog.text
+    path.write_text('{"step": 1}\n{"step"\n[1]\n{"step": 1.0}\n')
+    assert read_json_lines(path) == ([{"step": 1}], 3)
+    JsonLines(path, 0)
+    assert path.read_text() == "" and "3 line(s) could not be read" in caplog.text
+
+
+def test_what_is_not_finite_is_named():
+    row = {"a": 1.0, "b": math.nan, "c": None, "d": -math.inf, "e": 3, "f": "nan", "g": 0.0}
+    assert not_finite(row) == ["b", "d"]
+
+
+def test_the_log_for_people_has_times_and_the_terminal_no_details(tmp_path, capsys):
+    for name in ("first", "second"):  # a process may begin a second run
+        logger.propagate = True
+        (tmp_path / name).mkdir()
+        log_to(tmp_path / name)
+        logger.info("said in %s", name)
+        logger.debug("detail \udcff")
+    try:
+        time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+        for name in ("first", "second"):
+            text = (tmp_path / name / "log.txt").read_text()
+            assert re.fullmatch(rf"{time} said in {name}\n{time} detail \\udcff\n", text)
+        assert re.fullmatch(rf"{time} said in first\n{time} said in second\n", capsys.readouterr().err)
+        assert not logger.propagate and len(logger.handlers) == 2
+    finally:
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+# A run's figures
 
 
 def test_the_bands_of_a_row_are_of_one_piece_with_its_means(teacher, tmp_path):

@@ -1,6 +1,7 @@
 """The networks: layout of the full size, every size's forward, the estimator's two readings, strict loading."""
 
 import copy
+import json
 import math
 import pickle
 
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import TINY, random_sit
 from train_cc.io.errors import InputError
 from train_cc.models import SIT_SIZES, ScoreEstimator, SiT
-from train_cc.models.generator import assemble_generator, build_generator
+from train_cc.models.generator import assemble_generator, build_generator, generator_lora_rank, read_sampling
 from train_cc.models.lora import ADAPTER, lora_layers
+from train_cc.models.sit import position_embedding, read_sit_config, sinusoidal_embedding
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -64,6 +66,79 @@ def test_sit_xl_has_the_released_names_and_shapes():
     assert sum(math.prod(shape) for shape in shapes.values()) == 675_111_184
 
 
+def test_the_sizes_are_the_papers():
+    """arXiv 2401.08740, table 1: layers, width, heads; and the defaults are the XL's, of ImageNet at 256 pixels."""
+    paper = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+    expected = {}
+    for size, (depth, hidden, heads) in paper.items():
+        for patch in (2, 4, 8):
+            of_it = {"depth": depth, "hidden_size": hidden, "num_heads": heads, "patch_size": patch}
+            expected[f"SiT-{size}/{patch}"] = of_it
+    assert expected == SIT_SIZES
+    with torch.device("meta"):
+        model = SiT()
+    of_imagenet = {"input_size": 32, "in_channels": 4, "num_classes": 1000, "mlp_ratio": 4.0}
+    assert {k: v for k, v in model.config.items() if k[0] != "_"} == expected["SiT-XL/2"] | of_imagenet
+    assert (model.null_class, model.sample_shape, model.gradient_checkpointing) == (1000, (4, 32, 32), False)
+
+
+def test_the_embeddings_are_those_written_out():
+    """Time: cosines, then sines, of t / 10000^(i / 128). Position: MAE's, half the width a direction."""
+    t = torch.tensor([0.0, 0.3, 1.0])
+    found = sinusoidal_embedding(t)
+    assert found.shape == (3, 256) and found.dtype == torch.float32
+    for row, time in zip(found.tolist(), t.tolist(), strict=True):
+        angles = [time / 10000 ** (i / 128) for i in range(128)]
+        assert row == pytest.approx([*map(math.cos, angles), *map(math.sin, angles)], abs=1e-6)
+    table = position_embedding(32, 3)
+    assert table.shape == (1, 9, 32) and table.dtype == torch.float32
+    for row in range(3):
+        for column in range(3):
+            expected = []
+            for place in (column, row):
+                angles = [place / 10000 ** (i / 8) for i in range(8)]
+                expected += [*map(math.sin, angles), *map(math.cos, angles)]
+            assert table[0, 3 * row + column].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_new_model_starts_as_dit_does():
+    """adaLN-Zero; xavier for linear layers, the patches' flattened; normal of 0.02 for the tables and the time."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model = SiT(**TINY | {"hidden_size": 128, "patch_size": 4, "in_channels": 3, "num_classes": 99})
+    state = model.state_dict()
+    zero = {name for name, value in state.items() if not value.any()}
+    adaln = {f"blocks.{i}.adaLN_modulation.1.weight" for i in range(2)} | {"final_layer.adaLN_modulation.1.weight"}
+    assert zero == {name for name in state if name.endswith("bias")} | adaln | {"final_layer.linear.weight"}
+    for name in ("y_embedder.embedding_table", "t_embedder.mlp.0", "t_embedder.mlp.2"):
+        assert state[f"{name}.weight"].std().item() == pytest.approx(0.02, rel=0.05), name
+    for name, fans in [
+        ("blocks.1.attn.qkv", 128 + 384),
+        ("blocks.0.mlp.fc1", 128 + 512),
+        ("x_embedder.proj", 128 + 48),
+    ]:
+        bound = math.sqrt(6 / fans)
+        assert 0.98 * bound < state[f"{name}.weight"].abs().max() <= bound, name
+
+
+def test_a_block_normalises_with_the_papers_epsilon():
+    """At inputs of the size of sqrt(1e-6) the epsilon is half of the variance."""
+    block, final = random_sit().blocks[0], random_sit().final_layer
+    x = torch.tensor([[[1e-3, -1e-3]]]).repeat(1, 1, 16)
+    for norm in (block.norm1, block.norm2, final.norm_final):
+        torch.testing.assert_close(norm(x), x / math.sqrt(2e-6))
+
+
+def test_tokens_are_patches_with_channels_fastest():
+    model = random_sit(in_channels=2)
+    tokens = torch.arange(16 * 8.0).view(1, 16, 8)
+    image = model.unpatchify(tokens)
+    assert image.shape == (1, 2, 8, 8)
+    for token, (p, q, channel) in [(0, (0, 0, 1)), (5, (1, 0, 0)), (14, (0, 1, 1))]:
+        row, column = divmod(token, 4)
+        assert image[0, channel, 2 * row + p, 2 * column + q] == tokens[0, token, 4 * p + 2 * q + channel]
+
+
 @pytest.mark.parametrize("name", SIT_SIZES)
 def test_every_size_runs_a_forward(name):
     model = SiT(**{**SIT_SIZES[name], "depth": 1})
@@ -97,6 +172,22 @@ def test_folder_round_trip_is_exact(tmp_path):
     assert torch.equal(model(*inputs()), other(*inputs()))
 
 
+def test_what_is_loaded_is_ready_to_sample_in_the_dtype_asked_for(tmp_path):
+    random_sit().save_pretrained(tmp_path, max_shard_size="1KB", safe_serialization=False)  # one safetensors file still
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
+    for dtype, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        model = SiT.from_pretrained(tmp_path, dtype, variant=None, revision=None)
+        assert model.dtype == expected and not model.training and model.files == [tmp_path / WEIGHTS]
+    with pytest.raises(InputError, match="not loaded with revision, variant:"):
+        SiT.from_pretrained(tmp_path, variant="fp16", revision="main", subfolder=None)
+
+
+def test_a_folder_whose_weights_are_still_to_come_has_a_config(tmp_path):
+    random_sit().save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    assert read_sit_config(tmp_path) == TINY | {"patch_size": 2, "mlp_ratio": 4.0}
+
+
 def damaged(folder, how):
     state = load_file(folder / WEIGHTS)
     if how == "missing":
@@ -108,6 +199,12 @@ def damaged(folder, how):
         save_file({f"model.{name}": value for name, value in state.items()}, folder / WEIGHTS)
     elif how == "one key missing":
         save_file({name: value for name, value in state.items() if name != "pos_embed"}, folder / WEIGHTS)
+    elif how == "no blocks":
+        save_file({name: value for name, value in state.items() if "blocks" not in name}, folder / WEIGHTS)
+    elif how == "a block missing":
+        save_file({name: value for name, value in state.items() if "blocks.1" not in name}, folder / WEIGHTS)
+    elif how == "a block more":
+        save_file(state | {"blocks.2.attn.proj.bias": torch.zeros(32)}, folder / WEIGHTS)
     elif how == "one key more":
         save_file(state | {"projectors.0.0.weight": torch.zeros(2)}, folder / WEIGHTS)
     elif how == "another size":
@@ -133,6 +230,9 @@ DAMAGES = [
     ("truncated", "damaged"),
     ("nested", "missing: .*unexpected: model"),
     ("one key missing", "missing: pos_embed"),
+    ("no blocks", r"by its config.json\): missing: blocks\.0\."),
+    ("a block missing", "it has 1 blocks, not 2"),
+    ("a block more", "it has 3 blocks, not 2"),
     ("one key more", "unexpected: projectors"),
     ("another size", "other shapes"),
     ("another class count", r"other shapes: y_embedder.embedding_table.weight \(6, 32\), expected \(11, 32\)"),
@@ -226,3 +326,32 @@ def test_merged_lora_is_the_lora(tmp_path):
 def test_lora_generator_starts_as_the_teacher(tmp_path):
     random_sit().save_pretrained(tmp_path)
     assert torch.equal(build_generator(tmp_path, lora_rank=8)(*inputs()), random_sit()(*inputs()))
+
+
+def test_a_generator_of_a_checkpoint_is_frozen_and_its_rank_twice_the_estimators(tmp_path):
+    assert (generator_lora_rank(True, 8), generator_lora_rank(False, 8)) == (16, None)
+    random_sit().save_pretrained(tmp_path)
+    lora = {name: p.detach() for name, p in build_generator(tmp_path, 8).named_parameters() if p.requires_grad}
+    for state, rank in ((random_sit().state_dict(), None), (lora, 8)):
+        generator = assemble_generator(TINY, state, tmp_path, rank)
+        assert not generator.training and not any(p.requires_grad for p in generator.parameters())
+
+
+def test_a_generators_sampling_has_limits_and_is_whole(tmp_path):
+    good = {"num_inference_steps": 1, "timestep_shift": 1}
+    file = tmp_path / "generation_config.json"
+    assert read_sampling(tmp_path) is None
+    for name, allowed, refused in [
+        ("num_inference_steps", (1, 1000), (0, 1001)),
+        ("timestep_shift", (1e-3, 1e3), (9e-4, 1000.5)),
+    ]:
+        for value in allowed:
+            file.write_text(json.dumps(good | {name: value}))
+            assert value in read_sampling(tmp_path)
+        for value in refused:
+            file.write_text(json.dumps(good | {name: value}))
+            with pytest.raises(InputError, match=f"{name} is {value}"):
+                read_sampling(tmp_path)
+        file.write_text(json.dumps({key: value for key, value in good.items() if key != name}))
+        with pytest.raises(InputError, match=rf"lacks \['{name}'\]"):
+            read_sampling(tmp_path)

@@ -1,11 +1,19 @@
 """The numbers of the launchers, written out from the method's page and the recipes: a slip of a digit is seen."""
 
+import dataclasses
 import itertools
+import re
+import shutil
+from functools import partial
+from pathlib import Path
 
 import pytest
 
-from tests.test_command_line import commands
+from tests import test_command_line
+from tests.test_command_line import ROOT, commands
 from train_cc import cold_start, dmdr_refl
+from train_cc.distillation.settings import Method, Optimisation, Output
+from train_cc.io.errors import InputError
 
 # docs/method.md and the paper: SiT-XL/2, ImageNet 256
 SITXL = {
@@ -27,6 +35,10 @@ SITXL = {
     "num_steps": 1,
     "timestep_shift": 1.0,
     "real_guidance_scale": 1.0,
+    "real_guidance_interval": [0.0, 1.0],
+    "ema_decay": 0.0,
+    "num_previews": 16,
+    "teacher_preview_steps": 50,
     "seed": 30,
 }
 SITXL_COLD = SITXL | {
@@ -49,6 +61,7 @@ SITXL_DMDR = SITXL | {
     "sample_steps": 50,
     "encoder_type": "dinov2",
     "reward_weight": 0.05,
+    "reward_micro_batch": 0,
 }
 # README: digits
 DIGITS = SITXL | {
@@ -57,6 +70,8 @@ DIGITS = SITXL | {
     "batch_size": 64,
     "learning_rate_estimator": 1e-3,
     "ema_decay": 0.98,
+    "num_previews": 20,
+    "teacher_preview_steps": 32,
     "mixed_precision": "no",
     "vae": "none",
 }
@@ -64,14 +79,19 @@ DIGITS_COLD = DIGITS | {
     "max_train_steps": 400,
     "learning_rate_generator": 2e-4,
     "dynamic_steps": 200,
+    "checkpoint_steps": 100,
+    "sample_steps": 50,
     "encoder_type": "none",
 }
 DIGITS_DMDR = DIGITS | {
     "max_train_steps": 500,
     "learning_rate_generator": 1e-4,
     "dynamic_steps": 0,
+    "checkpoint_steps": 50,
+    "sample_steps": 25,
     "encoder_type": "classifier",
     "reward_weight": 0.5,
+    "frechet_window": 6400,  # a hundred batches
 }
 LAUNCHERS = {
     "cold_start_sitxl.sh": (cold_start, SITXL_COLD),
@@ -91,12 +111,28 @@ def test_a_launcher_trains_with_the_numbers_of_its_recipe(script):
     ((_, *words),) = words_of(script, "launch")
     args = vars(stage.stage_parser().parse_args(words))
     assert {name: args[name] for name in recipe} == recipe
+    if stage is dmdr_refl:  # from where the cold start of the same recipe ends
+        cold = LAUNCHERS[script.replace("dmdr", "cold_start").replace("_refl", "")][1]
+        assert Path(args["resume_ckpt"]).name == f"step-{cold['max_train_steps']}.pt"
 
 
 @pytest.mark.parametrize("stage,recipe", [(cold_start, SITXL_COLD), (dmdr_refl, SITXL_DMDR)], ids=["cold", "dmdr"])
 def test_the_defaults_are_the_full_size_recipe(stage, recipe):
     args = vars(stage.stage_parser().parse_args(["--teacher", "t", "--output-dir", "o"]))
     assert {name: args[name] for name in recipe} == recipe
+
+
+def test_settings_without_a_command_line_are_the_full_size_recipe():
+    settings = vars(Method()) | vars(Optimisation())
+    settings["real_guidance_interval"] = list(settings["real_guidance_interval"])
+    named = {name: value for name, value in (SITXL_COLD | {"dynamic_steps": 0}).items() if name in settings}
+    assert settings == named | {"optimizer": "adamw", "frechet_observe": 0}  # 0: all estimator turns
+    for each, name in [(Method(), "num_steps"), (Optimisation(), "seed"), (Output(Path("o"), 1, 1, 1), "num_previews")]:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(each, name, 2)
+    assert Output(Path("o"), 1, 1, 1) == Output(Path("o"), 1, 1, 1, 0, 0, 0, None)
+    assert Output(Path("o"), 1, 1, 1).checkpoints == Path("o/checkpoints")
+    assert Optimisation(batch_size=3, gradient_accumulation_steps=5).effective_batch(7) == 105
 
 
 def options(words: list[str]) -> dict[str, str]:
@@ -111,14 +147,87 @@ def test_digits_teacher_and_classifiers():
     expected = {"--hidden-size": 64, "--depth": 4, "--num-heads": 2, "--patch-size": 2, "--max-train-steps": 2000}
     expected |= {"--batch-size": 128, "--learning-rate": 2e-3, "--label-dropout": 0.1, "--ema-decay": 0.999}
     assert {name: float(teacher[name]) for name in expected} == expected
+    assert float(teacher["--checkpoint-steps"]) == 250
     reward, evaluation = found["train_cc.pretrain.classifier"]
     assert reward["--architecture"] == "test_efficientnet" and float(reward["--noise-augmentation"]) == 0.2
     assert evaluation["--architecture"] == "test_resnet" and float(evaluation["--noise-augmentation"]) == 0.1
+    expected = {"--max-train-steps": 400, "--batch-size": 128, "--learning-rate": 2e-3, "--image-size": 32}
+    expected |= {"--checkpoint-steps": 100}
     for each in (reward, evaluation):
-        numbers = [float(each[name]) for name in ("--max-train-steps", "--batch-size", "--learning-rate")]
-        assert numbers == [400, 128, 2e-3]
+        assert {name: float(each[name]) for name in expected} == expected
+    assert evaluation["--seed"] == "30"  # whatever SEED is: all rows have one judge
+
+
+def test_every_seed_is_thirty():
+    texts = [path.read_text() for path in sorted((test_command_line.ROOT / "scripts").glob("*.sh"))]
+    assert {seed for text in texts for seed in re.findall(r"SEED:-(\w+)", text)} == {"30"}
+
+
+def of_module(script: str, starting: str, module: str) -> dict[str, str]:
+    (found,) = [options(words) for words in words_of(script, starting) if module in words]
+    return found
 
 
 def test_the_full_size_evaluation_samples_fifty_thousand():
-    ((_, *words),) = [words for words in words_of("evaluate_sitxl.sh", "launch") if "evaluation.generate" in words[0]]
-    assert int(options(words).get("--num-images", 50_000)) == 50_000
+    found = of_module("evaluate_sitxl.sh", "launch", "evaluation.generate")
+    assert (found["--num-images"], found["--batch-size"]) == ("50000", "64")
+
+
+def test_a_digits_row_is_of_1800_images():
+    assert of_module("evaluate_digits.sh", "python -m", "evaluation.generate")["--num-images"] == "1800"
+
+
+FRONTIERS = {
+    "frontier_digits.sh": (DIGITS_COLD, DIGITS_DMDR, "32"),
+    "frontier_sitxl.sh": (SITXL_COLD, SITXL_DMDR, "250"),
+}
+
+
+@pytest.mark.parametrize("script", FRONTIERS)
+def test_the_frontier_trains_as_long_as_the_launchers(script):
+    cold, dmdr, steps = FRONTIERS[script]
+    found = of_module(script, "python -m", "evaluation.frontier")
+    assert int(found["--base-steps"]) == cold["max_train_steps"]
+    assert int(found["--extra-steps"]) == dmdr["max_train_steps"] - cold["max_train_steps"]
+    assert (found["--teacher-sampler"], found["--teacher-steps"]) == ("euler", steps)
+
+
+CHECKS = {
+    "pretrain_digits.sh": [test_digits_teacher_and_classifiers, test_every_seed_is_thirty],
+    "evaluate_sitxl.sh": [test_the_full_size_evaluation_samples_fifty_thousand],
+    "evaluate_digits.sh": [test_a_digits_row_is_of_1800_images],
+} | {
+    script: [partial(test_the_frontier_trains_as_long_as_the_launchers, script), test_every_seed_is_thirty]
+    for script in FRONTIERS
+}
+# A flag's number, a variable's default, the step of a checkpoint's name
+NUMBER = re.compile(r"(?:(?<= )|(?<=:-)|(?<=/step-))\d[\d.]*(?:e-?\d+)?(?=[ }\n]|\.pt)")
+
+
+def noticed(script: str) -> bool:
+    """Whether a test above fails on the scripts as they are now."""
+    of_launcher = partial(test_a_launcher_trains_with_the_numbers_of_its_recipe, script)
+    for check in [of_launcher] if script in LAUNCHERS else CHECKS[script]:
+        try:
+            check()
+        except (AssertionError, InputError):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("script", [*LAUNCHERS, *CHECKS])
+def test_every_number_of_a_script_is_held(script, tmp_path, monkeypatch):
+    """Each number times ten (10 for 0) makes a test above fail; those that say how many cores work change no result."""
+    text = (ROOT / "scripts" / script).read_text()
+    code = re.sub(r"(?m)(^|(?<= ))#.*", lambda comment: "x" * len(comment[0]), text)
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    monkeypatch.setattr(test_command_line, "ROOT", tmp_path)
+    assert not noticed(script)
+    unnoticed, numbers = [], list(NUMBER.finditer(code))
+    for number in numbers:
+        wrong = f"{float(number[0]) * 10:.10g}" if float(number[0]) else "10"
+        (tmp_path / "scripts" / script).write_text(text[: number.start()] + wrong + text[number.end() :])
+        line = text[: number.end()].splitlines()[-1].strip()
+        if not noticed(script) and not line.startswith(("OMP_NUM_THREADS=", "--jobs ")):
+            unnoticed.append(line)
+    assert numbers and not unnoticed

@@ -1,4 +1,4 @@
-"""The report: what it shows, what it says it could not read, its size and time, and the rules behind its warnings."""
+"""The report: what it shows, what it says it could not read, its size and time."""
 
 import json
 import re
@@ -12,9 +12,9 @@ from PIL import Image
 
 from evaluation.report import page as report
 from evaluation.report.curves import present
-from evaluation.report.rules import RULES, Series, collapsed_recall
 from evaluation.report.runs import read_run
 from tests.conftest import flags, refused, run_cold_start
+from tests.test_rules import HEALTHY
 from train_cc import dmdr_refl
 
 
@@ -126,67 +126,3 @@ def test_a_browser_draws_it(run, tmp_path):
     pixels = np.array(Image.open(shot).convert("RGB"))
     blue = (abs(pixels.astype(int) - [31, 119, 180]).sum(axis=2) < 20).sum()  # the curves' colour
     assert pixels.shape[0] == 5000 and blue > 200
-
-
-# Rules
-
-
-def series(**columns):
-    length = len(next(iter(columns.values())))
-    return Series(np.arange(1, length + 1.0), {name: np.asarray(value, float) for name, value in columns.items()})
-
-
-def level(value, length=100):
-    return np.full(length, float(value))
-
-
-HEALTHY = {
-    "score_gap": np.linspace(0.08, 0.16, 100),
-    "loss_fake_t00": level(0.8),
-    "update_ratio_generator": level(7e-4),
-    "grad_norm_reward_classifier_x0": level(0.005),
-    "grad_norm_dmd_x0": level(0.006),
-    "grad_cosine_reward_classifier_x0": level(-0.02),
-    "preview_accuracy_reward_classifier": level(1.0),
-    "preview_accuracy_holdout": level(0.98),
-    "preview_loss_reward_classifier": np.linspace(0.01, 0.001, 100),
-    "preview_loss_holdout": np.linspace(0.02, 0.01, 100),
-    "preview_coverage_holdout": level(1.0),
-}
-RISING = np.concatenate([level(1.0, 10), level(3.0, 90)])
-
-
-@pytest.mark.parametrize(
-    "changed,told",
-    [
-        ({}, None),
-        ({"score_gap": RISING, "loss_fake_t00": RISING}, "estimator falls behind"),
-        ({"score_gap": RISING}, None),
-        ({"loss_fake_t00": RISING, "score_gap": level(0.1)}, None),
-        ({"update_ratio_generator": level(5e-3)}, "updates are 0.50%"),
-        ({"grad_norm_reward_classifier_x0": level(0.4)}, "67 times"),
-        ({"grad_cosine_reward_classifier_x0": level(-0.6)}, "against each other"),
-        ({"preview_accuracy_holdout": level(0.6)}, "being hacked"),
-        ({"preview_loss_holdout": np.linspace(0.02, 0.6, 100)}, "being hacked"),
-        ({"preview_coverage_holdout": np.linspace(1, 0.6, 100)}, "class has collapsed"),
-    ],
-)
-def test_each_rule_finds_its_failure_alone(changed, told):
-    found = [text for rule in RULES for text in rule(series(**HEALTHY | changed))]
-    assert len(found) == (told is not None)
-    assert told is None or told in found[0]
-
-
-def test_rules_are_silent_about_what_was_not_logged():
-    for empty in (Series(), series(score_gap=level(0.1, 1)), series(score_gap=level(np.nan))):
-        assert [text for rule in RULES for text in rule(empty)] == []
-
-
-def test_precision_up_and_recall_down_is_a_collapse():
-    def figures(precision, recall):
-        return {"Precision": precision, "Recall": recall}
-
-    rows = {"control: 100 more": figures(0.64, 0.77), "DMDR: 100 more": figures(0.9, 0.3)}
-    assert "diversity has collapsed" in collapsed_recall(rows)[0]
-    rows["DMDR: 100 more"] = figures(0.78, 0.64)
-    assert collapsed_recall(rows) == []

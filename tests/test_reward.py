@@ -1,8 +1,11 @@
 """The reward: DINOv2 against its official forward, gradients through decoder and classifier, micro-batches."""
 
 import copy
+import json
 import math
 import pickle
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +28,15 @@ from train_cc.io.errors import InputError
 from train_cc.models import DINOv2Classifier
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.dinov2 import resample_position
-from train_cc.models.vae import images_to_uint8, load_decoder, pixels_to_images
+from train_cc.models.vae import (
+    channels_of,
+    images_to_uint8,
+    load_decoder,
+    new_vae,
+    pixels_to_images,
+    require_decoder,
+    vae_files,
+)
 from train_cc.objectives import dmd_loss
 from train_cc.rewards.classifier import classifier_losses
 
@@ -345,6 +356,101 @@ def test_a_vae_folder_with_missing_files_is_refused(tmp_path, name):
     (folder / name).unlink()
     with pytest.raises(InputError, match="must hold"):
         load_decoder(str(folder))
+
+
+# The VAE
+
+
+def test_a_new_vae_has_the_published_size():
+    """stabilityai/sd-vae-ft-ema: 83 653 863 parameters, f = 8."""
+    with torch.device("meta"):
+        vae = new_vae()
+    assert sum(p.numel() for p in vae.parameters()) == 83_653_863
+    assert (vae.config.norm_num_groups, vae.config.sample_size, vae.config.latent_channels) == (32, 256, 4)
+
+
+def test_a_decoder_is_frozen_lies_channels_last_and_recomputes_every_block(tmp_path):
+    decode = load_decoder(str(write_vae(tmp_path / "vae")), "cpu", torch.bfloat16)
+    assert not decode.training and not any(p.requires_grad for p in decode.parameters())
+    assert decode.vae.encoder is None and decode.vae.dtype == torch.bfloat16 and load_decoder(None) is pixels_to_images
+    weight = decode.vae.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    seen = []
+    decode.vae.decode = lambda z: seen.append(z) or SimpleNamespace(sample=torch.full((1, 3, 4, 4), 3.0))
+    assert (decode(torch.randn(1, 4, 3, 3)) == 1).all() and decode(torch.randn(1, 4, 3, 3)).dtype == torch.float32
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) and seen[0].dtype == torch.bfloat16
+    decode.enable_gradient_checkpointing()
+    again = [m for m in decode.vae.decoder.modules() if isinstance(m.__dict__.get("forward"), partial)]
+    assert {type(m).__name__ for m in again} == {"ResnetBlock2D", "Attention", "Upsample2D"}
+    assert len(again) == 3 * 4 + 2 + 1 + 3 and all(m.forward.keywords == {"use_reentrant": False} for m in again)
+
+
+def test_where_a_vae_is_looked_for(tmp_path, monkeypatch):
+    """What looks like a path or is one is a folder, and its safetensors come first; else the hub, or its cache."""
+    folder = write_vae(tmp_path / "vae")
+    monkeypatch.chdir(tmp_path)
+    names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    (folder / names[1]).write_bytes(b"")
+    for word in (str(folder), "./vae", "vae"):
+        config, weights = vae_files(word)
+        assert (config.name, weights.name) == ("config.json", names[0]) and config.parent.samefile(folder)
+    (folder / names[0]).unlink()
+    assert vae_files("vae")[1].name == names[1]
+    asked, there = [], {"config.json", names[1]}
+
+    def found(way):
+        def look(vae, name, *rest):
+            asked.append((way, vae, name, rest[-1]))
+            return tmp_path / name if name in there else None
+
+        return look
+
+    monkeypatch.setattr("train_cc.models.vae.hub_file", found("hub"))
+    monkeypatch.setattr("train_cc.models.vae.cached_hub_file", found("cache"))
+    for wrong in ("./nowhere", "/nowhere", "~/nowhere"):
+        with pytest.raises(InputError, match=r"must hold config\.json and diffusion_pytorch_model\.safetensors"):
+            vae_files(wrong)
+    assert not asked
+    for download, way in ((True, "hub"), (False, "cache")):
+        asked.clear()
+        assert vae_files("a/b", download) == (tmp_path / "config.json", tmp_path / names[1])
+        assert asked == [(way, "a/b", name, None) for name in ("config.json", *names)]
+    vae_files("stabilityai/sd-vae-ft-ema")
+    assert asked[-1][3] == "f04b2c4b98319346dad8c65879f680b1997b204a"
+    for lacking in (names[1], "config.json"):
+        there = {"config.json", names[1]} - {lacking}
+        assert vae_files("a/b", download=False) is None
+        with pytest.raises(InputError, match=r"'a/b' lacks a file on the hub: config.json or .*safetensors or .*bin"):
+            vae_files("a/b")
+
+
+def test_a_vae_must_decode_what_the_model_samples(tmp_path):
+    assert channels_of("stabilityai/sd-vae-ft-ema") == (4, 3)
+    folder = str(write_vae(tmp_path / "vae"))
+    assert channels_of(folder) == (4, 3) and require_decoder(4, folder, "s") == 3
+    assert [require_decoder(channels, "none", "s") for channels in (1, 3)] == [1, 3]
+    file = tmp_path / "vae" / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"latent_channels": 8, "out_channels": 1}))
+    assert channels_of(folder) == (8, 1) and require_decoder(8, folder, "s") == 1
+    bare = {name: value for name, value in content.items() if name not in ("latent_channels", "out_channels")}
+    file.write_text(json.dumps(bare))
+    assert channels_of(folder) == (4, 3)
+    for channels, vae, words in [
+        (4, "none", "s has 4 channels, that is latents: a VAE is needed"),
+        (2, "none", "s has 2 channels, that is latents: a VAE is needed"),
+        (1, "nowhere/asked", "s has 1 channel, that is pixels: --vae none is needed"),
+        (3, folder, "of latents of 4 channels, but s has 3 channels, that is pixels: --vae none is needed"),
+        (5, folder, "of latents of 4 channels, but s has 5 channels$"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            require_decoder(channels, vae, "s")
+
+
+def test_images_become_bytes_by_rounding():
+    images = torch.tensor([0.0, 0.4 / 255, 0.6 / 255, 127.4 / 255, 1.0]).view(1, 1, 1, 5).half().float()
+    found = images_to_uint8(images.repeat(1, 3, 2, 1))
+    assert found.shape == (1, 2, 5, 3) and found[0, 0, :, 0].tolist() == [0, 0, 1, 127, 255]
 
 
 BAD_REWARDS = [

@@ -1,12 +1,16 @@
 """Who samples a few-step generator takes the steps and the shift that it is asked for: the pipeline, and generate."""
 
+import json
+
 import numpy as np
+import pytest
 import torch
 
 from convert_weight.pipeline import DMDRPipeline
 from evaluation import generate
 from tests.conftest import random_sit
 from train_cc.models import SiT
+from train_cc.models.generator import SAMPLING
 
 
 def two_steps(model, noise, fresh, y, shift):
@@ -32,6 +36,42 @@ def test_the_pipeline_samples_at_its_shift():
         pipeline = DMDRPipeline(model, timestep_shift=shift)
         made = pipeline(labels, 2, generator=torch.Generator().manual_seed(7), output_type="np").images
         assert np.abs(made.astype(int) - images).max() <= 1
+
+
+def test_the_pipeline_takes_labels_that_there_are_and_gives_what_is_asked_for():
+    grey, colour = DMDRPipeline(random_sit()), DMDRPipeline(random_sit(in_channels=3))
+    for labels in ([], [-1], [10], [11], [3, 10], [-1, 3]):
+        with pytest.raises(ValueError, match=r"one label or more of 0 to 9 are allowed"):
+            grey(labels)
+    with pytest.raises(ValueError, match="output_type is 'pt'"):
+        grey([3], output_type="pt")
+    assert (grey.config.num_inference_steps, grey.config.timestep_shift) == (1, 1.0)
+    for pipeline, mode in ((grey, "L"), (colour, "RGB")):
+        pictures = pipeline([0, 9], generator=torch.Generator().manual_seed(1)).images
+        arrays = pipeline((0, 9), generator=torch.Generator().manual_seed(1), output_type="np").images
+        assert [(picture.mode, picture.size) for picture in pictures] == [(mode, (8, 8))] * 2
+        assert np.array_equal(np.stack([np.asarray(picture).reshape(8, 8, -1) for picture in pictures]), arrays)
+
+
+def test_the_pipeline_keeps_no_graph(monkeypatch):
+    asked, forward = [], SiT.forward
+    monkeypatch.setattr(SiT, "forward", lambda *args: asked.append(torch.is_grad_enabled()) or forward(*args))
+    DMDRPipeline(random_sit())([1], num_inference_steps=2)
+    assert asked == [False, False]
+
+
+def test_a_pipeline_without_what_it_was_trained_for_takes_one_step_and_any_dtype(tmp_path):
+    DMDRPipeline(random_sit(), timestep_shift=2.0, num_inference_steps=3).save_pretrained(tmp_path / "p")
+    found = DMDRPipeline.from_pretrained(tmp_path / "p", torch.bfloat16)
+    assert (found.config.num_inference_steps, found.config.timestep_shift) == (3, 2.0)
+    assert found.generator.dtype == torch.bfloat16 and found.vae is None
+    assert found([1], output_type="np").images.std() > 0
+    assert DMDRPipeline.from_pretrained(tmp_path / "p").generator.dtype == torch.float32
+    index = tmp_path / "p" / "model_index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({name: value for name, value in content.items() if name not in SAMPLING}))
+    found = DMDRPipeline.from_pretrained(tmp_path / "p")
+    assert (found.config.num_inference_steps, found.config.timestep_shift) == (1, 1.0)
 
 
 def test_generate_samples_at_the_shift_it_is_given(tmp_path, monkeypatch):

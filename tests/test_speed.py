@@ -100,6 +100,7 @@ def test_fake_and_real_in_one_call_are_those_of_two(teacher, tmp_path, scale, in
     spread_lora_b(run.estimator)
     (x, t, y), c = inputs(), 0.6
     v_fake, v_real = scores(run, x, t, t, y, c)
+    assert not v_fake.requires_grad and not v_real.requires_grad
     real = 0.75 * c
     with torch.no_grad():
         torch.testing.assert_close(v_fake, run.estimator(x, t, y, 2.0), rtol=1e-4, atol=1e-5)

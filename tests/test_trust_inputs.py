@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -21,7 +22,8 @@ from train_cc.io.errors import InputError
 from train_cc.models import DINOv2Classifier, SiT
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.generator import assemble_generator, read_sampling, save_generator
-from train_cc.models.vae import VAEDecoder, load_vae, pixels_to_images, unscaled
+from train_cc.models.sit import check_sit_config
+from train_cc.models.vae import VAEDecoder, check_vae_config, load_vae, pixels_to_images, unscaled
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SMALL = {"depth": 2, "hidden": 32, "input_size": 8, "classes": 10}
@@ -135,6 +137,77 @@ def test_a_vae_config_that_does_not_fit_is_refused_by_the_name_of_its_key(made, 
     change_json(folder / "config.json", **{name: value})
     with pytest.raises(InputError, match=f"{name}|shapes|missing|width"):
         load_vae(str(folder))
+
+
+SIT_BASE = {"input_size": 256, "in_channels": 1, "patch_size": 1, "hidden_size": 2**16, "depth": 1, "num_heads": 1}
+SIT_BASE |= {"num_classes": 1, "mlp_ratio": 1.0}
+SIT_LIMITS = {"input_size": (1, 4096), "in_channels": (1, 1024), "patch_size": (1, 256), "hidden_size": (4, 2**16)}
+SIT_LIMITS |= {"depth": (1, 1024), "num_heads": (1, 1024), "num_classes": (1, 10**6), "mlp_ratio": (1 / 64, 64)}
+VAE_BASE = {"block_out_channels": [8192], "norm_num_groups": 1}
+VAE_BASE |= {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["AttnUpDecoderBlock2D"]}
+VAE_LIMITS = {"in_channels": (1, 3), "out_channels": (1, 3), "latent_channels": (1, 64), "layers_per_block": (1, 16)}
+VAE_LIMITS |= {"norm_num_groups": (1, 1024), "sample_size": (1, 2**16), "scaling_factor": (1e-6, 1e6)}
+VAE_LIMITS |= {"shift_factor": (-1e6, 1e6)}
+LIMITS = [(check_sit_config, SIT_BASE, name, *limits) for name, limits in SIT_LIMITS.items()]
+LIMITS += [(check_vae_config, VAE_BASE, name, *limits) for name, limits in VAE_LIMITS.items()]
+
+
+@pytest.mark.parametrize("check,base,name,low,high", LIMITS, ids=lambda v: v if isinstance(v, str) else "")
+def test_a_number_of_a_config_may_be_anything_within_its_limits(check, base, name, low, high):
+    for value in (low, high):
+        assert check(base | {name: value}, "config.json")[name] == value
+    whole = isinstance(low, int) and name not in ("mlp_ratio", "shift_factor")
+    beyond = (low - 1, high + 1) if whole else (low - abs(low) / 100, high + abs(high) / 100)
+    for value in beyond:
+        with pytest.raises(
+            InputError, match=rf"config.json: {name} is .*; allowed: {re.escape(f'{low:g} to {high:g}')}"
+        ):
+            check(base | {name: value}, "config.json")
+
+
+def test_a_sit_config_is_completed_and_its_sizes_divide():
+    short = {name: value for name, value in SIT_BASE.items() if name not in ("patch_size", "mlp_ratio")}
+    assert check_sit_config(short | {"_private": 1}, "c") == SIT_BASE | {"patch_size": 2, "mlp_ratio": 4.0}
+    for change, words in [
+        ({"num_heads": 3}, "num_heads 3 does not divide hidden_size 65536"),
+        ({"patch_size": 3}, "patch_size 3 does not divide input_size 256"),
+        ({"hidden_size": 6}, "hidden_size is 6; allowed: multiples of 4"),
+        ({"hidden_size": 9}, "hidden_size is 9; allowed: multiples of 4"),
+        ({"_class_name": "X" * 200}, f"is of a {'X' * 80};"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            check_sit_config(SIT_BASE | change, "c")
+
+
+def test_a_vae_config_has_one_width_and_one_kind_of_block_a_stage():
+    """One to eight stages of widths up to 8192, which the groups, 32 if unnamed, divide."""
+
+    def stages(widths, **changes):
+        kinds = {name: [kind] * len(widths) for name, kind in (("down_block_types", "DownEncoderBlock2D"),)}
+        kinds["up_block_types"] = ["UpDecoderBlock2D"] * len(widths)
+        return VAE_BASE | {"block_out_channels": widths} | kinds | changes
+
+    private = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.1"}
+    for good in (stages([1]), stages([8192] * 8), stages((4, 8)), stages([8], act_fn="mish", latents_mean=None)):
+        assert check_vae_config(good | private, "c") == good
+    unnamed = {name: value for name, value in stages([64]).items() if name != "norm_num_groups"}
+    assert check_vae_config(unnamed, "c") == unnamed
+    for wrong, words in [
+        (stages([8] * 9), "allowed: 1 to 8 widths"),
+        (stages([]), "allowed: 1 to 8 widths"),
+        (stages([0]), "block_out_channels is 0; allowed: 1 to 8192"),
+        (stages([8193]), "block_out_channels is 8193; allowed: 1 to 8192"),
+        (unnamed | {"block_out_channels": [48]}, "norm_num_groups 32 does not divide the width 48"),
+        (stages([8, 8]) | {"up_block_types": ["UpDecoderBlock2D"] * 3}, "allowed: 2 of UpDecoderBlock2D, AttnUpDec"),
+        (stages([8, 8]) | {"up_block_types": ["UpDecoderBlock2D"]}, "allowed: 2 of UpDecoderBlock2D, AttnUpDec"),
+        (stages([8], use_quant_conv=1), "use_quant_conv is 1; allowed: True, False"),
+        (stages([8]) | {"_class_name": "X" * 200}, f"is of a {'X' * 80};"),
+        (stages([8]) | {"block_out_channels": "9" * 200}, f"block_out_channels is {'9' * 80}; allowed"),
+        (stages([8]) | {"up_block_types": "9" * 200}, f"up_block_types is {'9' * 120}; allowed"),
+        (stages([8], act_fn="9" * 200), f"act_fn is {'9' * 80}; allowed: silu, swish"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            check_vae_config(wrong, "c")
 
 
 CLASSIFIER_CONFIGS = [(name, value) for name in ("num_classes", "in_channels", "image_size") for value in NO_NUMBER]

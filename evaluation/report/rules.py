@@ -172,7 +172,7 @@ def collapsed_recall(rows: dict[str, dict]) -> list[str]:
     """Precision up while recall collapses: a trained row against the row that it started from or is controlled by."""
     told = []
     for name, figures in rows.items():
-        for base in [base for base in rows if base != name and is_base(base, name)]:
+        for base in [base for base in rows if is_base(base, name)]:
             before = rows[base]
             if not {"Precision", "Recall"} <= figures.keys() & before.keys():
                 continue

@@ -11,6 +11,7 @@ since the tests may have grown. A file that has changed starts anew.
 
 import argparse
 import difflib
+import gc
 import hashlib
 import importlib.util
 import os
@@ -32,33 +33,98 @@ MODULES = {
     "train_cc/draws.py": ["test_math", "test_golden"],
     "train_cc/objectives.py": ["test_math"],
     "train_cc/samplers.py": ["test_math", "test_processes::test_every_process_makes_the_same_calls"],
-    "train_cc/run/diagnostics.py": ["test_diagnostics", "test_reward", "test_golden"],
+    "train_cc/run/diagnostics.py": ["test_diagnostics", "test_golden"],
     "train_cc/distillation/turns.py": TURNS,
-    "train_cc/distillation/scores.py": TURNS,
-    "train_cc/distillation/loop.py": TURNS,
+    "train_cc/distillation/scores.py": ["test_golden", "test_speed::test_fake_and_real_in_one_call_are_those_of_two"],
+    "train_cc/distillation/loop.py": ["test_golden", "test_distill", "test_diagnostics"],
     "train_cc/run/ema.py": ["test_golden", "test_teacher", "test_distill"],
-    "train_cc/rewards/classifier.py": ["test_reward", "test_golden"],
+    "train_cc/rewards/classifier.py": ["test_reward::test_loss_and_hits_of_a_classifier_a_sample"],
     "train_cc/rewards/frechet.py": ["test_frechet"],
-    "train_cc/distillation/settings.py": [*TURNS, "test_recipes"],
+    "train_cc/distillation/settings.py": ["test_recipes", "test_golden", "test_lora"],
     "train_cc/setup/build.py": [*TURNS, "test_recipes"],
     "train_cc/setup/stage.py": ["test_dry_run", "test_distill", "test_resume", "test_command_line"],
     "train_cc/pretrain/resumable.py": ["test_pretrain"],
     "train_cc/distillation/panel.py": ["test_diagnostics", "test_distill"],
     "train_cc/distillation/state.py": ["test_distill", "test_resume"],
     "train_cc/models/estimator.py": ["test_lora", "test_models", "test_golden", "test_speed"],
-    "train_cc/models/generator.py": ["test_models", "test_distill", "test_command_line"],
-    "train_cc/models/vae.py": ["test_reward", "test_speed"],
+    "train_cc/models/generator.py": [
+        "test_models::test_a_generator_of_a_checkpoint_is_frozen_and_its_rank_twice_the_estimators",
+        "test_models::test_a_generators_sampling_has_limits_and_is_whole",
+        "test_models::test_merged_lora_is_the_lora",
+        "test_models::test_lora_generator_starts_as_the_teacher",
+        "test_trust_inputs::test_a_generator_of_a_checkpoint_is_fitted_name_by_name",
+        "test_trust_inputs::test_each_of_the_made_is_read_as_it_was_written",
+        "test_trust_runs::test_a_generator_says_how_it_is_sampled_and_where_it_comes_from",
+    ],
+    "train_cc/models/vae.py": [
+        "test_trust_inputs::test_a_number_of_a_config_may_be_anything_within_its_limits",
+        "test_trust_inputs::test_a_vae_config_has_one_width_and_one_kind_of_block_a_stage",
+        "test_reward::test_a_vae_must_decode_what_the_model_samples",
+        "test_reward::test_where_a_vae_is_looked_for",
+        "test_reward::test_a_new_vae_has_the_published_size",
+        "test_reward::test_pixels_are_images_clamped",
+        "test_reward::test_images_become_bytes_by_rounding",
+        "test_reward::test_a_decoder_is_frozen_lies_channels_last_and_recomputes_every_block",
+        "test_reward::test_images_are_the_decoded_latents_over_the_scaling_factor",
+        "test_reward::test_a_vae_folder_with_missing_files_is_refused",
+        "test_trust_inputs::test_the_shift_of_a_vae_is_honoured",
+        "test_trust_inputs::test_a_vae_of_an_old_kind_of_file_is_read_by_us_and_code_in_it_is_not_run",
+        "test_trust_inputs::test_each_of_the_made_is_read_as_it_was_written",
+    ],
     "train_cc/models/lora.py": ["test_lora", "test_models", "test_speed", "test_golden"],
-    "train_cc/rewards/at_x0.py": ["test_reward", "test_golden", "test_speed"],
+    "train_cc/rewards/at_x0.py": [
+        "test_reward",
+        "test_rewards::test_several_rewards_share_one_decode_and_add_up",
+        "test_golden",
+    ],
     "train_cc/models/dinov2.py": ["test_reward", "test_trust_inputs"],
-    "train_cc/models/sit.py": ["test_models", "test_golden"],
-    "train_cc/run/checkpoint.py": ["test_resume", "test_distill"],
-    "train_cc/run/logbook.py": ["test_report", "test_distill", "test_resume"],
+    "train_cc/models/sit.py": [
+        "test_models::test_the_sizes_are_the_papers",
+        "test_trust_inputs::test_a_number_of_a_config_may_be_anything_within_its_limits",
+        "test_trust_inputs::test_a_sit_config_is_completed_and_its_sizes_divide",
+        "test_models::test_the_embeddings_are_those_written_out",
+        "test_models::test_a_new_model_starts_as_dit_does",
+        "test_models::test_a_block_normalises_with_the_papers_epsilon",
+        "test_models::test_tokens_are_patches_with_channels_fastest",
+        "test_models::test_labels_are_never_dropped",
+        "test_models::test_sit_xl_has_the_released_names_and_shapes",
+        "test_models::test_what_is_loaded_is_ready_to_sample_in_the_dtype_asked_for",
+        "test_models::test_a_folder_whose_weights_are_still_to_come_has_a_config",
+        "test_models::test_a_model_folder_that_does_not_fit_is_refused",
+        "test_models::test_a_file_is_not_a_model_folder",
+        "test_models::test_folder_round_trip_is_exact",
+        "test_models::test_gradients_with_activation_checkpointing_are_equal",
+        "test_trust_inputs::test_half_precision_weights_are_read_to_fp32",
+        "test_trust_inputs::test_weights_may_be_read_by_whom_their_config_may",
+        "test_convert::test_repa_release_is_the_plain_reading",
+    ],
+    "train_cc/run/checkpoint.py": ["test_checkpoint"],
+    "train_cc/run/logbook.py": [
+        "test_diagnostics",
+        "test_trust_runs::test_damaged_lines_of_a_log_are_dropped_and_told",
+        "test_resume::test_resume_drops_later_rows_and_a_torn_line",
+    ],
     "train_cc/run/session.py": ["test_distill", "test_processes"],
     "train_cc/pretrain/teacher.py": ["test_teacher", "test_pretrain"],
     "evaluation/metrics.py": ["test_metrics"],
-    "convert_weight/pipeline.py": ["test_sampling", "test_convert"],
-    "evaluation/report/rules.py": ["test_report"],
+    "convert_weight/pipeline.py": [
+        "test_sampling",
+        "test_trust_inputs::test_the_pipeline_samples_as_its_generator_was_trained",
+        "test_trust_inputs::test_the_shift_of_a_vae_is_honoured",
+        "test_trust_inputs::test_weights_may_be_read_by_whom_their_config_may",
+        "test_convert::test_pipeline_round_trip_is_bit_identical",
+    ],
+    "train_cc/rewards/tilt.py": [
+        "test_rewards::test_tilt_weights",
+        "test_rewards::test_a_black_box_tilts_the_estimator",
+    ],
+    "train_cc/run/units.py": [
+        "test_checkpoint",
+        "test_trust_runs::test_every_field_of_torch_units_is_checked",
+        "test_trust_runs::test_the_fields_within_are_checked",
+        "test_trust_runs::test_no_file_of_a_checkpoint_lies_outside",
+    ],
+    "evaluation/report/rules.py": ["test_rules"],
 }
 # Subprocesses, waits and large models: seconds that would be paid by every mutant.
 SLOW = "signal or kill or launcher or launch or two_processes or compile or benchmark or eight_bit or every_size"
@@ -88,6 +154,8 @@ def preload() -> None:
     """What every test imports and no mutant is in."""
     import accelerate
     import diffusers
+    import jinja2
+    import matplotlib.pyplot
     import peft
     import pytest
     import scipy.stats
@@ -95,8 +163,9 @@ def preload() -> None:
     import timm
     import torch_fidelity
 
-    loaded = (accelerate, peft, pytest, scipy.stats, sklearn.datasets, timm, torch_fidelity)
+    loaded = (accelerate, jinja2, matplotlib.pyplot, peft, pytest, scipy.stats, sklearn.datasets, timm, torch_fidelity)
     assert all(loaded) and diffusers.AutoencoderKL and diffusers.DiffusionPipeline
+    gc.freeze()  # pytest collects garbage thoroughly at its end, in every fork
 
 
 def passes(folder: Path, tests: list[str], seconds: float) -> tuple[bool, str]:

@@ -48,7 +48,7 @@ class AtX0(NamedTuple):
 
 
 def rewards_at_x0(
-    rewards: Sequence[Reward], decode: Callable[[Tensor], Tensor], x0: Tensor, y: Tensor, micro_batch: int = 0
+    rewards: Sequence[Reward], decode: Callable[[Tensor], Tensor], x0: Tensor, y: Tensor, micro_batch: int
 ) -> list[AtX0]:
     """Every reward at x0 (B, C, H, W), ``micro_batch`` samples at a time (0: all at once).
 

@@ -49,7 +49,7 @@ def log_to(folder: Path) -> None:
 class JsonLines:
     """An append-only file of one JSON object a line, flushed at every call."""
 
-    def __init__(self, path: Path, keep_until_step: int = 0):
+    def __init__(self, path: Path, keep_until_step: int):
         """Rows whose ``step`` lies after ``keep_until_step`` are dropped, and lines that cannot be read.
 
         Of these the last one may be what a kill tore; more are told in the log.

@@ -1,0 +1,211 @@
+"""Checkpoints by themselves, of a few small tensors: what is written, found, counted, rotated and deleted."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import TINY
+from train_cc.io.errors import InputError
+from train_cc.io.read import sha256
+from train_cc.run import checkpoint as checkpoints
+from train_cc.run.units import NewerFormat
+
+UNITS = {
+    "samples_seen": 0,
+    "model_config": TINY | {"patch_size": 2, "mlp_ratio": 4.0},
+    "teacher_sha256": "0" * 64,
+    "arguments": {
+        "lora_rank": 4,
+        "num_steps": 1,
+        "timestep_shift": 1.0,
+        "use_lora_gen": False,
+        "teacher": "t",
+        "vae": "none",
+    },
+    "scalers": [None, None],
+}
+PARTS = {
+    "accelerator_1/generator.safetensors": {"weight": torch.arange(3.0)},
+    "accelerator_1/optimizer.pt": {"state": {"step": torch.tensor(2.0)}},
+    "accelerator_2/estimator_lora.safetensors": {"lora": torch.ones(2, 2)},
+    "accelerator_2/optimizer.pt": {"state": {}},
+}
+
+
+def written(root: Path, *steps: int) -> Path:
+    for step in steps:
+        checkpoints.write_checkpoint(root, step, PARTS, UNITS)
+    return root
+
+
+def names(root: Path) -> list[str]:
+    """Of every file and every empty folder."""
+    found = [path for path in root.rglob("*") if path.is_file() or not any(path.iterdir())]
+    return sorted(str(path.relative_to(root)) for path in found)
+
+
+def files_of(step: int) -> list[str]:
+    return [f"{name.split('/')[0]}/step-{step}/{name.split('/')[1]}" for name in PARTS] + [
+        f"torch_units/step-{step}.pt"
+    ]
+
+
+def test_what_is_written_is_read_with_sizes_and_hashes(tmp_path):
+    root = tmp_path / "a" / "checkpoints"
+    path = checkpoints.write_checkpoint(root, 3, PARTS, UNITS)
+    assert path == root / "torch_units" / "step-3.pt" and names(root) == sorted(files_of(3))
+    found = checkpoints.open_checkpoint(path)
+    assert (found.step, found.hashed, found.units["format_version"]) == (3, True, 2)
+    for name, content in PARTS.items():
+        file = found.file(name)
+        assert found.has(name) and found.units["files"][name] == {"size": file.stat().st_size, "sha256": sha256(file)}
+        assert found.read(name).keys() == content.keys()
+    assert not found.has("accelerator_1/ema.safetensors")
+    assert not checkpoints.Checkpoint(path, found.units | {"format_version": 1}).hashed
+    torch.testing.assert_close(found.read("accelerator_1/generator.safetensors")["weight"], torch.arange(3.0))
+
+
+def test_every_file_and_folder_is_flushed_before_the_units_file_counts(tmp_path, monkeypatch):
+    """A power cut keeps what was flushed: the files, the renaming of their folders, then the units file and its own."""
+    flushed = []
+    monkeypatch.setattr(checkpoints, "flush", lambda path: flushed.append(str(path.relative_to(tmp_path))))
+    written(tmp_path, 1)
+    expected = []
+    for accelerator in ("accelerator_1", "accelerator_2"):
+        of_it = [name.split("/")[1] for name in PARTS if name.startswith(accelerator)]
+        expected += [f"{accelerator}/step-1.tmp/{name}" for name in of_it] + [accelerator]
+    assert flushed == [*expected, "torch_units/step-1.pt.tmp", "torch_units"]
+
+
+def test_a_checkpoint_ends_before_its_files_change(tmp_path, monkeypatch):
+    root = written(tmp_path, 1)
+    (root / "torch_units/step-1.pt.damaged").write_bytes(b"of an earlier time")
+    (root / "accelerator_1/step-1.tmp").mkdir()
+    for name in ("accelerator_1/step-1.tmp/optimizer.pt", "accelerator_1/step-1/ema.safetensors"):
+        (root / name).write_bytes(b"of a killed run")
+    (root / "accelerator_2/step-1.tmp").mkdir()
+    (root / "accelerator_2/step-1.tmp/notes.txt").write_text("mine")
+
+    def full(content, path):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        written(root, 1)
+    assert checkpoints.complete_steps(root) == [] and not list(root.glob("torch_units/*"))
+    monkeypatch.undo()
+    assert names(written(root, 1)) == sorted([*files_of(1), "accelerator_2/step-1.tmp/notes.txt"])
+
+
+@pytest.mark.parametrize("change", ["missing", "shorter", "longer", "a folder"])
+def test_a_checkpoint_is_complete_where_every_file_has_its_size(tmp_path, change):
+    root = written(tmp_path, 1)
+    found = checkpoints.open_checkpoint(root / "torch_units/step-1.pt")
+    assert found.complete()
+    file = found.file("accelerator_2/optimizer.pt")
+    content = file.read_bytes()
+    file.unlink()
+    told = "is missing"
+    if change == "a folder":
+        file.mkdir()
+    elif change != "missing":
+        file.write_bytes(content[:-1] if change == "shorter" else content + b"0")
+        told = f"has {len(content) - 1 if change == 'shorter' else len(content) + 1} bytes"
+    assert not found.complete()
+    with pytest.raises(InputError, match=f"{told}, {len(content)} bytes were written"):
+        checkpoints.open_checkpoint(root / "torch_units/step-1.pt")
+
+
+@pytest.mark.parametrize("digit", "0f")
+def test_a_file_of_another_hash_is_damage(tmp_path, digit):
+    """Below the right hash and above it."""
+    path = written(tmp_path, 1) / "torch_units/step-1.pt"
+    content = torch.load(path, weights_only=True)
+    content["files"]["accelerator_2/optimizer.pt"]["sha256"] = digit * 64
+    torch.save(content, path)
+    with pytest.raises(InputError, match=r"SHA-256 of .*accelerator_2/step-1/optimizer.pt"):
+        checkpoints.open_checkpoint(path)
+
+
+def test_what_is_too_large_for_a_units_file_is_not_parsed(tmp_path, monkeypatch):
+    """64 MiB and a byte; with the byte less it is parsed, and is something else."""
+    monkeypatch.setattr(checkpoints, "read_torch", lambda path, expected: "parsed")
+    path = tmp_path / "step-1.pt"
+    for size, told in ((64 * 2**20, "no format version"), (64 * 2**20 + 1, "has 67,108,865 bytes")):
+        with path.open("wb") as file:
+            file.truncate(size)
+        with pytest.raises(InputError, match=told):
+            checkpoints.open_checkpoint(path)
+
+
+def test_a_link_to_a_units_file_is_the_checkpoint_that_it_leads_to(tmp_path):
+    root = written(tmp_path / "run", 1)
+    (tmp_path / "link.pt").symlink_to(root / "torch_units/step-1.pt")
+    assert checkpoints.open_checkpoint(tmp_path / "link.pt").complete()
+
+
+def test_steps_are_those_of_units_files_in_the_order_of_numbers(tmp_path):
+    root = written(tmp_path, 10, 8, 9)
+    for name in ("step-11.pt.tmp", "step-x.pt", "step-12.pt.damaged", "12.pt"):
+        (root / "torch_units" / name).write_bytes(b"")
+    assert checkpoints.complete_steps(root) == [8, 9, 10]
+    assert checkpoints.kept(root) == "the checkpoint of step 10 is kept"
+    assert checkpoints.kept(tmp_path / "none") == "there is no checkpoint yet"
+
+
+def test_the_newest_whole_checkpoint_is_found_and_what_is_wrong_with_newer_ones(tmp_path):
+    assert checkpoints.newest_intact(tmp_path) == (None, {})
+    root = written(tmp_path, 1, 2, 3, 4)
+    (root / "accelerator_1/step-4/optimizer.pt").unlink()
+    for old, new in ((2, "x"), (3, 2), ("x", 3)):  # each says the other's step, whose files are there
+        os.replace(root / f"torch_units/step-{old}.pt", root / f"torch_units/step-{new}.pt")
+    found, damaged = checkpoints.newest_intact(root)
+    assert found.step == 1 and list(damaged) == [4, 3, 2]
+    assert "incomplete" in damaged[4] and "it says step 2" in damaged[3] and "it says step 3" in damaged[2]
+    (root / "accelerator_1/step-1/optimizer.pt").unlink()
+    with pytest.raises(InputError, match=r"no whole checkpoint: .*step-4.*; .*step-3.*; .*step-1"):
+        checkpoints.newest_intact(root)
+    content = torch.load(root / "torch_units/step-4.pt", weights_only=True)
+    torch.save(content | {"format_version": 3}, root / "torch_units/step-4.pt")
+    with pytest.raises(NewerFormat):
+        checkpoints.newest_intact(root)
+
+
+def test_bytes_are_those_of_all_tensors():
+    content = {"a": torch.zeros(3), "b": {"c": torch.zeros(2, dtype=torch.float64), "d": 5, "e": {}}, "f": "text"}
+    assert checkpoints.nbytes(content) == 12 + 16
+
+
+@pytest.mark.parametrize(
+    "keep,protected,left",
+    [(0, None, [1, 2, 3]), (1, None, [3]), (2, None, [2, 3]), (9, None, [1, 2, 3]), (1, 1, [1, 3]), (1, 2, [2, 3])],
+)
+def test_rotation_leaves_the_newest_and_the_protected(tmp_path, keep, protected, left):
+    """A protected checkpoint is the same by whatever link it was named."""
+    root = written(tmp_path / "run", 1, 2, 3)
+    (tmp_path / "link").symlink_to(root)
+    named = None if protected is None else checkpoints.units_path(tmp_path / "link", protected)
+    checkpoints.rotate_checkpoints(root, keep, named)
+    assert names(root) == sorted(name for step in left for name in files_of(step))
+
+
+def test_leftovers_are_what_no_units_file_counts(tmp_path):
+    root = written(tmp_path, 1, 2, 30)
+    checkpoints.set_aside(root, 2)
+    assert names(root / "torch_units") == ["step-1.pt", "step-2.pt.damaged", "step-30.pt"]
+    (root / "torch_units/step-30.pt").rename(root / "torch_units/step-30.pt.tmp")  # killed before it was renamed
+    for name in (
+        "accelerator_1/step-1.tmp",
+        "accelerator_2/step-5",
+        "accelerator_3/step-5",
+        "accelerator_1/step-5-mine",
+    ):
+        (root / name).mkdir(parents=True)
+        (root / name / "optimizer.pt").write_bytes(b"")
+    (root / "accelerator_2/step-5/notes.txt").write_text("mine")
+    checkpoints.delete_leftovers(root)
+    foreign = ["accelerator_2/step-5/notes.txt", "accelerator_3/step-5/optimizer.pt"]
+    foreign += ["accelerator_1/step-5-mine/optimizer.pt", "torch_units/step-2.pt.damaged"]
+    assert names(root) == sorted(files_of(1) + files_of(2)[:-1] + foreign)
