@@ -31,10 +31,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from evaluation.images import FolderImages, Images, checked, open_images
+from evaluation.moments import merged, shard_moments
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import read_npz
 from train_cc.io.write import (
+    LEFTOVER,
     MARK,
     check_output_file,
     flush,
@@ -48,48 +50,7 @@ from train_cc.io.write import (
     write_record,
 )
 from train_cc.models.features import NOTATION, FeatureSpace, load_space
-
-# Mathematics ------------------------------------------------------------------------------------------------------
-
-
-def shard_moments(features: Tensor, labels: Tensor | None) -> dict[str, np.ndarray]:
-    """Of (B, D) features, in float64: mean, scatter about it (its upper triangle), and sums of the classes it holds."""
-    f = features.double()
-    mean = f.mean(dim=0)
-    scatter = (f - mean).T @ (f - mean)
-    content = {"count": torch.tensor(len(f)), "mean": mean, "scatter": scatter[tuple(triangle(len(mean)))]}
-    if labels is not None:
-        classes, inverse = labels.unique(return_inverse=True)
-        sums = f.new_zeros(len(classes), f.shape[1]).index_add_(0, inverse.to(f.device), f)
-        content |= {"classes": classes, "class_count": torch.bincount(inverse), "class_sum": sums}
-    return {name: value.cpu().numpy() for name, value in content.items()}
-
-
-def triangle(size: int) -> Tensor:
-    return torch.triu_indices(size, size)
-
-
-def merged(shards: Iterator[dict[str, np.ndarray]], size: int, num_classes: int | None) -> dict[str, np.ndarray]:
-    """Moments of all images from those of the shards, in their order (Chan et al.: no large sums are subtracted)."""
-    count, mean, scatter = 0, np.zeros(size), np.zeros((size, size))
-    class_count, class_sum = np.zeros(num_classes or 0), np.zeros((num_classes or 0, size))
-    rows, columns = triangle(size).numpy()
-    for shard in shards:
-        n, delta = shard["count"].item(), shard["mean"] - mean
-        part = np.zeros((size, size))
-        part[rows, columns] = part[columns, rows] = shard["scatter"]
-        scatter += part + np.outer(delta, delta) * (count * n / (count + n))
-        mean, count = mean + delta * (n / (count + n)), count + n
-        if num_classes:
-            class_count[shard["classes"]] += shard["class_count"]
-            class_sum[shard["classes"]] += shard["class_sum"]
-    moments = {"mu": mean, "sigma": scatter / (count - 1)}
-    if num_classes:
-        class_mu = class_sum / np.maximum(class_count, 1)[:, None]
-        between = (class_mu - mean) * np.sqrt(class_count)[:, None]
-        moments |= {"class_mu": class_mu, "class_count": class_count, "within": (scatter - between.T @ between) / count}
-    return moments
-
+from train_cc.rewards.statistics import read_space
 
 # Shards -----------------------------------------------------------------------------------------------------------
 
@@ -97,7 +58,7 @@ def merged(shards: Iterator[dict[str, np.ndarray]], size: int, num_classes: int 
 def open_shards(folder: Path, identity: dict, arguments: dict) -> None:
     """``folder`` is there for shards of ``identity`` alone. Those of another command of ours are removed."""
     identity = json.loads(json.dumps(identity))
-    if any(path.name != ".lock" for path in folder.iterdir()):
+    if not all(LEFTOVER.fullmatch(path.name) for path in folder.iterdir()):
         if not is_ours(folder):
             raise InputError(f"{folder} is not empty, and no command of this project wrote it: choose another --output")
         if record_of(folder).get("identity") != identity:
@@ -217,11 +178,22 @@ def choose_workers(processes: int) -> int:
     return max(0, min(8, (os.cpu_count() or 1) // processes - 1))
 
 
-def save(path: Path, moments: dict[str, np.ndarray], space: FeatureSpace, images: Images) -> None:
-    about = space.describe() | {"images": len(images), "source": images.source}
-    about |= {"made_by": MARK, "versions": library_versions()}
+def about(space: FeatureSpace, images: Images) -> dict:
+    told = space.describe() | {"images": len(images), "source": images.source}
+    return told | {"made_by": MARK, "versions": library_versions()}
+
+
+def finished(path: Path, told: dict) -> bool:
+    """Whether ``path`` is there, whole, and says ``told`` of itself."""
+    try:
+        return path.exists() and read_space(read_npz(path, "statistics").get("space"), path) == told
+    except InputError:
+        return False
+
+
+def save(path: Path, moments: dict[str, np.ndarray], told: dict) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, **moments, space=np.array(json.dumps(about)))
+    np.savez(buffer, **moments, space=np.array(json.dumps(told)))
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.comment = MARK.encode()  # numpy's text is UTF-32: the mark is looked for in plain bytes
     write_atomically(path, buffer.getvalue())
@@ -244,7 +216,7 @@ def notes(images: Images, moments: dict[str, np.ndarray]) -> list[str]:
 @exits_on_input_error
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    check_output_file(args.output, args.overwrite)
+    check_output_file(args.output)
     # Whoever is done first waits for the slowest.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patient])
@@ -259,29 +231,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.workers = 0  # what is in memory needs no reading
     folder = args.output.with_name(args.output.name + ".shards")
     shards = shards_of(len(images), args.shard_size)
+    told = json.loads(json.dumps(about(space, images)))
+    there = not args.overwrite and finished(args.output, told)
+    if not there:
+        check_output_file(args.output, args.overwrite)
+    accelerator.wait_for_everyone()  # what is there is looked at before anything is written
     with locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
-        if accelerator.is_main_process:
-            need_space(folder, 4 * space.size**2 * (len(shards) + 6))
-            identity = {"space": space.describe(), "images": len(images), "source": images.source}
-            open_shards(folder, identity | {"shard_size": args.shard_size}, vars(args))
-        accelerator.wait_for_everyone()
-        todo = [name for name in shards if not (folder / name).exists()]
-        accelerator.wait_for_everyone()  # all have looked before any writes
-        mine = todo[accelerator.process_index :: accelerator.num_processes]
-        with one_thread():
-            fill_shards(folder, {name: shards[name] for name in mine}, images, space, accelerator, args)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            moments = merged((read_shard(folder / name) for name in shards), space.size, images.num_classes)
-            save(args.output, moments, space, images)
+        if not there:
+            if accelerator.is_main_process:
+                need_space(folder, 4 * space.size**2 * (len(shards) + 6))
+                open_shards(folder, told | {"shard_size": args.shard_size}, vars(args))
+            accelerator.wait_for_everyone()
+            todo = [name for name in shards if not (folder / name).exists()]
+            accelerator.wait_for_everyone()  # all have looked before any writes
+            mine = todo[accelerator.process_index :: accelerator.num_processes]
+            with one_thread():
+                fill_shards(folder, {name: shards[name] for name in mine}, images, space, accelerator, args)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                moments = merged((read_shard(folder / name) for name in shards), space.size, images.num_classes)
+                save(args.output, moments, told)
+        if accelerator.is_main_process and is_ours(folder):
             remove_shards(folder)
     if accelerator.is_main_process:
         (folder / ".lock").unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()
         classes = f", {images.num_classes} classes" if images.num_classes else ", no labels"
-        print(f"{len(images)} images{classes}, {space.size} features of {space.name} -> {args.output}")
-        for note in notes(images, moments):
+        done = "were there already:" if there else "->"
+        print(f"{len(images)} images{classes}, {space.size} features of {space.name} {done} {args.output}")
+        for note in notes(images, moments) if not there else ():
             print(note)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from PIL import Image
 
 from evaluation import statistics
 from evaluation.images import centre_crop, open_images
-from evaluation.statistics import main, merged, shard_moments
+from evaluation.moments import merged, shard_moments
+from evaluation.statistics import main
 from tests.conftest import refused
 from train_cc.io.errors import InputError
 from train_cc.io.write import is_ours
@@ -306,8 +308,24 @@ def test_commands_that_cannot_work_are_refused_before_anything_is_written(npz, s
     assert "these have 3" in with_arrays(arr_0=pixels.repeat(3, axis=3))
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "bad.npz"])
     made(npz, space, output)
-    assert "replace it with --overwrite" in told()
-    made(npz, space, output, "--overwrite")
+    shutil.copy(npz, tmp_path / "other.npz")
+    assert "replace it with --overwrite" in told(tmp_path / "other.npz")
+    made(tmp_path / "other.npz", space, output, "--overwrite")
+
+
+def test_a_finished_command_changes_nothing_and_removes_what_a_kill_has_left(npz, space, tmp_path, capsys, monkeypatch):
+    made(npz, space, tmp_path / "s.npz")
+    whole = (tmp_path / "s.npz").read_bytes()
+    (tmp_path / "s.npz").unlink()
+    with monkeypatch.context() as patch:  # dies after the file, before its shards are removed
+        patch.setattr(statistics, "remove_shards", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            main(words(npz, space, tmp_path / "s.npz"))
+    assert (tmp_path / "s.npz.shards").exists()
+    monkeypatch.setattr(statistics, "fill_shards", lambda *args: pytest.fail("made again"))
+    main(words(npz, space, tmp_path / "s.npz"))
+    assert "were there already" in capsys.readouterr().out
+    assert (tmp_path / "s.npz").read_bytes() == whole and not (tmp_path / "s.npz.shards").exists()
 
 
 def test_features_that_are_not_finite_name_their_image(npz, space, tmp_path, capsys, monkeypatch):
