@@ -13,8 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.read import require_file, sha256
 from train_cc.io.weights import WEIGHTS_NAME
-from train_cc.io.write import check_whole_folder, need_space, record, was_interrupted, whole_folder
+from train_cc.io.whole import check_whole_folder, is_there, was_interrupted, whole_folder
+from train_cc.io.write import need_space, record
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,12 +63,12 @@ def targets_of(args: argparse.Namespace) -> dict[str, tuple[Path, tuple[str, ...
     return {flag: target for flag, target in targets.items() if target[0] is not None}
 
 
-def check_targets(args: argparse.Namespace) -> bool:
-    """-> whether what is there may be replaced. Raises `InputError` where it is not ours, or among what is read."""
+def check_targets(args: argparse.Namespace, content: dict) -> bool:
+    """-> whether what is there may be replaced. Raises `InputError` where it is not ours, or among what is read.
+
+    ``content``: this command's record.
+    """
     targets = targets_of(args)
-    if not targets:
-        raise InputError("nothing to write: give --output-dir, --pipeline, or both")
-    content = record("export_generator", vars(args))
     overwrite = args.overwrite or was_interrupted(content, *(folder for folder, _ in targets.values()))
     given = {"--checkpoint": args.checkpoint, "--teacher": args.teacher, "--vae": args.vae}
     for flag, (folder, names) in targets.items():
@@ -99,13 +101,22 @@ def save_both(
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    overwrite = check_targets(args)
+    folders = [folder for folder, _ in targets_of(args).values()]
+    if not folders:
+        raise InputError("nothing to write: give --output-dir, --pipeline, or both")
     # Networks take seconds to import: what is wrong with the command line has been said.
     from train_cc.distillation.state import generator_from, kind_of, recorded_arguments, sampling_of
     from train_cc.models.sit import check_sit_config
     from train_cc.models.vae import load_vae, require_decoder
-    from train_cc.run.checkpoint import open_checkpoint
+    from train_cc.run.checkpoint import EXPECTED, open_checkpoint
 
+    # The SHA-256 of a torch_units file is that of the whole checkpoint: it holds those of the other files.
+    inputs = {"checkpoint": sha256(require_file(args.checkpoint, EXPECTED))}
+    content = record("export_generator", vars(args), inputs=inputs)
+    if not args.overwrite and is_there(content, *folders):
+        print(f"there already, by the same command: {' and '.join(map(str, folders))}; --overwrite makes it anew")
+        return
+    overwrite = check_targets(args, content)
     checkpoint = open_checkpoint(args.checkpoint)
     recorded, vae = recorded_arguments(checkpoint), None
     provenance = {
@@ -123,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     generator = generator_from(checkpoint, args.weights, args.teacher)
 
     size = sum(value.nbytes for value in generator.state_dict().values())
-    content, targets = record("export_generator", vars(args)), targets_of(args)
+    targets = targets_of(args)
     with contextlib.ExitStack() as whole:  # all are renamed when all are written and verified
         folders = {}
         for flag, (folder, names) in targets.items():

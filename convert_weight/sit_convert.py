@@ -18,15 +18,8 @@ from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import read_torch, sha256
 from train_cc.io.weights import WEIGHTS_NAME, fit, load_weights
-from train_cc.io.write import (
-    check_parent,
-    check_whole_folder,
-    need_space,
-    record,
-    was_interrupted,
-    whole_folder,
-    write_atomically,
-)
+from train_cc.io.whole import check_whole_folder, is_there, was_interrupted, whole_folder
+from train_cc.io.write import check_parent, need_space, record, write_atomically
 
 if TYPE_CHECKING:
     from train_cc.models.sit import SiT
@@ -128,9 +121,24 @@ def target_of(args: argparse.Namespace, config: dict | None = None) -> Path:
     return args.save_dir / (args.name or (known[0].replace("/", "-") if known else "SiT-custom"))
 
 
-def check_target(args: argparse.Namespace, target: Path) -> bool:
+def content_of(args: argparse.Namespace) -> dict:
+    """The record of this command, with the SHA-256 of what it reads, as far as that is there."""
+    source = args.input or args.save_dir / "last.pt"
+    file = source / WEIGHTS_NAME if source.is_dir() else source
+    return record("sit_convert", vars(args), inputs={"source": sha256(file)} if file.is_file() else {})
+
+
+def is_made(args: argparse.Namespace, target: Path, content: dict) -> bool:
+    """Whether the same command has made ``target`` already; if so, it is told."""
+    if args.overwrite or not is_there(content, target):
+        return False
+    print(f"there already, by the same command: {target}; --overwrite makes it anew")
+    return True
+
+
+def check_target(args: argparse.Namespace, target: Path, content: dict) -> bool:
     """-> whether ``target`` may be replaced. Raises `InputError` where it cannot be written, or is there to stay."""
-    overwrite = args.overwrite or was_interrupted(record("sit_convert", vars(args)), target)
+    overwrite = args.overwrite or was_interrupted(content, target)
     if target.exists() and not overwrite:
         raise InputError(f"{target} exists; choose another --name, or replace it with --overwrite")
     if args.input is not None and target.resolve() in args.input.resolve().parents:
@@ -142,10 +150,14 @@ def check_target(args: argparse.Namespace, target: Path) -> bool:
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    content = content_of(args)
     if args.name is not None:
-        check_target(args, target_of(args))
+        if is_made(args, target_of(args), content):
+            return
+        check_target(args, target_of(args), content)
     check_parent(args.save_dir / "last.pt")
     model, told, source = load_source(args)
+    content = content if content["inputs"] else content_of(args)  # it was downloaded
     print("\n".join(told))
     if args.check:
         from convert_weight.denoising import require_denoising
@@ -153,13 +165,15 @@ def main(argv: list[str] | None = None) -> None:
         require_denoising(model)
 
     target = target_of(args, model.config)
-    overwrite = check_target(args, target)
+    if is_made(args, target, content):
+        return
+    overwrite = check_target(args, target, content)
     args.save_dir.mkdir(parents=True, exist_ok=True)
     need_space(args.save_dir, sum(value.nbytes for value in model.state_dict().values()))
     origin = {"source": str(args.input or REPA_URL), "notes": told}
     if source.is_file():
-        origin |= {"bytes": source.stat().st_size, "sha256": sha256(source)}
-    with whole_folder(target, record("sit_convert", vars(args)), WRITTEN, overwrite) as folder:
+        origin |= {"bytes": source.stat().st_size, "sha256": content["inputs"]["source"]}
+    with whole_folder(target, content, WRITTEN, overwrite) as folder:
         model.save_pretrained(folder)
         write_atomically(folder / "source.json", json.dumps(origin, indent=2) + "\n")
     print(f"model folder: {target}")

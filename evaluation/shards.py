@@ -22,6 +22,7 @@ from evaluation.files import provenance_of
 from train_cc.io.errors import InputError
 from train_cc.io.read import npz_headers, parsing, read_npz
 from train_cc.io.write import (
+    UNFINISHED,
     check_output_dir,
     flush,
     is_ours,
@@ -36,7 +37,7 @@ from train_cc.run.pictures import png_bytes
 LOCK, NOTE, WHOLE = ".lock", "provenance.json", "whole.tmp"
 SHARD = re.compile(r"\d{8,}\.npz")
 # What a run that was killed can leave before its first shard.
-LEFT = re.compile(r"\.lock|\.[0-9a-f]{16}\.tmp")
+LEFT = re.compile(rf"\.lock|({re.escape(NOTE)})?{UNFINISHED}")
 OURS = re.compile(rf"{SHARD.pattern}(\.tmp)?|whole\.tmp|provenance\.json|{LEFT.pattern}")
 
 

@@ -42,8 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
 @exits_on_input_error
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    check_output_file(args.output, args.overwrite)
-    from evaluation.moments import gather  # networks take seconds to import: what is wrong has been said
+    check_output_file(args.output)
+    from evaluation.gathering import gather  # networks take seconds to import: what is wrong has been said
 
     gather(args)
 

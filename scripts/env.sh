@@ -67,7 +67,20 @@ fi
 unset active
 
 # launch MODULE FLAGS...: one process a visible GPU, or one CPU process; scripts/launch.py has the variables that override.
-# `exec`: a signal to the script reaches the run itself. A script that goes on afterwards calls it in parentheses.
+# `exec`: a signal to the script reaches the run itself. A script that goes on afterwards says `run launch`.
 launch() {
     exec python -m scripts.launch "$@"
+}
+
+# run COMMAND...: one of several commands of a script. A signal to the script alone is handed on to it, and ends the
+# script when the command has ended: bash by itself would leave it running.
+run() {
+    local child code asked=""
+    "$@" &
+    child=$!
+    trap 'asked=yes; kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
+    while code=0; wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do :; done # a signal ends `wait`, too
+    trap - TERM INT HUP
+    [ -z "$asked" ] || exit 143
+    return "$code"
 }

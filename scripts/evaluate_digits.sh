@@ -4,7 +4,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 DIGITS="${DIGITS:-runs/digits}"
 GENERATOR="${1:?the generator folder is missing}" OUTPUT="${2:?the output folder is missing}"
 
-python -m evaluation.generate --generator "$GENERATOR" --output "$OUTPUT/samples.npz" --overwrite --num-images 1800 "${@:3}"
-python -m evaluation.evaluate "$OUTPUT/samples.npz" "$DIGITS/reference.npz" \
+run python -m evaluation.generate --generator "$GENERATOR" --output "$OUTPUT/samples.npz" --overwrite --num-images 1800 "${@:3}"
+run python -m evaluation.evaluate "$OUTPUT/samples.npz" "$DIGITS/reference.npz" \
     --classifier "$DIGITS/classifier_evaluation" \
     --output "$OUTPUT/figures.json"

@@ -7,12 +7,12 @@ REFERENCE="${REFERENCE:-VIRTUAL_imagenet256_labeled.npz}"
 
 # INCEPTION: torch-fidelity's weights file, where it cannot be downloaded
 evaluate() {
-    python -m evaluation.evaluate "$OUTPUT/samples.npz" "$REFERENCE" --inception ${INCEPTION:+"$INCEPTION"} \
+    run python -m evaluation.evaluate "$OUTPUT/samples.npz" "$REFERENCE" --inception ${INCEPTION:+"$INCEPTION"} \
         --output "$OUTPUT/figures.json" "$@"
 }
 evaluate --check # a wrong reference shows before 50 000 images are sampled
 
-(launch evaluation.generate \
+run launch evaluation.generate \
     --generator "$GENERATOR" \
     --output "$OUTPUT/samples.npz" \
     --overwrite \
@@ -20,5 +20,5 @@ evaluate --check # a wrong reference shows before 50 000 images are sampled
     --num-images 50000 \
     --batch-size 64 \
     --dtype bf16 \
-    "${@:3}")
+    "${@:3}"
 evaluate

@@ -4,14 +4,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export DIGITS="${DIGITS:-runs/digits}" SEED="${SEED:-30}"
 began=$SECONDS
 
-bash scripts/pretrain_digits.sh
+run bash scripts/pretrain_digits.sh
 # Of the real digits, in the features of the classifier that rewards: what the rows Frechet draw towards.
-[ -f "$DIGITS/statistics.npz" ] || python -m evaluation.statistics \
+[ -f "$DIGITS/statistics.npz" ] || run python -m evaluation.statistics \
     --images digits \
     --space "classifier:$DIGITS/classifier_reward" \
     --output "$DIGITS/statistics.npz"
 cores=$(getconf _NPROCESSORS_ONLN)
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m evaluation.frontier \
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" run python -m evaluation.frontier \
     --recipe digits \
     --teacher "${TEACHER:-$DIGITS/teacher}" \
     --output-dir "${OUTPUT_DIR:-$DIGITS/frontier}" \

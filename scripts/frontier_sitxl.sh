@@ -2,7 +2,7 @@
 # The quality-diversity table of SiT-XL/2, ImageNet 256: the published rows and ours. Weeks of one node; finished rows are kept.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-python -m evaluation.frontier \
+exec python -m evaluation.frontier \
     --recipe sitxl \
     --teacher "${TEACHER:-sit_weights/SiT-XL-2}" \
     --output-dir "${OUTPUT_DIR:-runs/sitxl/frontier}" \

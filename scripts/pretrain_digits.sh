@@ -14,8 +14,8 @@ need() { # a command that was asked to stop ends well, but has not finished
     finished "$1" || { echo "$1 is not finished; the same command continues" >&2; exit 1; }
 }
 
-[ -f "$DIGITS/reference.npz" ] || python -m train_cc.pretrain.data --dataset digits --output "$DIGITS/reference.npz"
-finished "$DIGITS/teacher" || python -m train_cc.pretrain.teacher \
+[ -f "$DIGITS/reference.npz" ] || run python -m train_cc.pretrain.data --dataset digits --output "$DIGITS/reference.npz"
+finished "$DIGITS/teacher" || run python -m train_cc.pretrain.teacher \
     --dataset digits \
     --output-dir "$DIGITS/teacher" \
     --hidden-size 64 \
@@ -30,7 +30,7 @@ finished "$DIGITS/teacher" || python -m train_cc.pretrain.teacher \
     --ema-decay 0.999 \
     --seed "$SEED"
 need "$DIGITS/teacher"
-finished "$DIGITS/classifier_reward" || python -m train_cc.pretrain.classifier \
+finished "$DIGITS/classifier_reward" || run python -m train_cc.pretrain.classifier \
     --dataset digits \
     --output-dir "$DIGITS/classifier_reward" \
     --purpose reward \
@@ -43,7 +43,7 @@ finished "$DIGITS/classifier_reward" || python -m train_cc.pretrain.classifier \
     --learning-rate 2e-3 \
     --seed "$SEED"
 need "$DIGITS/classifier_reward"
-finished "$DIGITS/classifier_evaluation" || python -m train_cc.pretrain.classifier \
+finished "$DIGITS/classifier_evaluation" || run python -m train_cc.pretrain.classifier \
     --dataset digits \
     --output-dir "$DIGITS/classifier_evaluation" \
     --purpose evaluation \

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # The test suite on a fresh machine. Flags go to pytest: bash scripts/test.sh -m slow
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-python -m pytest "$@"
+exec python -m pytest "$@"

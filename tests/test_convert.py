@@ -166,8 +166,12 @@ def test_the_command_writes_a_model_folder_with_its_source(tmp_path, capsys):
     torch.testing.assert_close(model(*inputs()), plain_velocity(state, *inputs()), rtol=1e-5, atol=1e-5)
     source = json.loads((folder / "source.json").read_text())
     assert len(source["sha256"]) == 64 and source["bytes"] == (tmp_path / "last.pt").stat().st_size
-    message = refused(convert_file, state, tmp_path, capsys=capsys)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    convert_file(state, tmp_path)  # as after a kill when all was done
+    assert "there already" in capsys.readouterr().out
+    message = refused(convert_file, repa_state(seed=1, **SMALL), tmp_path, capsys=capsys)
     assert "exists" in message
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     again = ["--input", str(folder), "--save-dir", str(tmp_path / "out"), "--name", "again"]
     sit_convert.main(again)
     other = SiT.from_pretrained(tmp_path / "out" / "again").state_dict()
@@ -483,7 +487,7 @@ def killed_at(moment, call, monkeypatch):
         if moment == "save_pretrained":
             patched.setattr(SiT, "save_pretrained", die)
         elif moment == "write_record":
-            patched.setattr("train_cc.io.write.write_record", die)
+            patched.setattr("train_cc.io.whole.write_record", die)
         with pytest.raises(Killed):
             call()
         for place, name, function in alive:
@@ -505,6 +509,34 @@ def test_a_killed_conversion_continues_by_the_same_command(tmp_path, monkeypatch
     convert_file(state, tmp_path, *more)
     assert torch.equal(SiT.from_pretrained(tmp_path / "out" / "SiT-custom").pos_embed, state["pos_embed"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["SiT-custom"]
+
+
+@pytest.mark.parametrize("left", [[".lock"], [".lock", "args.json.0123456789abcdef.tmp"], []], ids=str)
+@pytest.mark.parametrize("there", [True, False], ids=["finished", "begun"])
+def test_a_working_folder_that_lost_its_record_is_no_strangers(tmp_path, left, there):
+    """A kill before the record stands, or when it is gone already."""
+    if there:
+        convert_file(repa_state(**SMALL), tmp_path)
+    work = tmp_path / "out" / "SiT-custom.tmp"
+    work.mkdir(parents=True)
+    for name in left:
+        (work / name).write_text("half")
+    convert_file(repa_state(**SMALL), tmp_path)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["SiT-custom"]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["finished", "begun"])
+def test_a_strangers_folder_of_that_name_stays(tmp_path, capsys, there):
+    if there:
+        convert_file(repa_state(**SMALL), tmp_path)
+    work = tmp_path / "out" / "SiT-custom.tmp"
+    work.mkdir(parents=True)
+    (work / "thesis.txt").write_text("mine")
+    if there:
+        convert_file(repa_state(**SMALL), tmp_path)
+    else:
+        assert "no command of this project" in refused(convert_file, repa_state(**SMALL), tmp_path, capsys=capsys)
+    assert [path.name for path in work.iterdir()] == ["thesis.txt"]
 
 
 def test_an_older_folder_comes_back_after_a_kill_or_an_error_between_the_renames(tmp_path, monkeypatch, capsys):
@@ -570,6 +602,7 @@ def test_a_checkpoint_becomes_a_generator_and_a_pipeline_that_know_their_steps(r
         "step": 3,
         "weights": "ema",
         "teacher_sha256": units["teacher_sha256"],
+        "rewards_sha256": [],
     }
     pipeline = DMDRPipeline.from_pretrained(tmp_path / "pipeline")
     assert (pipeline.config.num_inference_steps, pipeline.config.timestep_shift) == (2, 1.5)
@@ -601,3 +634,16 @@ def test_an_export_killed_between_its_two_folders_continues(run, tmp_path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["generator", "pipeline"]
     SiT.from_pretrained(tmp_path / "generator")
     DMDRPipeline.from_pretrained(tmp_path / "pipeline")
+
+
+def test_a_finished_export_is_left_as_it_is_unless_the_checkpoint_is_another(run, tmp_path, capsys):
+    here = shutil.copytree(run, tmp_path / "run")
+    folders = ["--output-dir", tmp_path / "generator", "--pipeline", tmp_path / "pipeline"]
+    export(here, *folders)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "generator").iterdir()}
+    export(here, *folders)
+    assert "there already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "generator").iterdir()} == before
+    path = here / "checkpoints/torch_units/step-3.pt"
+    torch.save(torch.load(path, weights_only=True) | {"samples_seen": 1}, path)
+    assert "not empty" in refused(export, here, *folders, capsys=capsys)

@@ -1,8 +1,11 @@
 """The figures of a log row against their definitions, the panel of a sample step, and the trackers."""
 
+import importlib.util
 import json
 import math
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,6 +135,10 @@ def test_tensorboard_gets_the_rows_and_the_pictures(teacher, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_refused(teacher, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "here" / "wandb").mkdir(parents=True)  # as wandb leaves it where a run was started: no library
+    monkeypatch.syspath_prepend(tmp_path / "here")
+    monkeypatch.setattr("sys.path", [path for path in sys.path if not (Path(path) / "wandb" / "__init__.py").exists()])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert importlib.util.find_spec("wandb") is not None
     message = refused(cold_start.main, flags(teacher, tmp_path / "run", "--report-to", "wandb"), capsys=capsys)
     assert "pip install wandb" in message and not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ This file is also the program that the launcher starts: small, so that what is t
 """
 
 import atexit
+import contextlib
 import os
 import shutil
 import signal
@@ -86,7 +87,15 @@ def train(folder: Path, rank: int, hangs: bool) -> None:
 def launch(what: str, folder: Path, **variables: str) -> subprocess.Popen:
     environment = os.environ | NO_GPU | {"NUM_PROCESSES": "2"} | variables
     command = [sys.executable, "-m", "scripts.launch", "tests.test_launchers", what, str(folder)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
+    )
+
+
+def as_in_a_terminal() -> None:
+    """A shell in the background ignores SIGINT, nohup SIGHUP, and what it starts inherits that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def wait_until_up(process: subprocess.Popen, folder: Path) -> list[psutil.Process]:
@@ -427,17 +436,23 @@ def test_this_environment_satisfies_without_pip(tmp_path):
 # Stage 0's script: the commands are replaced by a stub
 
 
-def run_pretrain(machine: Machine, stub: str) -> tuple[int, list[str]]:
-    """-> the exit code, and what the commands of stage 0 were given."""
+def start_pretrain(machine: Machine, stub: str) -> subprocess.Popen:
     (machine.stubs / "python").write_text(PYTHON.replace('*) echo "run by $prefix" >> "$NOTED"', stub))
     shutil.rmtree(machine.root / ".venv", ignore_errors=True)  # made anew of the stub
     (machine.root / "scripts" / "pretrain_digits.sh").write_text((ROOT / "scripts/pretrain_digits.sh").read_text())
     machine.noted.write_text("")
     environment = {"PATH": f"{machine.stubs}:{os.environ['PATH']}", "NOTED": str(machine.noted)}
     environment |= {"STUBS": str(machine.stubs), "DIGITS": "d"}
-    done = subprocess.run(["bash", "scripts/pretrain_digits.sh"], cwd=machine.root, env=environment)
+    command = ["bash", "scripts/pretrain_digits.sh"]
+    return subprocess.Popen(command, cwd=machine.root, env=environment, preexec_fn=as_in_a_terminal)
+
+
+def run_pretrain(machine: Machine, stub: str) -> tuple[int, list[str]]:
+    """-> the exit code, and what the commands of stage 0 were given."""
+    process = start_pretrain(machine, stub)
+    process.wait(timeout=60)
     noted = machine.noted.read_text().splitlines()
-    return done.returncode, [line.split()[1] for line in noted if "train_cc.pretrain" in line]
+    return process.returncode, [line.split()[1] for line in noted if "train_cc.pretrain" in line]
 
 
 STOPPED = """*) echo "$*" >> "$NOTED"; case "$2" in *.data) mkdir d; touch d/reference.npz ;;
@@ -458,6 +473,29 @@ def test_stage_0_continues_what_was_interrupted_and_keeps_what_is_finished(machi
     three = ["train_cc.pretrain.teacher", "train_cc.pretrain.classifier", "train_cc.pretrain.classifier"]
     assert run_pretrain(machine, FINISHES) == (0, three)
     assert run_pretrain(machine, FINISHES) == (0, [])
+
+
+SAVES = """*.data) mkdir d; touch d/reference.npz ;;
+    *) trap 'sleep 0.5; echo "saved" >> "$NOTED"; exit 0' TERM; touch up; while :; do sleep 0.05; done ;; esac"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=str)
+def test_a_signal_to_the_script_of_stage_0_alone_ends_its_command_too(machine, number):
+    process = start_pretrain(machine, '*) case "$2" in ' + SAVES)
+    deadline = time.monotonic() + 60
+    while not (machine.root / "up").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    (command,) = psutil.Process(process.pid).children()
+    try:
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 143
+        assert machine.noted.read_text().splitlines()[-1] == "saved"  # it was waited for, and nothing came after it
+        assert not command.is_running()
+    finally:
+        for each in (process, command):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 if __name__ == "__main__":

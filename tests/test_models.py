@@ -141,11 +141,17 @@ def test_tokens_are_patches_with_channels_fastest():
 
 @pytest.mark.parametrize("name", SIT_SIZES)
 def test_every_size_runs_a_forward(name):
+    torch.manual_seed(0)
     model = SiT(**{**SIT_SIZES[name], "depth": 1})
-    x, t, y = torch.randn(1, 4, 32, 32), torch.rand(1), torch.tensor([1000])
+    x, t, y = torch.randn(2, 4, 32, 32), torch.tensor([0.2, 0.7]), torch.tensor([1000, 3])
     with torch.no_grad():
+        assert (model(x, t, y) == 0).all()  # adaLN-Zero: the first output is zero
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
         v = model(x, t, y)
-    assert v.shape == x.shape and (v == 0).all()  # adaLN-Zero: the first output is zero
+        assert v.shape == x.shape and v.isfinite().all() and v.std() > 0.01
+        for other in (model(x.flip(0), t, y), model(x, t.flip(0), y), model(x, t, y.flip(0))):
+            assert (other - v).abs().max() > 0.01 * v.std()  # each input counts
 
 
 def test_position_embedding_has_columns_first():

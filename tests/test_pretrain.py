@@ -90,6 +90,23 @@ def test_killed_and_continued_equals_never_stopped(straight, tmp_path, monkeypat
     assert not (tmp_path / "run" / "checkpoint.pt").exists() and not list((tmp_path / "run").rglob("*.tmp"))
 
 
+@BOTH
+def test_killed_between_its_end_and_the_removal_of_its_checkpoint(straight, tmp_path, monkeypatch, name):
+    unlink = Path.unlink
+
+    def dies(path, **options):
+        if path.name == "checkpoint.pt" and not options:
+            raise RuntimeError("killed")
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(Path, "unlink", dies)
+        train(name, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    train(name, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in straight[name].iterdir()}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=str)
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     run = tmp_path / "run"

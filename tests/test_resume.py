@@ -191,6 +191,24 @@ def test_rotation_keeps_the_newest_and_the_one_that_was_named(teacher, tmp_path)
     assert checkpoints.complete_steps(root) == [2, 6]
 
 
+def test_a_kill_between_a_checkpoint_and_the_rotation_leaves_none_too_many(teacher, tmp_path, monkeypatch):
+    more = ("--keep-checkpoints", 2, "--auto-resume")
+    rotate = checkpoints.rotate_checkpoints
+
+    def dies(root, *rest):
+        if checkpoints.complete_steps(root)[-1] == 3:
+            raise RuntimeError("killed")
+        rotate(root, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(checkpoints, "rotate_checkpoints", dies)
+        run_cold_start(teacher, tmp_path / "run", *more)
+    assert checkpoints.complete_steps(tmp_path / "run" / "checkpoints") == [1, 2, 3]
+    run_cold_start(teacher, tmp_path / "run", *more)
+    assert checkpoints.complete_steps(tmp_path / "run" / "checkpoints") == [2, 3]
+    assert exported_step(tmp_path / "run") == 3
+
+
 # Signals and kills
 
 

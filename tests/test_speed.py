@@ -244,7 +244,7 @@ def test_an_optimizer_without_its_library_is_refused(monkeypatch):
 
 def test_moments_of_another_optimizer_are_refused(teacher, tmp_path, capsys, monkeypatch):
     units = run_cold_start(teacher, tmp_path / "a") / "checkpoints" / "torch_units" / "step-3.pt"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("train_cc.setup.arguments.installed", lambda name: True)
     more = ["--resume-ckpt", units, "--optimizer", "adamw8bit", "--max-train-steps", 4]
     message = refused(cold_start.main, flags(teacher, tmp_path / "b", *more), capsys=capsys)
     assert "adamw8bit" in message and "moments of adamw" in message

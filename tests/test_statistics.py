@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import moments
+from evaluation import gathering
 from evaluation.images import centre_crop, open_images
 from evaluation.moments import merged, shard_moments
 from evaluation.statistics import main
@@ -125,7 +126,7 @@ class Rank:
 
 def made_by(count: int, monkeypatch, *arguments) -> dict[str, np.ndarray]:
     barrier, own, failed = threading.Barrier(count), threading.local(), []
-    monkeypatch.setattr(moments, "Accelerator", lambda **options: Rank(own.rank, barrier))
+    monkeypatch.setattr(gathering, "Accelerator", lambda **options: Rank(own.rank, barrier))
 
     def run(rank: int) -> None:
         own.rank = rank
@@ -147,8 +148,8 @@ def made_by(count: int, monkeypatch, *arguments) -> dict[str, np.ndarray]:
 
 def test_any_number_of_processes_gives_the_same_file(npz, space, tmp_path, monkeypatch):
     writers = []
-    write = moments.write_shard
-    monkeypatch.setattr(moments, "write_shard", lambda path, *rest: writers.append(rest[-1]) or write(path, *rest))
+    write = gathering.write_shard
+    monkeypatch.setattr(gathering, "write_shard", lambda path, *rest: writers.append(rest[-1]) or write(path, *rest))
     alone = made(npz, space, tmp_path / "1.npz", "--shard-size", 9)
     assert writers == [0] * 7
     threads = torch.get_num_threads()
@@ -174,7 +175,7 @@ def test_two_processes_of_a_launcher_give_the_same_file(npz, space, tmp_path):
 
 def test_a_stopped_command_continues_from_its_shards(npz, space, tmp_path, monkeypatch):
     straight = made(npz, space, tmp_path / "straight.npz", "--shard-size", 12)
-    write, written = moments.write_shard, []
+    write, written = gathering.write_shard, []
 
     def stopped(path, *rest):
         if len(written) == 2:
@@ -184,10 +185,10 @@ def test_a_stopped_command_continues_from_its_shards(npz, space, tmp_path, monke
         write(path, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(moments, "write_shard", stopped)
+        patch.setattr(gathering, "write_shard", stopped)
         main(words(npz, space, tmp_path / "s.npz", "--shard-size", 12))
     assert not (tmp_path / "s.npz").exists() and len(list((tmp_path / "s.npz.shards").glob("*.npz"))) == 2
-    monkeypatch.setattr(moments, "write_shard", lambda path, *rest: written.append(path.name) or write(path, *rest))
+    monkeypatch.setattr(gathering, "write_shard", lambda path, *rest: written.append(path.name) or write(path, *rest))
     again = made(npz, space, tmp_path / "s.npz", "--shard-size", 12, "--batch-size", 7)
     assert written == [f"shard-{first:09d}.npz" for first in (0, 12, 24, 36, 48)]  # none twice
     assert largest_difference(straight, again) == 0
@@ -213,7 +214,7 @@ def test_shards_of_another_command_are_not_taken_and_folders_of_others_not_touch
     expected = made(npz, space, tmp_path / "expected.npz", "--shard-size", 30)
     folder = tmp_path / "s.npz.shards"
     folder.mkdir()
-    moments.open_shards(folder, {"images": "others"}, {})
+    gathering.open_shards(folder, {"images": "others"}, {})
     np.savez(folder / "shard-000000000.npz", count=1)
     assert largest_difference(expected, made(npz, space, tmp_path / "s.npz", "--shard-size", 30)) == 0
     folder = tmp_path / "t.npz.shards"
@@ -307,13 +308,29 @@ def test_commands_that_cannot_work_are_refused_before_anything_is_written(npz, s
     assert "these have 3" in with_arrays(arr_0=pixels.repeat(3, axis=3))
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "bad.npz"])
     made(npz, space, output)
-    assert "replace it with --overwrite" in told()
-    made(npz, space, output, "--overwrite")
+    shutil.copy(npz, tmp_path / "other.npz")
+    assert "replace it with --overwrite" in told(tmp_path / "other.npz")
+    made(tmp_path / "other.npz", space, output, "--overwrite")
+
+
+def test_a_finished_command_changes_nothing_and_removes_what_a_kill_has_left(npz, space, tmp_path, capsys, monkeypatch):
+    made(npz, space, tmp_path / "s.npz")
+    whole = (tmp_path / "s.npz").read_bytes()
+    (tmp_path / "s.npz").unlink()
+    with monkeypatch.context() as patch:  # dies after the file, before its shards are removed
+        patch.setattr(gathering, "remove_shards", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            main(words(npz, space, tmp_path / "s.npz"))
+    assert (tmp_path / "s.npz.shards").exists()
+    monkeypatch.setattr(gathering, "fill_shards", lambda *args: pytest.fail("made again"))
+    main(words(npz, space, tmp_path / "s.npz"))
+    assert "were there already" in capsys.readouterr().out
+    assert (tmp_path / "s.npz").read_bytes() == whole and not (tmp_path / "s.npz.shards").exists()
 
 
 def test_features_that_are_not_finite_name_their_image(npz, space, tmp_path, capsys, monkeypatch):
     loaded = load_space(space)
-    monkeypatch.setattr(moments, "load_space", lambda *rest: loaded)
+    monkeypatch.setattr(gathering, "load_space", lambda *rest: loaded)
     loaded.register_forward_hook(lambda module, args, out: out / (args[0].shape[0] != 4))  # the last batch of 60 by 7
     message = refused(main, words(npz, space, tmp_path / "s.npz"), capsys=capsys)
     assert "gives NaN or infinity for image 56 of" in message

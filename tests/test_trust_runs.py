@@ -20,7 +20,7 @@ from train_cc.distillation import loop
 from train_cc.distillation.state import restore
 from train_cc.io.errors import InputError
 from train_cc.io.read import read_npy, sha256
-from train_cc.io.write import record, write_record
+from train_cc.io.write import check_output_dir, check_parent, record, write_atomically, write_record
 from train_cc.models.generator import read_sampling
 from train_cc.run import checkpoint as checkpoints
 from train_cc.run import states
@@ -443,6 +443,43 @@ def dead_run(teacher, folder: Path) -> Path:
     (folder / "log.txt").write_text("2026-01-01 00:00:00 generator: 1 parameters trained of 1\n")
     write_record(folder, record("cold_start", vars(args)))
     return folder
+
+
+HALF = ".0123456789abcdef.tmp"  # ends the name of a file that a kill has left unfinished
+
+
+@pytest.mark.parametrize("name", [".lock", f"args.json{HALF}", HALF])
+def test_a_start_that_was_killed_in_its_first_writing_starts_again(teacher, tmp_path, name):
+    for folder in ("run", "teacher"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("half")
+    run_cold_start(teacher, tmp_path / "run", *QUICK, "--auto-resume")
+    assert len(logged(tmp_path / "run")) == 3 and not (tmp_path / "run" / f"args.json{HALF}").exists()
+    check_output_dir(tmp_path / "teacher")  # stage 0's, and that of all other commands
+
+
+def test_what_a_kill_left_of_a_file_goes_with_its_next_writing(tmp_path):
+    others = [f"b.json{HALF}", "a.json.tmp", "a.json.0123.tmp", HALF]
+    for name in (f"a.json{HALF}", *others):
+        (tmp_path / name).write_text("half")
+    write_atomically(tmp_path / "a.json", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["a.json", *others])
+    assert all((tmp_path / name).read_text() == "half" for name in others)
+
+
+def test_looking_whether_a_folder_takes_files_leaves_nothing_where_it_is_killed(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(Path, "touch", lambda self, **options: made.append(self))
+    check_parent(tmp_path / "a.json")
+    assert not made and not list(tmp_path.iterdir())
+
+
+def test_overwriting_removes_unfinished_files_of_an_earlier_run(teacher, run):
+    names = ["loss_logs/loss_gen_log.jsonl", "samples/step-1/grid.png", "generator/generation_config.json"]
+    for name in names:
+        (run / (name + HALF)).write_text("half")
+    run_cold_start(teacher, run, *QUICK, "--overwrite", "--max-train-steps", 1)
+    assert not [name for name in names if (run / (name + HALF)).exists()]
 
 
 FOREIGN = [

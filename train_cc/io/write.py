@@ -5,9 +5,10 @@ import errno
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -20,6 +21,9 @@ LIBRARIES = ("torch", "torchvision", "accelerate", "timm", "peft", "diffusers", 
 MARK = "made by DMDR"
 RECORD = "args.json"  # of a folder: which command wrote it, with which arguments
 ENDS = 1 << 16  # bytes at both ends of a file in which the mark is looked for
+UNFINISHED = r"\.[0-9a-f]{16}\.tmp"  # ends the name of a file that is being written: nobody else's ends so
+# What a killed command can leave in a folder before the folder has a record.
+LEFTOVER = re.compile(rf"\.lock|({re.escape(RECORD)})?{UNFINISHED}")
 
 
 def library_versions() -> dict[str, str]:
@@ -86,12 +90,20 @@ def check_parent(path: Path) -> None:
     for part in path.relative_to(parent).parts:  # names that are too long show above only where the parent is there
         if len(os.fsencode(part)) + len(".0123456789abcdef.tmp") > os.pathconf(parent, "PC_NAME_MAX"):
             raise InputError(f"{str(path)[:300]} cannot be written: {os.strerror(errno.ENAMETOOLONG)}")
-    probe = parent / f".{secrets.token_hex(8)}.tmp"
     try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        touch(parent)
     except OSError as error:
         raise InputError(f"{parent} takes no new file: {os.strerror(error.errno)}; choose another output") from error
+
+
+def touch(folder: Path) -> None:
+    """Make a file in ``folder`` and remove it. It has no name where the system can: a kill leaves nothing of it."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
+        return
+    probe = folder / f".{secrets.token_hex(8)}.tmp"
+    probe.touch(exist_ok=False)
+    probe.unlink()
 
 
 def check_output_file(path: Path, overwrite: bool = True, flag: str = "--output", kind: str = "") -> None:
@@ -112,7 +124,7 @@ def check_output_dir(folder: Path, overwrite: bool = False, flag: str = "--outpu
     check_parent(folder / RECORD)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"the output folder {folder} is a file")
-    if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+    if folder.exists() and not all(LEFTOVER.fullmatch(path.name) for path in folder.iterdir()):
         if not is_ours(folder):
             raise InputError(
                 f"the output folder {folder} is not empty, and no command of this project wrote it: "
@@ -168,77 +180,6 @@ def plain_mode(path: Path) -> None:
 # Whole or not at all ----------------------------------------------------------------------------------------------
 
 
-def work_folder(target: Path) -> Path:
-    """Where `whole_folder` makes ``target``: beside it, on its disk, even where ``target`` is a link."""
-    target = target.resolve()
-    return target.with_name(target.name + ".tmp")
-
-
-def was_interrupted(content: dict, *targets: Path) -> bool:
-    """Whether the command of record ``content`` was killed between finishing ``targets`` and cleaning up.
-
-    Then it may replace what it finished itself, and nothing else.
-    """
-
-    def same(folder: Path) -> bool:
-        found = record_of(folder)
-        return all(found.get(name) == content[name] for name in ("stage", "arguments"))
-
-    return any(same(work_folder(target)) for target in targets) and all(
-        same(target) for target in targets if target.exists()
-    )
-
-
-@contextlib.contextmanager
-def whole_folder(target: Path, content: dict, names: Collection[str], overwrite: bool) -> Iterator[Path]:
-    """``target`` is made whole or not at all. Yields a folder to fill; it becomes ``target``, ``content`` its record.
-
-    Filled in ``target``.tmp, which a killed command leaves to the next one. What is replaced must be ours and hold
-    nothing but ``names``. Call `check_whole_folder` first, before the work. Raises `InputError`.
-    """
-    target, work = target.resolve(), work_folder(target)
-    with locked(work):
-        write_record(work, content)
-        fresh, before = work / "new", work / "old"
-        if before.exists() and not target.exists():  # killed between the two renames below
-            before.rename(target)
-        try:
-            check_whole_folder(target, names, overwrite)
-            for leftover in (fresh, before):
-                shutil.rmtree(leftover, ignore_errors=True)
-            fresh.mkdir()
-            yield fresh
-            write_record(fresh, content)
-            for path in fresh.rglob("*"):
-                flush(path)
-            if target.exists():
-                target.rename(before)
-            fresh.rename(target)
-            flush(target.parent)
-        finally:
-            if before.exists() and not target.exists():
-                before.rename(target)
-            shutil.rmtree(work, ignore_errors=True)
-
-
-def check_whole_folder(target: Path, names: Collection[str], overwrite: bool, flag: str = "--output-dir") -> None:
-    """`whole_folder` can make ``target``. Raises `InputError`."""
-    check_output_dir(target, overwrite, flag)
-    target, work = target.resolve(), work_folder(target)
-    if target.is_dir():
-        strangers = sorted({path.name for path in target.iterdir()} - {*names, RECORD, ".lock"})
-        if strangers:
-            raise InputError(f"{target} also holds {', '.join(strangers[:6])}: move it, or choose another {flag}")
-    check_parent(work / RECORD)
-    made = {RECORD, RECORD + ".tmp", ".lock"}
-    if work.is_dir() and not is_ours(work) and not {path.name for path in work.iterdir()} <= made:
-        raise InputError(
-            f"{work} is needed, and no command of this project wrote it: move it, or choose another {flag}"
-        )
-    if os.path.lexists(work) and (work.is_symlink() or not work.is_dir()):
-        raise InputError(f"{work} is needed, and is no folder: move it, or choose another {flag}")
-
-
 def copy_mode(like: Path, path: Path) -> None:
     """``path`` may be read by whom ``like`` may be: safetensors makes its files for their owner alone."""
     path.chmod(like.stat().st_mode & 0o777)
@@ -246,7 +187,10 @@ def copy_mode(like: Path, path: Path) -> None:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """``path`` holds ``content``, text as UTF-8, or what it held before."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # a name that nobody else's file has
+    for each in list(path.parent.iterdir()):
+        if re.fullmatch(re.escape(path.name) + UNFINISHED, each.name):  # a kill has left it
+            each.unlink(missing_ok=True)
+    temporary = unfinished(path)
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         flush(temporary)
@@ -254,6 +198,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def unfinished(path: Path) -> Path:
+    """Where ``path`` is written before it is whole."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def write_record(folder: Path, content: dict) -> None:

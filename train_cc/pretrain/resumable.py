@@ -98,6 +98,7 @@ def _something_is_left(stage: str, args: argparse.Namespace) -> bool:
             "choose another --output-dir, or replace it with --overwrite"
         )
     if begun == "finished":
+        (folder / CHECKPOINT).unlink(missing_ok=True)  # killed just before its end
         print(f"{folder} holds this {stage} already: nothing is left to train")
     return begun != "finished"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from train_cc.io.errors import InputError
 from train_cc.io.read import read_json
-from train_cc.io.write import RECORD, check_parent, flush, record_of
+from train_cc.io.write import LEFTOVER, RECORD, UNFINISHED, check_parent, flush, record_of
 
 STAGES = ("cold_start", "dmdr_refl")
 CHECKPOINT_STEP = r"step-(\d+)"
@@ -23,7 +23,7 @@ CHECKPOINTS = {
 GENERATOR_FILES = TORN | {
     r"config\.json": None,
     r"diffusion_pytorch_model\.safetensors": None,
-    r"generation_config\.json(\.tmp)?": None,
+    rf"generation_config\.json({UNFINISHED})?": None,
 }
 WHOLE = (*OF_A_STEP, *GENERATOR_FILES)
 EXPORT = "export.tmp"  # within an older generator/: what replaces its files, one by one
@@ -32,9 +32,9 @@ TREE = {
     "checkpoints": CHECKPOINTS,
     "generator": GENERATOR_FILES | {re.escape(EXPORT): GENERATOR_FILES},
     r"generator\.tmp": GENERATOR_FILES,
-    "loss_logs": {r"loss_(gen|gui)_log\.jsonl(\.tmp)?": None},
+    "loss_logs": {rf"loss_(gen|gui)_log\.jsonl({UNFINISHED})?": None},
     "samples": {
-        CHECKPOINT_STEP: {r"grid(\.tmp)?\.png": None},
+        CHECKPOINT_STEP: {rf"grid\.png({UNFINISHED})?": None},
         r"teacher-\d+-steps-seed-\d+\.npy": None,
         r"teacher\.tmp\.npy": None,
     },
@@ -42,7 +42,6 @@ TREE = {
     r"log\.txt": None,
 }
 FOLDERS = ("checkpoints", "generator", "loss_logs", "samples", "dmdr")
-BESIDE = (".lock", RECORD + ".tmp")  # what a start that was killed may have left in a folder of its own
 
 
 def is_run(folder: Path) -> bool:
@@ -54,7 +53,7 @@ def is_empty(folder: Path) -> bool:
     """Whether nothing but a killed start's lock and empty folders for a run to fill are there, links to them too."""
     if not folder.exists():
         return True
-    others = [path for path in folder.iterdir() if path.name not in BESIDE]
+    others = [path for path in folder.iterdir() if not LEFTOVER.fullmatch(path.name)]
     return all(path.name in FOLDERS and path.is_dir() and not any(path.iterdir()) for path in others)
 
 

@@ -256,9 +256,9 @@ def validate(args: argparse.Namespace) -> list[str]:
             real = Path(os.path.realpath(path))
             if written & {str(each) for each in (real, *real.parents)}:
                 raise InputError(f"--overwrite would delete --{name.replace('_', '-')} {path}")
-    if args.optimizer == "adamw8bit" and not importlib.util.find_spec("torchao"):
+    if args.optimizer == "adamw8bit" and not installed("torchao"):
         raise InputError("--optimizer adamw8bit needs torchao, which is not installed: pip install torchao")
-    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
+    if args.report_to != "none" and not installed(args.report_to):
         raise InputError(f"--report-to {args.report_to}: it is not installed: pip install {args.report_to}")
     notes = []
     if args.auto_resume and args.overwrite:
@@ -280,6 +280,12 @@ def validate(args: argparse.Namespace) -> list[str]:
             f"--reward-micro-batch {args.reward_micro_batch} does not divide --batch-size {args.batch_size}"
         )
     return notes
+
+
+def installed(library: str) -> bool:
+    """Whether ``library`` can be imported. A mere folder of its name is none: wandb writes one where it is run."""
+    spec = importlib.util.find_spec(library)
+    return spec is not None and spec.origin is not None
 
 
 def rewards_of(args: argparse.Namespace) -> list[RewardSpec]:

@@ -18,6 +18,7 @@ from train_cc.run.checkpoint import (
     delete_leftovers,
     newest_intact,
     open_checkpoint,
+    rotate_checkpoints,
     set_aside,
 )
 from train_cc.run.folder import check_writable, exported_step, is_empty, is_run
@@ -148,6 +149,7 @@ def go_back(args: argparse.Namespace, start: Start) -> None:
             delete_checkpoint(root, later)
             logger.info("deleted the checkpoint of step %d: the run went back to step %d", later, step)
     delete_leftovers(root)
+    rotate_checkpoints(root, args.keep_checkpoints, args.resume_ckpt)  # a kill can come between a checkpoint and that
 
 
 def write_run_record(stage: str, args: argparse.Namespace, start: Start, hashes: dict[str, str]) -> None:
