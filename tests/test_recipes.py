@@ -28,6 +28,7 @@ SITXL = {
     "timestep_shift": 1.0,
     "real_guidance_scale": 1.0,
     "seed": 30,
+    "compile": "auto",
 }
 SITXL_COLD = SITXL | {
     "max_train_steps": 20_000,
@@ -49,6 +50,7 @@ SITXL_DMDR = SITXL | {
     "sample_steps": 50,
     "encoder_type": "dinov2",
     "reward_weight": 0.05,
+    "reward_micro_batch": 8,
 }
 # README: digits
 DIGITS = SITXL | {
@@ -58,6 +60,7 @@ DIGITS = SITXL | {
     "learning_rate_estimator": 1e-3,
     "ema_decay": 0.98,
     "mixed_precision": "no",
+    "compile": False,
     "vae": "none",
 }
 DIGITS_COLD = DIGITS | {
@@ -72,6 +75,7 @@ DIGITS_DMDR = DIGITS | {
     "dynamic_steps": 0,
     "encoder_type": "classifier",
     "reward_weight": 0.5,
+    "reward_micro_batch": 0,
 }
 LAUNCHERS = {
     "cold_start_sitxl.sh": (cold_start, SITXL_COLD),

@@ -349,7 +349,7 @@ def test_a_vae_folder_with_missing_files_is_refused(tmp_path, name):
 
 BAD_REWARDS = [
     (["--reward-weight", -1], "--reward-weight is -1"),
-    (["--reward-micro-batch", 3], "does not divide --batch-size 4"),
+    (["--reward-micro-batch", -1], "--reward-micro-batch is -1"),
     (["--encoder-type", "clip"], "clip"),
     (["--encoder-type", "dinov2", "--dinov2-backbone", "nowhere.pth"], "nowhere.pth does not exist"),
     (["--reward-classifier", "no_such_model"], "no_such_model"),

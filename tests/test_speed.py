@@ -1,6 +1,7 @@
 """What makes a cycle fast or small keeps its mathematics: each measure against the plain form that it replaces."""
 
 import json
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -32,7 +33,7 @@ from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.lora import ADAPTER, hold_frozen_in, lora_layers, set_lora_scale
 from train_cc.models.vae import load_decoder
 from train_cc.setup.arguments import build_parser, validate
-from train_cc.setup.build import build_optimizer, choose_attention
+from train_cc.setup.build import build_optimizer, choose_attention, compiler_works
 
 
 def tiny_run(teacher, tmp_path, *more):
@@ -302,6 +303,26 @@ def test_compile_without_a_compiler_is_refused(teacher, tmp_path, capsys, monkey
     message = refused(cold_start.main, flags(teacher, tmp_path / "run", "--compile"), capsys=capsys)
     assert "--compile" in message and "no g++" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_compiling_by_default_is_for_cuda_and_its_failure_a_line_in_the_log(monkeypatch):
+    """Asked for by nobody, a compiler that is missing stops nothing."""
+    found = []
+    for device, broken in (("cpu", False), ("cuda", False), ("cuda", True)):
+        session = SimpleNamespace(device=torch.device(device), notes=[])
+
+        def compile_one(call, broken=broken):
+            if broken:
+                raise RuntimeError("no Triton")
+            return lambda x: x
+
+        monkeypatch.setattr(torch, "compile", compile_one)
+        with torch._dynamo.config.patch(suppress_errors=False, recompile_limit=8, optimize_ddp=True):
+            found.append((compiler_works("auto", session), torch._dynamo.config.suppress_errors, session.notes))
+            assert not compiler_works(False, session)
+    assert found[:2] == [(False, False, []), (True, True, [])]
+    works, _, (note,) = found[2]
+    assert not works and note.startswith("WARNING") and "no Triton" in note
 
 
 def test_an_optimizer_without_its_library_is_refused(monkeypatch):
