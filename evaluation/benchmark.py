@@ -2,34 +2,34 @@
 
 `python -m evaluation.benchmark --size SiT-B/2 --batch-size 8 --mixed-precision bf16 --output b2.json`
 `python -m evaluation.benchmark --compare before.json after.json`
+`python -m evaluation.benchmark --roofline h100 --batch-size 64`
 
 Any flag of a stage can be appended; `--encoder-type dinov2` times the ReFL stage. Weights are random, of the official
 sizes. Phases are timed from outside, around the calls that the two turns make, so that what is timed is what trains;
 on a GPU each phase ends with a synchronisation. The first cycle warms up and counts the FLOP; the best of the others
 is reported. Utilisation = FLOP / (seconds x the matmul peak that this process measured).
+
+`--roofline` estimates the cycle on a card that need not be there; where there is a GPU, it is measured as well.
 """
 
 import argparse
-import contextlib
 import ctypes
-import functools
 import gc
 import json
 import platform
 import re
 import sys
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from evaluation import roofline
 from evaluation.files import printable
+from evaluation.phases import Stopwatch, phases_watched
 from evaluation.standins import write_dinov2, write_vae
-from train_cc.distillation import loop, turns
+from train_cc.distillation import loop
 from train_cc.distillation.settings import Run
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
@@ -38,76 +38,12 @@ from train_cc.io.write import check_output_file, library_versions, mark_of, writ
 from train_cc.models import SIT_SIZES, SiT
 from train_cc.rewards.at_x0 import rewards_at_x0
 from train_cc.run.meters import FlopCounter
+from train_cc.run.roofline import CARDS, card_of
 from train_cc.run.session import COMPUTE_DTYPES, open_session
 from train_cc.setup.arguments import build_parser, validate
 from train_cc.setup.build import build
 
 GIB = 2**30
-
-
-class Stopwatch:
-    """Seconds by phase, each phase's own: what runs inside another one is not counted twice."""
-
-    def __init__(self, device: torch.device):
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._device, self._names, self._since = device, [], 0.0
-
-    def _lap(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        if self._names:
-            self.seconds[self._names[-1]] += now - self._since
-        self._since = now
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._lap()
-        self._names.append(name)
-        try:
-            yield
-        finally:
-            self._lap()
-            self._names.pop()
-
-    def around(self, call: Callable, name: str, without_gradient: str | None = None) -> Callable:
-        """``call`` as phase ``name``, or as ``without_gradient`` where autograd is off."""
-
-        @functools.wraps(call)
-        def timed(*args, **kwargs):
-            with self.phase(name if torch.is_grad_enabled() else without_gradient or name):
-                return call(*args, **kwargs)
-
-        return timed
-
-
-@contextlib.contextmanager
-def phases_timed(run: Run, stopwatch: Stopwatch) -> Iterator[None]:
-    """Put ``stopwatch`` around what the two turns call; all of it comes off again."""
-    around = stopwatch.around
-    of_generator, of_estimator = run.session.generator_accelerator, run.session.estimator_accelerator
-    replaced = [
-        (run.generator, "forward", around(run.generator.forward, "generator forward", "sampling")),
-        (run.estimator, "forward", around(run.estimator.forward, "estimator forward", "scoring")),
-        (of_generator, "backward", around(of_generator.backward, "generator backward")),
-        (of_estimator, "backward", around(of_estimator.backward, "estimator backward")),
-        (loop, "update", around(loop.update, "optimizer")),
-    ]
-    if run.rewards:
-        replaced.append((turns, "reward_terms", around(turns.reward_terms, "reward backward")))
-        replaced += [
-            (model, "forward", around(model.forward, name))
-            for model, name in ((run.decode, "decoder"), (run.judges["reward"], "classifier"))
-            if isinstance(model, nn.Module)
-        ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    for owner, name, value in replaced:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -187,7 +123,7 @@ def measure(run: Run, args: argparse.Namespace, cycles: int) -> dict:
     measured = []
     for step in range(1, cycles + 1):
         stopwatch = Stopwatch(device)
-        with phases_timed(run, stopwatch), stopwatch.phase("other"):
+        with phases_watched(run, stopwatch.phase), stopwatch.phase("other"):
             loop.cycle(run, step)
         measured.append(dict(stopwatch.seconds))
     best = min(measured, key=lambda phases: sum(phases.values()))
@@ -250,6 +186,11 @@ def benchmark_parser() -> flags.Parser:
     parser = flags.Parser(description=__doc__)
     parser.add_argument("--size", default="SiT-XL/2", choices=SIT_SIZES, help="random weights of this size")
     parser.add_argument("--cycles", type=flags.integer(1, 10_000), default=3, help="timed, after one that warms up")
+    parser.add_argument(
+        "--roofline",
+        metavar="CARD",
+        help=f"estimate, on any machine: {', '.join(CARDS)}, or PEAK,BANDWIDTH in TFLOP/s and TB/s",
+    )
     parser.add_argument("--threads", type=flags.integer(1, 4096), help="CPU threads")
     parser.add_argument("--output", type=flags.path, help="JSON file")
     parser.add_argument(
@@ -258,40 +199,48 @@ def benchmark_parser() -> flags.Parser:
     return parser
 
 
+def measured(own: argparse.Namespace, asked: argparse.Namespace, stage: list[str]) -> tuple[Run, dict]:
+    session = open_session(asked.mixed_precision)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = write_random_inputs(Path(folder), own.size, asked.encoder_type == "dinov2")
+        args = build_parser("flags of a stage").parse_args([*inputs, *stage])
+        run = build(args, session)
+    return run, measure(run, args, own.cycles)
+
+
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     own, stage = benchmark_parser().parse_known_args(argv)
     if own.compare:
         print(compare(*own.compare))
         return
+    card = card_of(own.roofline) if own.roofline else None
     if own.output:
         check_output_file(own.output, kind="a benchmark")
     if own.threads:
         torch.set_num_threads(own.threads)
-    parser = build_parser("flags of a stage")
-    asked = parser.parse_args(["--teacher", "-", "--output-dir", "-", *stage])
+    shapes = ["--teacher", str(roofline.SHAPES), "--output-dir", "-", "--num-previews", "0"]
+    asked = build_parser("flags of a stage").parse_args([*shapes, *stage])
     validate(asked)  # before gigabytes are written
-    session = open_session(asked.mixed_precision)
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = write_random_inputs(Path(folder), own.size, asked.encoder_type == "dinov2")
-        args = parser.parse_args([*inputs, *stage])
-        run = build(args, session)
-    figures = measure(run, args, own.cycles)
-    if session.is_main:
-        record = {
-            "made_by": mark_of("a benchmark"),
-            "command": ["python", "-m", "evaluation.benchmark", *(sys.argv[1:] if argv is None else argv)],
-            "machine": machine(session.device),
-            "arguments": {name: str(value) for name, value in vars(args).items()},
-            "precision": session.generator_accelerator.mixed_precision,
-            "size": own.size,
-            "figures": figures,
-        }
-        text = json.dumps(record, indent=2) + "\n"
-        if own.output:
-            own.output.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(own.output, text)
+    record = {
+        "made_by": mark_of("a benchmark"),
+        "command": ["python", "-m", "evaluation.benchmark", *(sys.argv[1:] if argv is None else argv)],
+        "size": own.size,
+        "arguments": {name: str(value) for name, value in vars(asked).items()},
+    }
+    if card is not None:
+        figures = record["estimated"] = roofline.figures_of(*roofline.estimate(asked, own.size, card))
+        print(f"{roofline.assumptions(card)}\n\n{roofline.table(figures)}")
+    if card is None or torch.cuda.is_available():
+        run, figures = measured(own, asked, stage)
+        session = run.session
+        record |= {"machine": machine(session.device), "precision": session.generator_accelerator.mixed_precision}
+        if not session.is_main:
+            return
         print(json.dumps(figures, indent=2))
+    if own.output:
+        own.output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(own.output, json.dumps(record | {"figures": figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ launch train_cc.cold_start \
     --vae none \
     --seed "${SEED:-30}" \
     --mixed-precision no \
+    --no-compile \
     --max-train-steps 400 \
     --batch-size 64 \
     --gradient-accumulation-steps 1 \

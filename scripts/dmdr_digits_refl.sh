@@ -12,9 +12,11 @@ launch train_cc.dmdr_refl \
     --vae none \
     --seed "${SEED:-30}" \
     --mixed-precision no \
+    --no-compile \
     --encoder-type classifier \
     --reward-classifier "${REWARD_CLASSIFIER:-$DIGITS/classifier_reward}" \
     --reward-weight 0.5 \
+    --reward-micro-batch 0 \
     --frechet-window 6400 \
     --holdout-classifier "${HOLDOUT_CLASSIFIER:-$DIGITS/classifier_evaluation}" \
     --max-train-steps 500 \

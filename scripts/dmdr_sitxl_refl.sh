@@ -16,7 +16,7 @@ launch train_cc.dmdr_refl \
     --dinov2-backbone "${DINOV2_BACKBONE:-https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth}" \
     --dinov2-head "${DINOV2_HEAD:-https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_linear4_head.pth}" \
     --reward-weight 0.05 \
-    --reward-micro-batch 0 \
+    --reward-micro-batch 8 \
     --max-train-steps 22000 \
     --batch-size 24 \
     --gradient-accumulation-steps 1 \

@@ -29,7 +29,8 @@ def flag_lines() -> list[str]:
             defaults = [shown(parser, action) for parser in stages]
             choices = f" One of {', '.join(map(str, action.choices))}." if action.choices else ""
             meaning = (action.help or "").replace("|", "\\|").replace("%%", "%") + choices
-            lines.append(f"| `{action.option_strings[-1]}` | {defaults[0]} | {defaults[1]} | {meaning.strip()} |")
+            name = "`, `".join(action.option_strings[-2:] if action.dest == "compile" else action.option_strings[-1:])
+            lines.append(f"| `{name}` | {defaults[0]} | {defaults[1]} | {meaning.strip()} |")
     return lines
 
 

@@ -14,7 +14,7 @@ from train_cc.io.errors import InputError
 from train_cc.models import SIT_SIZES, ScoreEstimator, SiT
 from train_cc.models.generator import assemble_generator, build_generator, generator_lora_rank, read_sampling
 from train_cc.models.lora import ADAPTER, lora_layers
-from train_cc.models.sit import position_embedding, read_sit_config, sinusoidal_embedding
+from train_cc.models.sit import modulated_norm, position_embedding, read_sit_config, sinusoidal_embedding
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -121,12 +121,10 @@ def test_a_new_model_starts_as_dit_does():
         assert 0.98 * bound < state[f"{name}.weight"].abs().max() <= bound, name
 
 
-def test_a_block_normalises_with_the_papers_epsilon():
+def test_a_norm_has_the_papers_epsilon():
     """At inputs of the size of sqrt(1e-6) the epsilon is half of the variance."""
-    block, final = random_sit().blocks[0], random_sit().final_layer
-    x = torch.tensor([[[1e-3, -1e-3]]]).repeat(1, 1, 16)
-    for norm in (block.norm1, block.norm2, final.norm_final):
-        torch.testing.assert_close(norm(x), x / math.sqrt(2e-6))
+    x, zero = torch.tensor([[[1e-3, -1e-3]]]).repeat(1, 1, 16), torch.zeros(1, 32)
+    torch.testing.assert_close(modulated_norm(x, zero, zero), x / math.sqrt(2e-6))
 
 
 def test_tokens_are_patches_with_channels_fastest():

@@ -40,6 +40,7 @@ SITXL = {
     "num_previews": 16,
     "teacher_preview_steps": 50,
     "seed": 30,
+    "compile": "auto",
 }
 SITXL_COLD = SITXL | {
     "max_train_steps": 20_000,
@@ -61,7 +62,7 @@ SITXL_DMDR = SITXL | {
     "sample_steps": 50,
     "encoder_type": "dinov2",
     "reward_weight": 0.05,
-    "reward_micro_batch": 0,
+    "reward_micro_batch": 8,
 }
 # README: digits
 DIGITS = SITXL | {
@@ -73,6 +74,7 @@ DIGITS = SITXL | {
     "num_previews": 20,
     "teacher_preview_steps": 32,
     "mixed_precision": "no",
+    "compile": False,
     "vae": "none",
 }
 DIGITS_COLD = DIGITS | {
@@ -92,6 +94,7 @@ DIGITS_DMDR = DIGITS | {
     "encoder_type": "classifier",
     "reward_weight": 0.5,
     "frechet_window": 6400,  # a hundred batches
+    "reward_micro_batch": 0,
 }
 LAUNCHERS = {
     "cold_start_sitxl.sh": (cold_start, SITXL_COLD),

@@ -455,7 +455,7 @@ def test_images_become_bytes_by_rounding():
 
 BAD_REWARDS = [
     (["--reward-weight", -1], "--reward-weight is -1"),
-    (["--reward-micro-batch", 3], "does not divide --batch-size 4"),
+    (["--reward-micro-batch", -1], "--reward-micro-batch is -1"),
     (["--encoder-type", "clip"], "clip"),
     (["--encoder-type", "dinov2", "--dinov2-backbone", "nowhere.pth"], "nowhere.pth does not exist"),
     (["--reward-classifier", "no_such_model"], "no_such_model"),

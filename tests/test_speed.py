@@ -1,26 +1,39 @@
 """What makes a cycle fast or small keeps its mathematics: each measure against the plain form that it replaces."""
 
 import json
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from timm.layers import Attention
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaluation import benchmark
 from evaluation.standins import write_dinov2, write_vae
-from tests.conftest import build_run, flags, logged, random_sit, refused, reward_gradient, run_cold_start, spread_lora_b
+from tests.conftest import (
+    assert_close_and_not_zero,
+    build_run,
+    flags,
+    logged,
+    random_sit,
+    refused,
+    reward_gradient,
+    run_cold_start,
+    spread_lora_b,
+)
 from train_cc import cold_start
 from train_cc.distillation import loop, turns
 from train_cc.distillation.scores import scores
 from train_cc.distillation.settings import Optimisation
 from train_cc.io.errors import InputError
 from train_cc.models.estimator import ScoreEstimator
-from train_cc.models.lora import hold_frozen_in
+from train_cc.models.lora import ADAPTER, hold_frozen_in, lora_layers, set_lora_scale
 from train_cc.models.vae import load_decoder
 from train_cc.setup.arguments import build_parser, validate
-from train_cc.setup.build import build_optimizer, choose_attention
+from train_cc.setup.build import build_optimizer, choose_attention, compiler_works
 
 
 def tiny_run(teacher, tmp_path, *more):
@@ -82,6 +95,64 @@ def test_half_precision_is_within_its_rounding_of_fp32(teacher, tmp_path):
         rows[precision] = [row["loss_fake"] for row in estimator_rows] + [row["loss_dmd"] ** 0.5, row["normaliser"]]
     assert rows["no"] != rows["bf16"]
     assert rows["bf16"] == pytest.approx(rows["no"], rel=0.01)
+
+
+def plain_block(block: nn.Module, x: torch.Tensor, c: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """As SiT writes it, with timm's attention and LoRA added at the full width."""
+
+    def norm(x, shift, scale):
+        return nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    def adapted(layer, x):
+        low = nn.functional.linear(x, layer.lora_A[ADAPTER].weight)
+        return layer.base_layer(x) + scale * nn.functional.linear(low, layer.lora_B[ADAPTER].weight)
+
+    attention = Attention(x.shape[-1], block.attn.num_heads, qkv_bias=True).to(x.dtype)
+    attention.qkv, attention.proj = nn.Identity(), nn.Identity()
+    with patch.object(attention.qkv, "forward", lambda x: adapted(block.attn.qkv, x)):
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = block.adaLN_modulation[1](c).chunk(6, dim=1)
+        x = x + gate_msa[:, None] * block.attn.proj(attention(norm(x, shift_msa, scale_msa)))
+    return x + gate_mlp[:, None] * block.mlp(norm(x, shift_mlp, scale_mlp))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_block_and_its_lora_are_the_plain_ones(fused):
+    """To the rounding of fp64, values and gradients, at a scale per sample."""
+    network = estimator_of().network.double()
+    block = network.blocks[0]
+    block.attn.fused_attn = fused
+    generator = torch.Generator().manual_seed(3)
+    x, c = torch.randn(4, 16, 32, generator=generator), torch.randn(4, 32, generator=generator)
+    scale = torch.tensor([0.0, 0.5, 1.0, 2.0]).double().view(-1, 1, 1)
+    weights = {name: p for name, p in block.named_parameters()}
+    for parameter in weights.values():
+        parameter.requires_grad_(True)
+    found = []
+    for forward in (lambda x, c: block(x, c), lambda x, c: plain_block(block, x, c, scale)):
+        given = [each.double().requires_grad_() for each in (x, c)]
+        set_lora_scale(lora_layers(network), scale)
+        out = forward(*given)
+        gradients = torch.autograd.grad(out.pow(2).sum(), [*given, *weights.values()])
+        found.append([out, *gradients])
+    for name, ours, plain in zip(["out", "x", "c", *weights], *found, strict=True):
+        assert_close_and_not_zero(ours, plain, 1e-12, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_residual_stream_is_in_the_compute_dtype(dtype):
+    """An fp32 stream would move twice the bytes; scales per sample are fp32 numbers, and lift nothing either."""
+    network = estimator_of()
+    hold_frozen_in(network, dtype)
+    seen = []
+    for block in network.network.blocks:
+        block.register_forward_hook(lambda block, given, out: seen.append((given[0].dtype, given[1].dtype, out.dtype)))
+        block.attn.qkv.register_forward_hook(lambda layer, given, out: seen.append((given[0].dtype, out.dtype)))
+    for scale in (2.0, torch.rand(4)):
+        with torch.autocast("cpu", dtype):
+            v = network(*inputs(), scale)
+        v.float().pow(2).mean().backward()
+    assert len(seen) == 8 and {each for dtypes in seen for each in dtypes} == {dtype}
+    assert all(p.grad.dtype == torch.float32 for p in network.parameters() if p.requires_grad)
 
 
 def test_plain_attention_is_the_fused_one():
@@ -233,6 +304,26 @@ def test_compile_without_a_compiler_is_refused(teacher, tmp_path, capsys, monkey
     message = refused(cold_start.main, flags(teacher, tmp_path / "run", "--compile"), capsys=capsys)
     assert "--compile" in message and "no g++" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_compiling_by_default_is_for_cuda_and_its_failure_a_line_in_the_log(monkeypatch):
+    """Asked for by nobody, a compiler that is missing stops nothing."""
+    found = []
+    for device, broken in (("cpu", False), ("cuda", False), ("cuda", True)):
+        session = SimpleNamespace(device=torch.device(device), notes=[])
+
+        def compile_one(call, broken=broken):
+            if broken:
+                raise RuntimeError("no Triton")
+            return lambda x: x
+
+        monkeypatch.setattr(torch, "compile", compile_one)
+        with torch._dynamo.config.patch(suppress_errors=False, recompile_limit=8, optimize_ddp=True):
+            found.append((compiler_works("auto", session), torch._dynamo.config.suppress_errors, session.notes))
+            assert not compiler_works(False, session)
+    assert found[:2] == [(False, False, []), (True, True, [])]
+    works, _, (note,) = found[2]
+    assert not works and note.startswith("WARNING") and "no Triton" in note
 
 
 def test_an_optimizer_without_its_library_is_refused(monkeypatch):

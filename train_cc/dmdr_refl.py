@@ -17,6 +17,7 @@ def stage_parser() -> argparse.ArgumentParser:
         batch_size=24,
         learning_rate_generator=1e-5,
         learning_rate_estimator=1e-5,
+        reward_micro_batch=8,
         dynamic_steps=0,  # the dynamic phase belongs to the cold start, however short it was
         checkpoint_steps=500,
         sample_steps=50,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from train_cc.models.lora import ADAPTER, ESTIMATOR_TARGETS, add_lora, lora_layers, lora_scale_set, set_lora_scale
+from train_cc.models.lora import ESTIMATOR_TARGETS, add_lora, lora_layers, lora_scale_set, set_lora_scale
 from train_cc.models.sit import SiT
 
 
@@ -27,7 +27,7 @@ class ScoreEstimator(nn.Module):
         """Blocks are recomputed in backward, each at the LoRA scale of its own forward, whatever was read since."""
 
         def contexts():
-            return contextlib.nullcontext(), lora_scale_set(self._layers, self._layers[0].scaling[ADAPTER])
+            return contextlib.nullcontext(), lora_scale_set(self._layers, self._layers[0].scale)
 
         self.network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=contexts))
 
@@ -37,7 +37,7 @@ class ScoreEstimator(nn.Module):
         All tensors on one device: a scale from the CPU would be copied at every call.
         """
         if isinstance(lora_scale, Tensor):
-            # In the dtype of the layers' outputs: an fp32 one would lift them all to fp32.
+            # In the dtype of the layers: an fp32 one would lift what it scales to fp32.
             autocast = torch.is_autocast_enabled(x.device.type)
             dtype = torch.get_autocast_dtype(x.device.type) if autocast else lora_scale.dtype
             scale = lora_scale.to(dtype).view(-1, 1, 1)

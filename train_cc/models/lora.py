@@ -1,11 +1,14 @@
-"""LoRA on a SiT by peft, in the three operations that training needs: add, list, merge."""
+"""LoRA on a SiT by peft, in the operations that training needs: add, scale, merge.
+
+peft injects, merges and stores; the forward is ours, since the estimator is read at a scale per call or per sample.
+"""
 
 import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
 from train_cc.draws import rng_of
@@ -14,6 +17,25 @@ from train_cc.io.errors import InputError
 ADAPTER = "default"
 ESTIMATOR_TARGETS = ["attn.qkv"]
 GENERATOR_TARGETS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+
+
+class ScaledLora(PeftLinear):
+    """base(x) + scale B A x: scaled where it is cheap, at the low rank, and added by one kernel.
+
+    ``scale``: None for alpha / rank, else a tensor that broadcasts over A x (B, N, rank), such as 0-d or (B, 1, 1).
+    """
+
+    scale: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base_layer(x)
+        if self.merged:
+            return out
+        low, alpha = self.lora_A[ADAPTER](x), self.scaling[ADAPTER]
+        if self.scale is not None:
+            low, alpha = low * self.scale, 1
+        low, up = low.flatten(0, -2).to(out.dtype), self.lora_B[ADAPTER].weight.to(out.dtype)
+        return torch.addmm(out.flatten(0, -2), low, up.t(), alpha=alpha).view_as(out)
 
 
 def add_lora(model: nn.Module, rank: int, targets: list[str], spread: float | None, seed: int) -> None:
@@ -28,6 +50,7 @@ def add_lora(model: nn.Module, rank: int, targets: list[str], spread: float | No
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0)
+        config._register_custom_module({nn.Linear: ScaledLora})  # peft's way for layers of one's own
         inject_adapter_in_model(config, model, ADAPTER)
     rng = rng_of(seed)
     for layer in lora_layers(model):
@@ -35,7 +58,6 @@ def add_lora(model: nn.Module, rank: int, targets: list[str], spread: float | No
         if spread is not None:
             with torch.no_grad():
                 a.copy_(torch.randn(a.shape, generator=rng) * spread)
-        layer.cast_input_dtype_enabled = False  # autocast casts the input; peft would first cast it up to A's fp32
         layer.lora_A[ADAPTER].requires_grad_(True)
         layer.lora_B[ADAPTER].requires_grad_(True)
     expected = sum(rank * (layer.in_features + layer.out_features) for layer in lora_layers(model))
@@ -44,20 +66,20 @@ def add_lora(model: nn.Module, rank: int, targets: list[str], spread: float | No
         raise AssertionError(f"LoRA on {targets} should train {expected} parameters, but {trainable} are trainable")
 
 
-def lora_layers(model: nn.Module) -> list[LoraLayer]:
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+def lora_layers(model: nn.Module) -> list[ScaledLora]:
+    return [module for module in model.modules() if isinstance(module, ScaledLora)]
 
 
-def set_lora_scale(layers: list[LoraLayer], scale: Tensor) -> None:
-    """``scale``: a tensor that broadcasts over a layer's output (B, N, D); a tensor, since a float would recompile."""
+def set_lora_scale(layers: Sequence[ScaledLora], scale: Tensor | None) -> None:
+    """A tensor and not a number: a number would be a constant of the compiled graph, and another one a new graph."""
     for layer in layers:
-        layer.scaling[ADAPTER] = scale
+        layer.scale = scale
 
 
 @contextlib.contextmanager
-def lora_scale_set(layers: Sequence[LoraLayer], scale: Tensor) -> Iterator[None]:
+def lora_scale_set(layers: Sequence[ScaledLora], scale: Tensor | None) -> Iterator[None]:
     """``scale`` inside, and outside what it was: for the forward that activation checkpointing recomputes."""
-    before = layers[0].scaling[ADAPTER]
+    before = layers[0].scale
     set_lora_scale(layers, scale)
     try:
         yield
@@ -81,7 +103,7 @@ def hold_frozen_in(model: nn.Module, dtype: torch.dtype) -> None:
 def merge_lora(model: nn.Module) -> None:
     """Add every LoRA product into its base weight, in place, and take the LoRA modules out."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
+        if isinstance(module, ScaledLora):
             module.merge()
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())

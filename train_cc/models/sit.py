@@ -12,6 +12,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from train_cc.io.errors import InputError
 from train_cc.io.read import Number, check_numbers, read_json, read_safetensors, require_keys, safetensors_shapes
@@ -82,9 +83,20 @@ def read_sit_config(folder: Path) -> dict:
     return config
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, D), shift and scale (B, D)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift, in the dtype of x: x (B, N, D), shift and scale (B, D).
+
+    Outside autocast, which would lift it to fp32 and move twice the bytes; the norm's statistics are in fp32 anyway.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1))
+
+
+def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """x + gate branch, in the dtype of x: x and branch (B, N, D), gate (B, D)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.addcmul(x, gate.unsqueeze(1), branch)
 
 
 def sinusoidal_embedding(t: Tensor, dim: int = 256) -> Tensor:
@@ -126,31 +138,39 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class PackedAttention(Attention):
+    """timm's, but q, k and v lie beside each other in the projection's order: their gradient needs no second copy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.fused_attn:
+            return super().forward(x)
+        packed = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = (each.transpose(1, 2) for each in packed.unbind(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class SiTBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = PackedAttention(hidden_size, num_heads, qkv_bias=True)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation[1](c).chunk(6, dim=1)
+        x = gated(x, gate_msa, self.attn(modulated_norm(x, shift_msa, scale_msa)))
+        return gated(x, gate_mlp, self.mlp(modulated_norm(x, shift_mlp, scale_mlp)))
 
 
 class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        shift, scale = self.adaLN_modulation[1](c).chunk(2, dim=1)
+        return self.linear(modulated_norm(x, shift, scale))
 
 
 class SiT(ModelMixin, ConfigMixin):
@@ -216,8 +236,9 @@ class SiT(ModelMixin, ConfigMixin):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (B, C, H, W), t (B,) in [0, 1], y (B,) int64 -> v (B, C, H, W)."""
-        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y)
+        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
+        x = x + self.pos_embed.to(x.dtype)  # the residual stream is in the compute dtype
+        c = F.silu(self.t_embedder(t) + self.y_embedder(y)).to(x.dtype)  # as every adaLN_modulation begins
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, c)

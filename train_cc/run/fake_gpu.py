@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -240,6 +241,8 @@ def fake_gpu() -> Iterator[FakeGpu]:
         stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", synchronize))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", _tolist))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        # Several tensors by one kernel, as on CUDA, where their type is no other than a tensor's.
+        stack.enter_context(mock.patch.object(_foreach_utils, "_foreach_supported_types", [Tensor, FakeTensor]))
         # Pinned or not, a copy waits unless it is non-blocking.
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda x, *device: x))
         # Otherwise torch would look for threads of the device, which are counted at a process's first backward pass.

@@ -137,7 +137,12 @@ def build_parser(description: str) -> Parser:
         help="auto: bf16 on a GPU that has it, fp16 on another GPU, no on a CPU",
     )
     hardware.add_argument("--gradient-checkpointing", action="store_true", help="of both networks' blocks")
-    hardware.add_argument("--compile", action="store_true", help="torch.compile of both networks' blocks")
+    hardware.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default="auto",
+        help="torch.compile of both networks' blocks; auto: on CUDA, where a compiler is found",
+    )
     return parser
 
 
@@ -272,13 +277,8 @@ def validate(args: argparse.Namespace) -> list[str]:
         raise InputError("--encoder-type classifier needs --reward-classifier: a classifier folder or a timm name")
     rewards = rewards_of(args)
     require_sense(rewards, args.tilt)
-    if not rewards:
-        if args.reward_classifier or args.reward_micro_batch or args.reward_checkpointing:
-            notes.append("--encoder-type is none: the reward's flags are set aside")
-    elif args.reward_micro_batch and args.batch_size % args.reward_micro_batch:
-        raise InputError(
-            f"--reward-micro-batch {args.reward_micro_batch} does not divide --batch-size {args.batch_size}"
-        )
+    if not rewards and (args.reward_classifier or args.reward_micro_batch or args.reward_checkpointing):
+        notes.append("--encoder-type is none: the reward's flags are set aside")
     return notes
 
 

@@ -81,7 +81,28 @@ def load_teacher(args: argparse.Namespace) -> tuple[SiT, dict, int]:
     return teacher, config, require_decoder(config["in_channels"], args.vae, args.teacher)
 
 
-def prepare_network(network: nn.Module, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+def compiler_works(asked: bool | str, session: Session) -> bool:
+    """Whether to compile, as ``asked``: "auto" is on CUDA alone, and a compiler that is missing is one line in the log.
+
+    Raises `InputError` where it was asked for, and there is none.
+    """
+    if not asked or (asked == "auto" and session.device.type != "cuda"):
+        return False
+    configure_compiler()
+    try:
+        require_compiler()
+    except InputError as error:
+        if asked != "auto":
+            raise
+        session.notes.append(f"WARNING: nothing is compiled, and every update takes longer: {error}")
+        return False
+    torch._dynamo.config.suppress_errors = asked == "auto"  # a block that cannot be compiled runs as it is
+    return True
+
+
+def prepare_network(
+    network: nn.Module, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> None:
     """Frozen weights in the compute dtype, the attention that is fast, recomputation and compilation as asked.
 
     ``network``: the generator or the estimator. What is trained stays fp32: an Adam step at 2e-5 is below half a unit
@@ -91,7 +112,7 @@ def prepare_network(network: nn.Module, args: argparse.Namespace, device: torch.
     choose_attention(network, device, dtype)
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    if args.compile:
+    if compiled:
         blocks = network.network.blocks if isinstance(network, ScoreEstimator) else network.blocks
         for block in blocks:  # one graph for all of them: compile time does not grow with the depth
             block.compile()
@@ -132,18 +153,17 @@ def load_decode(args: argparse.Namespace, built: Built, fit: Fit) -> Callable[[T
 
 def build(args: argparse.Namespace, session: Session) -> Run:
     """Load the teacher twice: as the estimator's frozen base, and as the generator's start."""
-    if args.compile:
-        configure_compiler()
-        require_compiler()  # before anything is loaded
+    compiled = compiler_works(args.compile, session)  # before anything is loaded
     how = settings_of(Optimisation, args)
     teacher, config, shown = load_teacher(args)
     built, fit = judged(args, session, config["num_classes"], shown)
     sample_shape, of_teacher = teacher.sample_shape, {"teacher": teacher.files}
     estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
-    prepare_network(estimator, args, fit.device, fit.dtype)  # before the generator is loaded: never two copies in fp32
+    # Before the generator is loaded: never two copies in fp32.
+    prepare_network(estimator, args, fit.device, fit.dtype, compiled)
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
     generator = build_generator(args.teacher, rank, args.seed)
-    prepare_network(generator, args, fit.device, fit.dtype)
+    prepare_network(generator, args, fit.device, fit.dtype, compiled)
     decode = load_decode(args, built, fit)
     check_functions(built, decode, sample_shape, fit)
     session.notes += built.notes

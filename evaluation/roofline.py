@@ -1,0 +1,129 @@
+"""What a cycle would take on a card that need not be there: its kernels on a fake GPU, each by FLOP, bytes or launch.
+
+An estimate, in seconds, on any machine. Without `--teacher` no weights are read or made: the networks are shapes.
+"""
+
+import argparse
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from evaluation.phases import phases_watched
+from train_cc.distillation import loop
+from train_cc.distillation.settings import Run
+from train_cc.models import SIT_SIZES, SiT, vae
+from train_cc.models.dinov2 import IMAGE_SIZE, PATCH_SIZE, DINOv2Classifier
+from train_cc.run.fake_gpu import NAME, fake_gpu
+from train_cc.run.fake_processes import fake_processes
+from train_cc.run.meters import LiveMemory
+from train_cc.run.roofline import COMPUTE_EFFICIENCY, LAUNCH, MEMORY_EFFICIENCY, Card, Cost, Roofline
+from train_cc.run.session import open_session
+from train_cc.setup import build as build_module
+from train_cc.setup.build import build
+
+GIB = 2**30
+SHAPES = Path("-")  # as a teacher's folder: networks of shapes alone
+
+
+@contextlib.contextmanager
+def networks_of_shapes(size: str) -> Iterator[None]:
+    """Inside, the teacher `SHAPES` is a SiT of ``size`` on the fake GPU; so are any VAE and any DINOv2, a ViT-L."""
+    read = SiT.from_pretrained.__func__
+
+    def on_device(make, *args, **options):
+        with torch.device(NAME):
+            model = make(*args, **options)
+        model.files = []
+        return model.eval()
+
+    def teacher(cls, folder, **options):
+        return on_device(SiT, **SIT_SIZES[size]) if folder == SHAPES else read(cls, folder, **options)
+
+    def dinov2(cls, *files):
+        return on_device(lambda: cls(vit_large(), torch.nn.Linear(5 * 1024, 1000)))
+
+    with (
+        mock.patch.object(SiT, "from_pretrained", classmethod(teacher)),
+        mock.patch.object(vae, "load_vae", lambda source: on_device(vae.new_vae)),
+        mock.patch.object(DINOv2Classifier, "from_official", classmethod(dinov2)),
+        mock.patch.object(build_module, "input_hashes", lambda files: {}),
+    ):
+        yield
+
+
+def vit_large() -> torch.nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    options = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "init_values": 1e-5, "num_classes": 0}
+    return VisionTransformer(IMAGE_SIZE, PATCH_SIZE, **options)
+
+
+def watch(memory: LiveMemory, run: Run) -> None:
+    """What a run holds from turn to turn."""
+    judges = [model for model in (run.decode, *run.judges.values()) if isinstance(model, torch.nn.Module)]
+    memory.watch(run.generator, run.estimator, *judges, run.generator_optimizer, run.estimator_optimizer)
+    if run.ema is not None:
+        memory.watch(*run.ema.values.values())
+
+
+def estimate(args: argparse.Namespace, size: str, card: Card) -> tuple[Roofline, int]:
+    """A cycle of the run of ``args``, after one that makes the optimizers' moments. -> its costs, its peak memory."""
+    if args.mixed_precision == "auto":  # as on a GPU
+        args = argparse.Namespace(**vars(args) | {"mixed_precision": "bf16"})
+    with fake_gpu() as gpu, fake_processes(1), networks_of_shapes(size):
+        run = build(args, open_session(args.mixed_precision))
+        loop.cycle(run, 0)
+        memory, costs = LiveMemory(gpu.device.type), Roofline(card, gpu.device.type)
+        with memory:
+            watch(memory, run)
+            with costs, phases_watched(run, costs.phase):
+                loop.cycle(run, 1)
+    return costs, memory.peak
+
+
+def figures_of(costs: Roofline, peak: int) -> dict:
+    """Names are those of a measured benchmark, so that `--compare` reads both."""
+    total = costs.total()
+    figures = {
+        "seconds_per_cycle": total.seconds,
+        "tflop_per_cycle": total.flop / 1e12,
+        "gigabytes_per_cycle": total.bytes / 1e9,
+        "kernels_per_cycle": total.kernels,
+        "peak_memory_gib": peak / GIB,
+    }
+    for i, name in enumerate(("phase", "kind", "kernel")):
+        sums: dict[str, Cost] = defaultdict(Cost)
+        for key, cost in costs.rows.items():
+            sums[key[i]] += cost
+        rows = sorted(sums.items(), key=lambda item: -item[1].seconds)
+        figures[f"by_{name}"] = {each: asdict(cost) for each, cost in rows}
+    return figures | {"seconds_by_phase": {name: row["seconds"] for name, row in figures["by_phase"].items()}}
+
+
+def table(figures: dict, kernels: int = 15) -> str:
+    """``figures`` for people, with the ``kernels`` that take longest."""
+    lines = [f"{'':50}{'ms':>9}{'TFLOP':>10}{'GB':>9}{'kernels':>9}"]
+
+    def add(name: str, seconds: float, tflop: float, gigabytes: float, count: int) -> None:
+        lines.append(f"{name:50}{1e3 * seconds:9.1f}{tflop:10.2f}{gigabytes:9.1f}{count:9d}")
+
+    add("cycle", *(figures[f"{name}_per_cycle"] for name in ("seconds", "tflop", "gigabytes", "kernels")))
+    for title in ("by_phase", "by_kind", "by_kernel"):
+        lines.append(title.replace("_", " "))
+        for name, row in list(figures[title].items())[: kernels if title == "by_kernel" else None]:
+            add(f"  {name}", row["seconds"], row["flop"] / 1e12, row["bytes"] / 1e9, row["kernels"])
+    lines.append(f"peak memory {figures['peak_memory_gib']:.2f} GiB")
+    return "\n".join(lines)
+
+
+def assumptions(card: Card) -> str:
+    return f"""An estimate by roofline: nothing was measured. A kernel takes the longest of
+  FLOP / ({COMPUTE_EFFICIENCY} x {card.half / 1e12:.0f} TFLOP/s; in fp32 {card.single / 1e12:.0f}),
+  bytes / ({MEMORY_EFFICIENCY} x {card.bandwidth / 1e12:.2f} TB/s), its inputs and outputs once each, and
+  {LAUNCH * 1e6:.0f} us; one kernel after another, without waiting for the host.
+Memory: live tensors, without what kernels, the context, NCCL and fragmentation take."""
