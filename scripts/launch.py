@@ -298,7 +298,8 @@ def main(words: list[str] | None = None) -> None:
     os.environ |= plan.environment
     alone = [sys.executable, "-m", *words]
     if dry:
-        os.execve(sys.executable, alone, os.environ | {"WORLD_SIZE": str(plan.processes)})
+        sizes = {"WORLD_SIZE": str(plan.processes), "LOCAL_WORLD_SIZE": str(plan.processes // plan.nodes)}
+        os.execve(sys.executable, alone, os.environ | sizes)
     if plan.processes == 1:
         os.execv(sys.executable, alone)
     raise SystemExit(run_processes(plan, words))

@@ -69,7 +69,7 @@ class Late:
 
 def train(folder: Path, rank: int, hangs: bool) -> None:
     """Updates of 0.2 seconds, and a checkpoint that takes 3."""
-    from train_cc.run.session import StopSignal
+    from train_cc.run.stop import StopSignal
 
     StopSignal.patience = lambda self: 2
     with StopSignal() as stop:
@@ -181,12 +181,12 @@ def test_a_signal_before_training_ends_all_quietly(tmp_path, number):
 
 
 def test_a_second_request_counts_after_ten_seconds_alone(monkeypatch):
-    from train_cc.run import session
+    from train_cc.run import stop as stop_room
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
     now = [100.0]
-    monkeypatch.setattr(session.time, "monotonic", lambda: now[0])
-    with session.StopSignal() as stop:
+    monkeypatch.setattr(stop_room.time, "monotonic", lambda: now[0])
+    with stop_room.StopSignal() as stop:
         for later in (0, 1, 8.9):
             now[0] = 100 + later
             os.kill(os.getpid(), signal.SIGINT)
@@ -198,11 +198,11 @@ def test_a_second_request_counts_after_ten_seconds_alone(monkeypatch):
 
 
 def test_patience_grows_with_the_updates(monkeypatch):
-    from train_cc.run import session
+    from train_cc.run import stop as stop_room
 
     now = [0.0]
-    monkeypatch.setattr(session.time, "monotonic", lambda: now[0])
-    stop = session.StopSignal()
+    monkeypatch.setattr(stop_room.time, "monotonic", lambda: now[0])
+    stop = stop_room.StopSignal()
     assert stop.patience() == 600
     for seconds, patience in ((1, 60), (100, 300), (2, 300)):
         with stop.update():
