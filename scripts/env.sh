@@ -71,3 +71,8 @@ unset active
 launch() {
     exec python -m scripts.launch "$@"
 }
+
+# What a small recipe calls first: its batch is that of one process.
+one_process_unless_asked() {
+    [ -n "${ACCELERATE_CONFIG:-}${NUM_NODES:-}" ] || export NUM_PROCESSES="${NUM_PROCESSES:-1}"
+}

@@ -214,6 +214,7 @@ def test_patience_grows_with_the_updates(monkeypatch):
 
 
 NODES = {"NUM_NODES": "2", "NUM_PROCESSES": "4", "NODE_RANK": "1", "MAIN_ADDRESS": "localhost"}
+MEET = {"NUM_NODES": "4", "NODE_RANK": "0", "MAIN_ADDRESS": "a"}
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,9 @@ def test_numbers_that_cannot_be(variables, told):
         ({"CUDA_VISIBLE_DEVICES": "0,1", "NUM_PROCESSES": "1"}, (1, 1)),
         ({"CUDA_VISIBLE_DEVICES": "0,1", "NUM_NODES": "2", "NODE_RANK": "0", "MAIN_ADDRESS": "a"}, (4, 2)),
         (NO_GPU | {"ACCELERATE_CONFIG": "scripts/accelerate/ddp.yaml"}, (1, 1)),
-        ({"CUDA_VISIBLE_DEVICES": "0,1", "ACCELERATE_CONFIG": "scripts/accelerate/ddp.yaml"}, (8, 1)),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "ACCELERATE_CONFIG": "scripts/accelerate/ddp.yaml"}, (2, 1)),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "ACCELERATE_CONFIG": "scripts/accelerate/fsdp2.yaml"}, (4, 1)),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "ACCELERATE_CONFIG": "scripts/accelerate/nodes_fsdp2.yaml", **MEET}, (8, 4)),
         ({"CUDA_VISIBLE_DEVICES": "0,1", "ACCELERATE_CONFIG": "scripts/accelerate/one_cpu.yaml"}, (1, 1)),
     ],
     ids=str,
@@ -276,7 +279,7 @@ def test_every_config_of_ours_is_handed_on():
     }
     assert all(plan.environment["ACCELERATE_MIXED_PRECISION"] == "no" for plan in found.values())
     assert all(plan.environment["FSDP_VERSION"] == "2" for plan in found.values())
-    assert found["nodes.yaml"].nodes == 2 and found["nodes.yaml"].processes == 16
+    assert found["nodes.yaml"].nodes == 2 and found["nodes.yaml"].processes == 4
 
 
 @pytest.mark.parametrize(

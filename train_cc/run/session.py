@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from train_cc.io.errors import InputError
+from train_cc.run.devices import require_usable_gpus
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # what autocast computes in
 # How long a process waits for the others. Some wait while one hashes, downloads or ends its part of a sampling.
@@ -171,9 +172,10 @@ def open_session(
 ) -> Session:
     """Processes, precision and sharding as the launcher's config says; tracker ``report_to`` writes into ``folder``.
 
-    Raises `InputError` where the config contradicts ``mixed_precision``, the precision is not to be had, or other than
-    NUM_PROCESSES processes were started.
+    Raises `InputError` where a GPU cannot be used, the config contradicts ``mixed_precision``, the precision is not to
+    be had, or other than NUM_PROCESSES processes were started.
     """
+    require_usable_gpus()
     configured, sharded, notes = take_environment()
     if configured not in (*COMPUTE_DTYPES, "no"):
         raise InputError(f"ACCELERATE_MIXED_PRECISION is {configured}; allowed: {', '.join(COMPUTE_DTYPES)}")
@@ -182,11 +184,6 @@ def open_session(
         raise InputError(
             f"the accelerate config says mixed_precision {configured}, --mixed-precision {mixed_precision} is "
             f"{precision} on this machine; make them agree, or write 'no' into the config to let the flag rule"
-        )
-    gpus, place = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    if gpus and place >= gpus:
-        raise InputError(
-            f"NUM_PROCESSES asks for more than the {gpus} visible GPU(s) of this machine, one process each"
         )
     session = make_session(precision, sharded, report_to, folder)
     session.notes, session.shard_over = notes, shard_over

@@ -103,7 +103,7 @@ def check_functions(built: Built, decode: Callable[[Tensor], Tensor], shape: tup
 
 def build(args: argparse.Namespace, session: Session, networks: Networks | None = None) -> Run:
     """Load the teacher twice: as the estimator's frozen base, and as the generator's start."""
-    networks = networks or Networks()
+    networks = networks or Networks(session)
     if args.compile:
         configure_compiler()
         require_compiler()  # before anything is loaded

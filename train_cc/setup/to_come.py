@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from train_cc.io.errors import InputError
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.dinov2 import IMAGE_SIZE, PATCH_SIZE, DINOv2Classifier, official_file
+from train_cc.models.features import FeatureSpace, load_space
 from train_cc.models.sit import SIT_SIZES, WEIGHTS_NAME, SiT, read_sit_config
-from train_cc.models.vae import VAEDecoder, load_vae, new_vae, vae_files
+from train_cc.models.vae import VAEDecoder, load_vae, new_vae, pixels_to_images, vae_files
 from train_cc.rewards.networks import Networks
 from train_cc.rewards.python_file import PythonReward
 
@@ -51,7 +52,7 @@ class NetworksToCome(Networks):
 
     def decoder(self, vae: str | None, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         if vae is None:
-            return super().decoder(vae, device, dtype)
+            return pixels_to_images
         if vae_files(vae, download=False) is not None:
             return VAEDecoder(load_vae(vae)).to(device, dtype)
         self.say(f"the VAE {vae} is to be downloaded: planned with the size of sd-vae-ft-ema")
@@ -60,13 +61,13 @@ class NetworksToCome(Networks):
 
     def classifier(self, source: str) -> ImageClassifier:
         if Path(source).exists():
-            return super().classifier(source)
+            return ImageClassifier.from_pretrained(source)
         return ImageClassifier.untrained(source).requires_grad_(False).eval()
 
     def dinov2(self, backbone: str, head: str) -> DINOv2Classifier:
         """Of files that are not here yet: the size that the name says, ViT-L where it says none."""
         if all([official_file(source, download_it=False) for source in (backbone, head)]):
-            return super().dinov2(backbone, head)
+            return DINOv2Classifier.from_official(backbone, head)
         width, depth = next((size for name, size in DINOV2_SIZES.items() if name in str(backbone)), (1024, 24))
         options = {"embed_dim": width, "num_heads": width // 64, "init_values": 1e-5, "num_classes": 0}
         with self.device:
@@ -74,6 +75,9 @@ class NetworksToCome(Networks):
             judge = DINOv2Classifier(network, nn.Linear(5 * width, self._classes))
         judge.files = []
         return judge
+
+    def space(self, name: str, device: torch.device, backbone: str, dtype: torch.dtype) -> FeatureSpace:
+        return load_space(name, device, dinov2_backbone=backbone, dtype=dtype)
 
     def function(self, source: str, device: torch.device) -> PythonReward:
         return FunctionToCome(source, device, self.say)
