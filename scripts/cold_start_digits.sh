@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Stage 1 of the digits recipe, on any machine. Any flag can be overridden: bash scripts/cold_start_digits.sh --num-steps 2
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+one_process_unless_asked # on 8 GPUs the recipe would be another one: 8 times the batch
 DIGITS="${DIGITS:-runs/digits}"
 # Scores the previews where there is one; it never trains anything here.
 HOLDOUT_CLASSIFIER="${HOLDOUT_CLASSIFIER:-$DIGITS/classifier_evaluation}"

@@ -2,6 +2,7 @@
 # Stage 2 of the digits recipe, from the cold start's last checkpoint. Any flag can be overridden; without the reward,
 # the control: OUTPUT_DIR=runs/digits/control bash scripts/dmdr_digits_refl.sh --encoder-type none
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+one_process_unless_asked # on 8 GPUs the recipe would be another one: 8 times the batch
 DIGITS="${DIGITS:-runs/digits}"
 
 launch train_cc.dmdr_refl \

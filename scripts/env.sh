@@ -84,3 +84,8 @@ run() {
     [ -z "$asked" ] || exit 143
     return "$code"
 }
+
+# What a small recipe calls first: its batch is that of one process.
+one_process_unless_asked() {
+    [ -n "${ACCELERATE_CONFIG:-}${NUM_NODES:-}" ] || export NUM_PROCESSES="${NUM_PROCESSES:-1}"
+}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The quality-diversity table on digits: all rows trained, sampled, evaluated. Finished rows are kept.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+one_process_unless_asked
 export DIGITS="${DIGITS:-runs/digits}" SEED="${SEED:-30}"
 began=$SECONDS
 

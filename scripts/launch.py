@@ -118,7 +118,7 @@ def make_plan(environment: Mapping[str, str], only_shown: bool = False) -> Plan:
         variables = handed_on(config, environment)
     gpus = visible_gpus(environment | variables)
     nodes = number(environment, "NUM_NODES", 1, 10_000, config.get("num_machines", 1))
-    # Without GPUs the config's number, meant for GPUs, says nothing.
+    # Our own configs name no number. Without GPUs another one's, meant for GPUs, says nothing.
     usual = (config.get("num_processes") or gpus * nodes) if gpus else nodes
     processes = number(environment, "NUM_PROCESSES", 1, nodes * MOST_ON_A_NODE, usual)
     if processes % nodes:
@@ -298,7 +298,8 @@ def main(words: list[str] | None = None) -> None:
     os.environ |= plan.environment
     alone = [sys.executable, "-m", *words]
     if dry:
-        os.execve(sys.executable, alone, os.environ | {"WORLD_SIZE": str(plan.processes)})
+        sizes = {"WORLD_SIZE": str(plan.processes), "LOCAL_WORLD_SIZE": str(plan.processes // plan.nodes)}
+        os.execve(sys.executable, alone, os.environ | sizes)
     if plan.processes == 1:
         os.execv(sys.executable, alone)
     raise SystemExit(run_processes(plan, words))

@@ -10,12 +10,17 @@ import torch
 from safetensors.torch import load_file
 
 from evaluation.standins import write_vae
-from tests.conftest import TINY, flags, random_sit, refused, run_cold_start
+from tests.conftest import TINY, build_run, flags, random_sit, refused, run_cold_start
 from train_cc import cold_start
+from train_cc.distillation.loop import cycle
+from train_cc.models import SIT_SIZES, SiT
 from train_cc.models.classifier import ImageClassifier
-from train_cc.models.sit import read_sit_config
+from train_cc.models.vae import VAEDecoder, load_vae
+from train_cc.run.fake_gpu import fake_gpu
+from train_cc.run.meters import FlopCounter
 from train_cc.setup import plan as dry_run
-from train_cc.setup.plan import kept_bytes, network_activations, networks_to_come, state_bytes
+from train_cc.setup.simulate import MOST_CHUNKS, local_bytes, simulate
+from train_cc.setup.to_come import NetworksToCome
 
 
 def planned(capsys, teacher, output, *more):
@@ -66,16 +71,6 @@ def tensor_bytes(path: Path) -> int:
     return added(load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True))
 
 
-def test_extrapolated_activations_are_those_of_the_whole_network(teacher, tmp_path):
-    args = cold_start.stage_parser().parse_args(flags(teacher, tmp_path))
-    config = {**TINY, "patch_size": 2, "mlp_ratio": 4.0, "depth": 5}
-    estimate = network_activations(config, args, "generator", torch.float32)
-    model = random_sit(depth=5)
-    x, t, y = torch.zeros(4, 1, 8, 8), torch.zeros(4), torch.zeros(4, dtype=torch.long)
-    whole = kept_bytes(model, lambda: model(x, t, y), torch.enable_grad())
-    assert whole > 0 and estimate == pytest.approx(whole, rel=0.02)
-
-
 def test_a_missing_config_is_refused(tmp_path, capsys):
     assert "config.json" in refused(cold_start.main, flags(tmp_path, tmp_path / "run", "--dry-run"), capsys=capsys)
 
@@ -84,37 +79,127 @@ def gib(text, name):
     return float(re.search(rf"^  {name}: ([\d.]+) GiB", text, re.MULTILINE)[1])
 
 
+def simulated(teacher, output, *more, processes=1):
+    args = cold_start.stage_parser().parse_args(flags(teacher, output, *more))
+    return simulate(args, args.mixed_precision, processes)
+
+
 def test_a_reward_in_pixel_space_and_a_held_out_classifier_are_counted(teacher, reward_folder, tmp_path, capsys):
     more = ["--batch-size", 512, "--num-previews", 0]
     plain = planned(capsys, teacher, tmp_path / "run", *more)
     words = ["--encoder-type", "classifier", "--reward-classifier", reward_folder]
     text = planned(capsys, teacher, tmp_path / "run", *more, *words, "--holdout-classifier", reward_folder)
-    assert "reward classifier weights" in text and "holdout classifier weights" in text
-    assert gib(text, "activations, generator, reward turn") > gib(plain, "activations, generator turn") + 0.05
-    assert "classifier" not in plain.split("memory per process")[1]
+    assert "reward classifier weights" in text and "holdout weights" in text
+    assert gib(text, "peak, training, generator turn") > gib(plain, "peak, training, generator turn") + 0.05
+    assert gib(text, "peak, training, estimator turns") < gib(plain, "peak, training, estimator turns") + 0.01
+    assert "classifier" not in plain.split("memory of a GPU")[1]
 
 
 @pytest.mark.parametrize("widths", [(8, 8, 8, 8), (32, 32, 32, 32)])
-def test_the_decoder_is_the_one_that_is_named(tmp_path, capsys, widths):
-    from train_cc.models.vae import VAEDecoder, load_vae
-    from train_cc.setup.plan import decoder_to_come
-
+def test_the_decoder_is_the_one_that_is_named(tmp_path, widths):
     vae = write_vae(tmp_path / "vae", widths)
-    decoder, notes = decoder_to_come(str(vae))
-    assert not notes and sum(p.numel() for p in decoder.parameters()) == sum(
-        p.numel() for p in VAEDecoder(load_vae(str(vae))).parameters()
-    )
+    with fake_gpu() as gpu:
+        networks = NetworksToCome(gpu.device)
+        decoder = networks.decoder(str(vae), gpu.device, torch.bfloat16)
+        held = local_bytes(decoder)
+        own = sum(p.numel() for p in VAEDecoder(load_vae(str(vae))).parameters())
+    assert not networks.notes and sum(p.numel() for p in decoder.parameters()) == own
+    assert 2 * own <= held < 2 * own + 512 * len(list(decoder.parameters()))
+
+
+# What is simulated, against what a run does -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turns,chunks", [(1, 1), (3, 2), (2, MOST_CHUNKS + 3)])
+def test_flop_are_those_of_a_real_cycle(teacher, tmp_path, turns, chunks):
+    more = ["--ratio-update", turns, "--gradient-accumulation-steps", chunks, "--num-previews", 0]
+    run = build_run(teacher, tmp_path / "run", *more)
+    with FlopCounter() as counter:
+        cycle(run, 0)
+    assert counter.total > 0 and simulated(teacher, tmp_path / "other", *more).flop == counter.total
+
+
+def test_while_a_run_is_resumed_old_and_new_moments_are_there(teacher, tmp_path):
+    cost = simulated(teacher, tmp_path, "--num-previews", 0)
+    trained, _ = cost.parameters["generator"]
+    assert cost.held["generator moments"] == pytest.approx(8 * trained, rel=0.2)  # each is rounded up to 512 bytes
+    twice = sum(cost.held.values()) + cost.held["generator moments"]
+    assert cost.peaks["resuming"] == pytest.approx(twice, rel=0.05)
+
+
+def test_memory_between_cycles_is_all_accounted_for(teacher, tmp_path):
+    cost = simulated(teacher, tmp_path, "--ema-decay", 0.9)
+    (rest,) = (value for name, value in cost.held.items() if name.startswith("other"))
+    assert 0 <= rest < 8192 and cost.held["EMA"] > 1e5
+    assert cost.peak() == max(cost.peaks[name] for name in cost.peaks if "sampling" not in name)
+
+
+def test_under_ddp_gradients_stay_in_their_buckets(teacher, tmp_path):
+    held = [simulated(teacher, tmp_path, processes=processes).held for processes in (1, 2)]
+    alone, ddp = (sum(each.values()) for each in held)
+    trained = 4 * simulated(teacher, tmp_path).parameters["generator"][0]
+    assert trained <= ddp - alone < 1.3 * trained
 
 
 def test_accumulation_under_fsdp2_holds_whole_gradients(teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    held = []
-    for chunks in (1, 4):
-        args = cold_start.stage_parser().parse_args(flags(teacher, tmp_path, "--gradient-accumulation-steps", chunks))
-        networks = networks_to_come(args, read_sit_config(teacher), torch.float32)
-        held.append(sum(state_bytes(args, *networks, 2, torch.float32).values()))
-    trained = sum(p.numel() for p in networks[0].parameters() if p.requires_grad)
-    assert held[1] - held[0] == 4 * trained
+    more = ["--batch-size", 1, "--num-previews", 0, "--gradient-accumulation-steps"]
+    once, twice = (simulated(teacher, tmp_path, *more, chunks, processes=2) for chunks in (1, 2))
+    trained = once.parameters["generator"][0]
+    grown = twice.peaks["training, generator turn"] - once.peaks["training, generator turn"]
+    assert 0.8 * 4 * trained < grown < 1.2 * 4 * trained
+    assert once.sharded_over == 2 and twice.sent > once.sent > 0
+
+
+def test_nodes_hold_a_copy_each_unless_told_otherwise(teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    more = ["--num-previews", 0, "--shard-over"]
+    node, everyone = (simulated(teacher, tmp_path, *more, over, processes=8) for over in ("node", "all"))
+    assert (node.sharded_over, everyone.sharded_over) == (4, 8)
+    moments = [cost.held["generator moments"] for cost in (node, everyone)]
+    assert moments[0] > 1.3 * moments[1]  # tiny parameters are rounded up to 512 bytes
+
+
+def test_samples_of_turns_that_are_not_gone_through_are_counted(teacher, tmp_path):
+    few, many = (simulated(teacher, tmp_path, "--num-previews", 0, "--ratio-update", n) for n in (1, 1001))
+    grown = many.peaks["training, estimator turns"] - few.peaks["training, estimator turns"]
+    assert grown == pytest.approx(1000 * 4 * (8 * 8 * 4 + 8), rel=0.01)
+
+
+def test_a_name_of_the_size_table_needs_no_folder(tmp_path, capsys):
+    more = ["--teacher", "SiT-S/8", "--vae", "stabilityai/sd-vae-ft-ema", "--mixed-precision", "auto"]
+    text = planned(capsys, "-", tmp_path / "run", *more)
+    trained = sum(p.numel() for p in SiT(**SIT_SIZES["SiT-S/8"]).parameters())
+    assert f"generator {trained:,} trained of {trained:,}" in text and "SiT-S/8 is the name of a size" in text
+    assert "SiT-S/8" in refused(cold_start.main, flags("SiT-S/8", tmp_path / "run"), capsys=capsys)
+
+
+def test_hours_are_those_of_the_peak_that_is_named(teacher, tmp_path, capsys):
+    hours = []
+    for peak in ("1e-6", "2e-6"):
+        text = planned(capsys, teacher, tmp_path / "run", "--peak-tflops", peak, "--max-train-steps", 1000)
+        assert f"40% of {peak} TFLOP/s" in text.replace("e-06", "e-6")
+        hours.append(float(re.search(r"an update, ([\d.]+) hours", text)[1]))
+    assert hours[0] > 10 and hours[0] == pytest.approx(2 * hours[1], rel=0.01)
+
+
+REWARDS = """
+def plain(images, labels):
+    return images.mean(dim=(1, 2, 3))
+
+
+def by_values(images, labels):
+    import math
+    return math.log(images.max().item()) * images.mean(dim=(1, 2, 3))
+"""
+
+
+def test_a_function_that_needs_values_is_told(teacher, tmp_path, capsys):
+    (tmp_path / "r.py").write_text(REWARDS)
+    for name, known in (("plain", True), ("by_values", False)):
+        text = planned(capsys, teacher, tmp_path / "run", "--reward", "python", 1, f"{tmp_path / 'r.py'}:{name}")
+        assert ("is not known" in text) != known
 
 
 def test_auto_precision_is_planned_as_on_a_gpu(teacher, tmp_path, capsys, monkeypatch):

@@ -70,7 +70,7 @@ class Late:
 
 def train(folder: Path, rank: int, hangs: bool) -> None:
     """Updates of 0.2 seconds, and a checkpoint that takes 3."""
-    from train_cc.run.session import StopSignal
+    from train_cc.run.stop import StopSignal
 
     StopSignal.patience = lambda self: 2
     with StopSignal() as stop:
@@ -190,12 +190,12 @@ def test_a_signal_before_training_ends_all_quietly(tmp_path, number):
 
 
 def test_a_second_request_counts_after_ten_seconds_alone(monkeypatch):
-    from train_cc.run import session
+    from train_cc.run import stop as stop_room
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
     now = [100.0]
-    monkeypatch.setattr(session.time, "monotonic", lambda: now[0])
-    with session.StopSignal() as stop:
+    monkeypatch.setattr(stop_room.time, "monotonic", lambda: now[0])
+    with stop_room.StopSignal() as stop:
         for later in (0, 1, 8.9):
             now[0] = 100 + later
             os.kill(os.getpid(), signal.SIGINT)
@@ -207,11 +207,11 @@ def test_a_second_request_counts_after_ten_seconds_alone(monkeypatch):
 
 
 def test_patience_grows_with_the_updates(monkeypatch):
-    from train_cc.run import session
+    from train_cc.run import stop as stop_room
 
     now = [0.0]
-    monkeypatch.setattr(session.time, "monotonic", lambda: now[0])
-    stop = session.StopSignal()
+    monkeypatch.setattr(stop_room.time, "monotonic", lambda: now[0])
+    stop = stop_room.StopSignal()
     assert stop.patience() == 600
     for seconds, patience in ((1, 60), (100, 300), (2, 300)):
         with stop.update():
@@ -223,6 +223,7 @@ def test_patience_grows_with_the_updates(monkeypatch):
 
 
 NODES = {"NUM_NODES": "2", "NUM_PROCESSES": "4", "NODE_RANK": "1", "MAIN_ADDRESS": "localhost"}
+MEET = {"NUM_NODES": "4", "NODE_RANK": "0", "MAIN_ADDRESS": "a"}
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,9 @@ def test_numbers_that_cannot_be(variables, told):
         ({"CUDA_VISIBLE_DEVICES": "0,1", "NUM_PROCESSES": "1"}, (1, 1)),
         ({"CUDA_VISIBLE_DEVICES": "0,1", "NUM_NODES": "2", "NODE_RANK": "0", "MAIN_ADDRESS": "a"}, (4, 2)),
         (NO_GPU | {"ACCELERATE_CONFIG": "scripts/accelerate/ddp.yaml"}, (1, 1)),
-        ({"CUDA_VISIBLE_DEVICES": "0,1", "ACCELERATE_CONFIG": "scripts/accelerate/ddp.yaml"}, (8, 1)),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "ACCELERATE_CONFIG": "scripts/accelerate/ddp.yaml"}, (2, 1)),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "ACCELERATE_CONFIG": "scripts/accelerate/fsdp2.yaml"}, (4, 1)),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "ACCELERATE_CONFIG": "scripts/accelerate/nodes_fsdp2.yaml", **MEET}, (8, 4)),
         ({"CUDA_VISIBLE_DEVICES": "0,1", "ACCELERATE_CONFIG": "scripts/accelerate/one_cpu.yaml"}, (1, 1)),
     ],
     ids=str,
@@ -285,7 +288,7 @@ def test_every_config_of_ours_is_handed_on():
     }
     assert all(plan.environment["ACCELERATE_MIXED_PRECISION"] == "no" for plan in found.values())
     assert all(plan.environment["FSDP_VERSION"] == "2" for plan in found.values())
-    assert found["nodes.yaml"].nodes == 2 and found["nodes.yaml"].processes == 16
+    assert found["nodes.yaml"].nodes == 2 and found["nodes.yaml"].processes == 4
 
 
 @pytest.mark.parametrize(

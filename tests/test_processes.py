@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -26,6 +27,9 @@ from train_cc import cold_start, dmdr_refl
 from train_cc.distillation import loop
 from train_cc.io.errors import InputError
 from train_cc.models import SiT
+from train_cc.models.classifier import ImageClassifier
+from train_cc.rewards import networks
+from train_cc.run import together
 from train_cc.run.session import configure_compiler, open_session
 from train_cc.samplers import few_step_input
 from train_cc.setup import stage
@@ -51,6 +55,8 @@ def worker(jobs: list[dict], report: Path) -> None:
         if job.get("fails"):
             loop.generator_turn = failing(loop.generator_turn, job["fails"])
         os.environ["ACCELERATE_USE_FSDP"] = "true" if job["sharded"] else "false"
+        if "of_node" in job:  # as if these processes were on several machines
+            os.environ["LOCAL_WORLD_SIZE"] = str(job["of_node"])
         STAGES[job["stage"]].main(job["flags"])
     if os.environ["RANK"] == "0":
         report.write_text(json.dumps(held))
@@ -86,6 +92,7 @@ def layout(run) -> dict:
     return {
         "sharded": sum(sharded),
         "of": len(tensors),
+        "mesh": [*tensors[0].device_mesh.shape] if sharded[0] else [],
         "bytes": sum(tensor.nbytes for tensor in local) + gradients,
         "hours": patience.total_seconds() / 3600,
     }
@@ -421,6 +428,43 @@ def test_every_process_makes_the_same_calls(teacher):
     calls.clear()
     few_step_input(counted, noise, y, torch.tensor([0, 1, 2]), 3)
     assert calls == [2, 1]
+
+
+def test_the_main_process_alone_hashes_and_reads_first(monkeypatch, reward_folder):
+    """Others are given its hashes, and read what it may have downloaded after it."""
+    order = []
+    load = ImageClassifier.from_pretrained
+    monkeypatch.setattr(ImageClassifier, "from_pretrained", lambda source: order.append("read") or load(source))
+    monkeypatch.setattr(networks, "sha256", lambda path: order.append("hash") or path.name)
+    monkeypatch.setattr(together, "broadcast_object_list", lambda outcome: order.append("all meet"))
+    main = networks.Networks(SimpleNamespace(is_main=True))
+    main.classifier(str(reward_folder))
+    assert order == ["read", "all meet"]
+    assert main.hashes({"teacher": [Path("a")], "vae": [Path("b")]}) == {"teacher": "a", "vae": "b"}
+
+    def given(outcome: list) -> None:
+        order.append("all meet")
+        outcome[:] = [{"teacher": "a"}, None]
+
+    monkeypatch.setattr(together, "broadcast_object_list", given)
+    order.clear()
+    other = networks.Networks(SimpleNamespace(is_main=False))
+    other.classifier(str(reward_folder))
+    assert order == ["all meet", "read"] and other.hashes({"teacher": [Path("a")]}) == {"teacher": "a"}
+    assert "hash" not in order
+
+
+@pytest.mark.slow
+def test_two_nodes_shard_within_and_replicate_between(teacher, tmp_path):
+    """Four processes as two nodes of two: they train what one does, are resumed, and each holds half."""
+    common = [*PARITY, "--batch-size", 1, "--max-train-steps"]
+    one = run_cold_start(teacher, tmp_path / "one", *common, 4, "--gradient-accumulation-steps", 4)
+    nodes = tmp_path / "nodes"
+    jobs = [job(teacher, nodes, *common, steps, "--auto-resume", sharded=True) for steps in (2, 4)]
+    held = processes(tmp_path, *(each | {"of_node": 2} for each in jobs), count=4)
+    assert [each["mesh"] for each in held] == [[2, 2], [2, 2]]
+    assert all(each["sharded"] == each["of"] > 100 for each in held)
+    assert largest_difference(one, nodes, 4) < 1e-6
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from train_cc.io.errors import InputError
 from train_cc.run.checkpoint import kept
 from train_cc.run.diagnostics import UpdateSize, gathered
 from train_cc.run.logbook import BY_BAND, JsonLines, columns, logger, not_finite
-from train_cc.run.session import Session, StopSignal
+from train_cc.run.session import Session
+from train_cc.run.stop import StopSignal
 from train_cc.run.trackers import show_picture, tracking
 from train_cc.schedules import annealing, dynamic_guidance_scale
 

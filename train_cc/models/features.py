@@ -13,7 +13,6 @@ uint8 thus has torch-fidelity's features; one from a decoder, those that it will
 spaces take images as they are. Weights in half precision move the features a little: statistics are of fp32.
 """
 
-import hashlib
 import http.client
 import io
 from pathlib import Path
@@ -183,18 +182,14 @@ def load_space(
 
 def classifier_space(name: str, folder: Path) -> FeatureSpace:
     classifier = ImageClassifier.from_pretrained(folder)
-    require_finite(classifier.state_dict(), folder)
-    return of_classifier(name, classifier, weights_sha256(folder), knows_labels=True)
-
-
-def weights_sha256(folder: Path) -> str:
-    """Of a folder of pretrain/classifier.py: what its feature space is known by."""
-    return sha256(folder / WEIGHTS_NAME)
+    weights = folder / WEIGHTS_NAME
+    require_finite(classifier.state_dict(), weights)
+    return of_classifier(name, classifier, sha256(weights), knows_labels=True)
 
 
 def timm_space(name: str, architecture: str) -> FeatureSpace:
     classifier = ImageClassifier.from_timm(architecture)
-    return of_classifier(name, classifier, sha256_of_state(classifier.network.state_dict()), knows_labels=False)
+    return of_classifier(name, classifier, sha256(classifier.files[0]), knows_labels=False)
 
 
 def of_classifier(name: str, classifier: ImageClassifier, digest: str, knows_labels: bool) -> FeatureSpace:
@@ -258,13 +253,3 @@ def downloaded_inception() -> Path:
 
 def as_numbers(value: float | list[float] | tuple[float, ...]) -> list[float]:
     return [float(each) for each in (value if isinstance(value, list | tuple) else [value])]
-
-
-def sha256_of_state(state: dict[str, Tensor]) -> str:
-    """Of names, shapes and values: weights from a hub have no one file."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        values = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)} ".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

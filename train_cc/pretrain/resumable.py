@@ -25,7 +25,7 @@ from train_cc.io.errors import InputError
 from train_cc.io.read import read_torch
 from train_cc.io.weights import fit, require_finite
 from train_cc.io.write import RECORD, check_output_dir, flush, locked, need_space, record, record_of, write_record
-from train_cc.run.session import StopSignal
+from train_cc.run.stop import StopSignal
 
 CHECKPOINT = "checkpoint.pt"
 WRITTEN = (CHECKPOINT, CHECKPOINT + ".tmp", "config.json", "model.safetensors", "diffusion_pytorch_model.safetensors")

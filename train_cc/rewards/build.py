@@ -9,14 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import sha256
-from train_cc.models.classifier import ImageClassifier
-from train_cc.models.dinov2 import DINOv2Classifier
-from train_cc.models.features import load_space, sha256_of_state, weights_sha256
 from train_cc.rewards.at_x0 import Reward
 from train_cc.rewards.classifier import classifier_losses
 from train_cc.rewards.frechet import Frechet
-from train_cc.rewards.python_file import PythonReward
+from train_cc.rewards.networks import Networks
 from train_cc.rewards.spec import RewardSpec, named_apart
 from train_cc.rewards.statistics import read_statistics
 from train_cc.rewards.tilt import Tilt
@@ -38,6 +34,7 @@ class Fit:
     frechet_window: int
     frechet_unconditional: bool
     checkpointing: bool
+    networks: Networks
 
 
 class Built:
@@ -47,15 +44,11 @@ class Built:
         self.rewards: list[Reward] = []
         self.tilts: list[Tilt] = []
         self.judges: dict[str, nn.Module] = {}  # classifiers among them, by name: they score the previews too
-        self.networks: set[str] = set()  # SHA-256 of what judges, as the feature space of that network has it
+        self.judging: list[str] = []  # names in `files` of the networks that reward
+        self.spaces: set[str] = set()  # SHA-256 of the feature spaces that reward
         self.files: dict[str, list[Path]] = {}  # that were read, by the flag or name that named them
         self.notes: list[str] = []
         self.checks: list[Callable[[Tensor, Tensor], None]] = []  # of a user's function, on one batch
-
-
-def load_classifier(source: str) -> ImageClassifier:
-    """A folder of pretrain/classifier.py, or a timm name with published weights."""
-    return ImageClassifier.from_pretrained(source) if Path(source).exists() else ImageClassifier.from_timm(source)
 
 
 def require_judge_fits(name: str, judge: nn.Module, num_classes: int, channels: int) -> None:
@@ -70,14 +63,13 @@ def require_judge_fits(name: str, judge: nn.Module, num_classes: int, channels: 
 def judge_of(spec: RewardSpec, name: str, fit: Fit, built: Built) -> nn.Module:
     """The classifier that ``spec`` names, frozen, on its device; checked against the generator."""
     if spec.kind == "dinov2":
-        judge = DINOv2Classifier.from_official(fit.dinov2_backbone, fit.dinov2_head)
+        judge = fit.networks.dinov2(fit.dinov2_backbone, fit.dinov2_head)
         built.files |= {"dinov2_backbone": judge.files[:1], "dinov2_head": judge.files[1:]}
-        built.networks.add(sha256(judge.files[0]))
+        built.judging.append("dinov2_backbone")
     else:
-        judge = load_classifier(spec.source)
+        judge = fit.networks.classifier(spec.source)
         built.files[f"reward_{name}"] = judge.files
-        folder = Path(spec.source)
-        built.networks.add(weights_sha256(folder) if folder.exists() else sha256_of_state(judge.network.state_dict()))
+        built.judging.append(f"reward_{name}")
     require_judge_fits("reward", judge, fit.num_classes, fit.channels)
     if fit.checkpointing:
         judge.enable_gradient_checkpointing()
@@ -93,7 +85,7 @@ def frechet_reward(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Rewar
     """The space is the one that the statistics name, and must still be it: both hashes are compared."""
     path = Path(spec.source)
     named = str(read_statistics(path).space["name"])
-    space = load_space(named, fit.device, dinov2_backbone=fit.dinov2_backbone, dtype=fit.dtype)
+    space = fit.networks.space(named, fit.device, fit.dinov2_backbone, fit.dtype)
     statistics = read_statistics(path, space.describe())
     space.require_channels(fit.channels)
     if fit.checkpointing:
@@ -109,7 +101,7 @@ def frechet_reward(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Rewar
         fit.reduce,
     )
     built.files[f"reward_{name}"] = [path]
-    built.networks.add(space.sha256)
+    built.spaces.add(space.sha256)
     classes = fit.num_classes if memory.per_class else 1
     if note := window_note(fit.frechet_window, statistics.size, classes):
         built.notes.append(note)
@@ -133,7 +125,7 @@ def window_note(window: int, size: int, num_classes: int) -> str | None:
 
 
 def python_reward(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Reward:
-    reward = PythonReward(spec.source, fit.device)
+    reward = fit.networks.function(spec.source, fit.device)
     built.files[f"reward_{name}"] = [Path(spec.source.rpartition(":")[0])]
     built.checks.append(partial(reward.check, with_gradient=True))
     return Reward(name, spec.weight, reward.losses)
@@ -150,7 +142,7 @@ BUILDERS = {
 def tilt_of(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Tilt:
     """A black box, or a classifier by its log probability of the label."""
     if spec.kind == "python":
-        reward = PythonReward(spec.source, fit.device)
+        reward = fit.networks.function(spec.source, fit.device)
         built.files[f"tilt_{name}"] = [Path(spec.source.rpartition(":")[0])]
         built.checks.append(partial(reward.check, with_gradient=False))
         return Tilt(name, spec.weight, reward.rewards)

@@ -79,6 +79,8 @@ def fake_processes(count: int = 1) -> Iterator[None]:
             mock.patch.object(DistributedDataParallel, "__init__", functools.wraps(real_ddp)(_ddp)),
             # It orders the buckets anew by indices that went through the device, where there are no values.
             mock.patch.object(dist.Reducer, "_rebuild_buckets", lambda self: False),
+            # Rank 0 gives; objects would go through a storage on the device.
+            mock.patch.object(dist, "broadcast_object_list", lambda objects, *args, **options: None),
             mock.patch(f"{ddp}._verify_param_shape_across_processes", lambda *args: None),
             mock.patch(f"{ddp}._sync_module_states", lambda *args, **options: None),
         ]

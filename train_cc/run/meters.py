@@ -42,7 +42,14 @@ def tensors_in(*things: object) -> list[Tensor]:
 
 
 class Meter(TorchDispatchMode):
-    """Hands every operator that ran inside to `seen`, with its result."""
+    """Hands every operator that ran inside to `seen`, with its result; and to the meters in ``also``.
+
+    One context with others in ``also`` takes a third of the time of three contexts.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.also: list[Meter] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -56,6 +63,8 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self.seen(func, args, kwargs, out)
+        for other in self.also:
+            other.seen(func, args, kwargs, out)
         return out
 
     def seen(self, func, args: tuple, kwargs: dict, out: object) -> None:
@@ -63,13 +72,6 @@ class Meter(TorchDispatchMode):
 
 
 # FLOP ------------------------------------------------------------------------------------------------------------
-
-CPU_ATTENTION = {  # not in torch's registry
-    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop_count,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_: sdpa_backward_flop_count(
-        grad, q, k, v
-    ),
-}
 
 CPU_ATTENTION = {  # not in torch's registry
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop_count,

@@ -4,12 +4,8 @@ import atexit
 import contextlib
 import gc
 import os
-import signal
-import sys
-import threading
-import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from train_cc.io.errors import InputError, report
+from train_cc.io.errors import InputError
+from train_cc.run.devices import require_usable_gpus
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # what autocast computes in
 # How long a process waits for the others. Some wait while one hashes, downloads or ends its part of a sampling.
@@ -35,6 +32,7 @@ class Session:
     generator_accelerator: Accelerator
     estimator_accelerator: Accelerator
     sharded: bool = False  # FSDP2 in place of DDP
+    shard_over: str = "node"  # or "all": the processes that share one copy of the weights
     notes: list[str] = field(default_factory=list)  # for the log: what of the environment was set aside
 
     @property
@@ -52,6 +50,18 @@ class Session:
     @property
     def is_main(self) -> bool:
         return self.generator_accelerator.is_main_process
+
+    @property
+    def mesh_shape(self) -> tuple[int, ...]:
+        """Of the processes where networks are sharded: (replicas, shards of each), or (shards,).
+
+        A copy a node, so that weights are gathered over its own links and gradients alone travel between nodes. With
+        one process a node, one copy over all.
+        """
+        of_node = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
+        if self.shard_over == "all" or of_node == 1 or self.world_size <= of_node or self.world_size % of_node:
+            return (self.world_size,)
+        return self.world_size // of_node, of_node
 
     def mean(self, figures: Tensor) -> Tensor:
         """The mean over processes of ``figures``, any shape."""
@@ -83,7 +93,8 @@ class Session:
         dtype = COMPUTE_DTYPES[accelerator.mixed_precision]
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         options = {"mp_policy": policy, "reshard_after_forward": True}
-        options["mesh"] = init_device_mesh(self.device.type, (self.world_size,))
+        names = ("replicate", "shard")[-len(self.mesh_shape) :]
+        options["mesh"] = init_device_mesh(self.device.type, self.mesh_shape, mesh_dim_names=names)
         for block in blocks:
             fully_shard(block, **options)
         return fully_shard(network, **options)
@@ -105,80 +116,6 @@ def leave_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         gc.collect()  # a group ends its threads when the last thing that holds it goes
-
-
-class StopSignal:
-    """SIGTERM and SIGINT ask the run to stop after the current update.
-
-    Repeated within 10 seconds it is the same request (Slurm and systemd tell the launcher and its processes alike, and
-    the launcher tells them too); later it stops the run at once. As one process of several a run can wait for ever for
-    another that is gone: where an update does not end after the request, the process does.
-    """
-
-    SAME_REQUEST = 10.0  # seconds
-
-    def __init__(self):
-        self.name = ""
-        self._asked = 0.0
-        self._began: float | None = None  # the update that is being made
-        self._longest: float | None = None
-
-    def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        self._over = threading.Event()
-        self._writer = -1
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            reader, self._writer = os.pipe()
-            os.set_blocking(self._writer, False)
-            # Not in the handler: that waits until Python runs again in the main thread, and it may not.
-            signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-            threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
-        return self
-
-    def _ask(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        if not self.name:
-            self.name, self._asked = signal.Signals(number).name, now
-            if self._writer < 0:  # several processes are asked by a failure of one, too
-                later = f"once more, after {self.SAME_REQUEST:.0f} seconds, stops it at once"
-                print(f"\n{self.name}: the run stops after this update; {later}", file=sys.stderr)
-        elif now - self._asked > self.SAME_REQUEST:
-            self._restore()
-            os.kill(os.getpid(), number)
-
-    @contextlib.contextmanager
-    def update(self) -> Iterator[None]:
-        """Around an update: while it lasts, another process that is gone may be waited for."""
-        self._began = time.monotonic()
-        yield
-        self._longest = max(self._longest or 0, time.monotonic() - self._began)
-        self._began = None
-
-    def patience(self) -> float:
-        """Seconds that the update under way may take; the first one compiles and warms up."""
-        return 600 if self._longest is None else max(60, 3 * self._longest)
-
-    def _watch(self, reader: int) -> None:
-        while (told := os.read(reader, 1)) and told[0] not in self._before:  # a library's signal
-            pass
-        asked = time.monotonic()
-        while not self._over.wait(1):
-            began = self._began
-            if began is not None and time.monotonic() - max(began, asked) > self.patience():
-                report("asked to stop, but the update does not end (another process is gone?); what is saved stays")
-                os._exit(2)
-        os.close(reader)  # not before: a repeated signal is written into the pipe too
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        if self._writer >= 0:
-            signal.set_wakeup_fd(-1)
-            os.close(self._writer)
-        self._restore()
 
 
 def resolve_precision(wanted: str) -> str:
@@ -232,12 +169,15 @@ def take_environment() -> tuple[str, bool, list[str]]:
     return precision, sharded, notes
 
 
-def open_session(mixed_precision: str, report_to: str = "none", folder: Path | None = None) -> Session:
+def open_session(
+    mixed_precision: str, report_to: str = "none", folder: Path | None = None, shard_over: str = "node"
+) -> Session:
     """Processes, precision and sharding as the launcher's config says; tracker ``report_to`` writes into ``folder``.
 
-    Raises `InputError` where the config contradicts ``mixed_precision``, the precision is not to be had, or other than
-    NUM_PROCESSES processes were started.
+    Raises `InputError` where a GPU cannot be used, the config contradicts ``mixed_precision``, the precision is not to
+    be had, or other than NUM_PROCESSES processes were started.
     """
+    require_usable_gpus()
     configured, sharded, notes = take_environment()
     if configured not in (*COMPUTE_DTYPES, "no"):
         raise InputError(f"ACCELERATE_MIXED_PRECISION is {configured}; allowed: {', '.join(COMPUTE_DTYPES)}")
@@ -247,11 +187,16 @@ def open_session(mixed_precision: str, report_to: str = "none", folder: Path | N
             f"the accelerate config says mixed_precision {configured}, --mixed-precision {mixed_precision} is "
             f"{precision} on this machine; make them agree, or write 'no' into the config to let the flag rule"
         )
-    gpus, place = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    if gpus and place >= gpus:
-        raise InputError(
-            f"NUM_PROCESSES asks for more than the {gpus} visible GPU(s) of this machine, one process each"
-        )
+    session = make_session(precision, sharded, report_to, folder)
+    session.notes, session.shard_over = notes, shard_over
+    wanted = os.environ.get("NUM_PROCESSES") or str(session.world_size)
+    if wanted != str(session.world_size):
+        raise InputError(f"NUM_PROCESSES is {wanted}, but {session.world_size} process(es) were started")
+    return session
+
+
+def make_session(precision: str, sharded: bool, report_to: str = "none", folder: Path | None = None) -> Session:
+    """The processes that were started, in ``precision``, a key of `COMPUTE_DTYPES`. Raises `InputError`."""
     cpu = not torch.cuda.is_available()
     device = PartialState(cpu=cpu, timeout=TIMEOUT).device
     if precision == "fp16" and device.type == "cpu":
@@ -263,10 +208,6 @@ def open_session(mixed_precision: str, report_to: str = "none", folder: Path | N
     tracked = {} if report_to == "none" else {"log_with": report_to, "project_dir": folder}
     session = Session(Accelerator(**options, **tracked), Accelerator(**options))
     session.sharded = sharded and session.world_size > 1
-    session.notes = notes
-    wanted = os.environ.get("NUM_PROCESSES") or str(session.world_size)
-    if wanted != str(session.world_size):
-        raise InputError(f"NUM_PROCESSES is {wanted}, but {session.world_size} process(es) were started")
     return session
 
 

@@ -43,10 +43,14 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state:
     Raises `InputError` where it is not the state of ``model``'s trained parameters: the fused kernel checks nothing.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    checked = checked_moments(state, trained, source)
+    put_moments(model, optimizer, checked_moments(state, trained, source))
+
+
+def put_moments(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Tensor]]) -> None:
+    """``state``: whole moments of every trained parameter, on the CPU. For a while they and older ones are held."""
     name_of = {p: name for name, p in model.named_parameters()}
     groups = [dict(group, params=[name_of[p] for p in group["params"]]) for group in optimizer.param_groups]
-    content = {"state": checked, "param_groups": groups}
+    content = {"state": state, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, content, options=StateDictOptions(full_state_dict=True))
 
 

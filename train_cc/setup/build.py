@@ -4,7 +4,6 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 
 import torch
 from timm.layers import Attention
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from train_cc.distillation.settings import Method, Optimisation, Output, Run, trainable
 from train_cc.draws import Draws
 from train_cc.io.errors import InputError
-from train_cc.io.read import sha256
 from train_cc.models.estimator import ScoreEstimator
-from train_cc.models.generator import build_generator, generator_lora_rank
-from train_cc.models.lora import hold_frozen_in
+from train_cc.models.generator import generator_lora_rank
+from train_cc.models.lora import GENERATOR_TARGETS, add_lora, hold_frozen_in
 from train_cc.models.sit import SiT
-from train_cc.models.vae import load_decoder, require_decoder
-from train_cc.rewards.build import Built, Fit, build_rewards, load_classifier, require_judge_fits
+from train_cc.models.vae import require_decoder
+from train_cc.rewards.build import Built, Fit, build_rewards, require_judge_fits
+from train_cc.rewards.networks import Networks
 from train_cc.run.ema import Average
 from train_cc.run.session import COMPUTE_DTYPES, Session, configure_compiler, require_compiler
 from train_cc.setup.arguments import rewards_of
@@ -33,15 +32,10 @@ def settings_of(kind: type, args: argparse.Namespace, **more: object) -> object:
     return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}, **more)
 
 
-def input_hashes(files: dict[str, list[Path]]) -> dict[str, str]:
-    """SHA-256 of every file that was read, by the flag or reward that named it."""
-    return {name: sha256(path) for name, paths in files.items() for path in paths}
-
-
 def add_holdout(args: argparse.Namespace, fit: Fit, built: Built) -> None:
     """A classifier that rewards nothing, and shows where a reward is hacked."""
     if args.holdout_classifier:
-        judge = load_classifier(args.holdout_classifier)
+        judge = fit.networks.classifier(args.holdout_classifier)
         require_judge_fits("holdout", judge, fit.num_classes, fit.channels)
         built.judges["holdout"] = judge.to(fit.device, fit.dtype)
         built.files["holdout_classifier"] = judge.files
@@ -72,9 +66,9 @@ def choose_attention(network: nn.Module, device: torch.device, dtype: torch.dtyp
             module.fused_attn = fused
 
 
-def load_teacher(args: argparse.Namespace) -> tuple[SiT, dict, int]:
+def load_teacher(args: argparse.Namespace, networks: Networks) -> tuple[SiT, dict, int]:
     """-> the teacher, its config, and the channels of an image; the other flags fit them. Raises `InputError`."""
-    teacher = SiT.from_pretrained(args.teacher)
+    teacher = networks.sit(args.teacher)
     config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
     if args.num_classes not in (None, config["num_classes"]):
         raise InputError(f"--num-classes is {args.num_classes}, but {args.teacher} has {config['num_classes']} classes")
@@ -128,10 +122,12 @@ def check_functions(built: Built, decode: Callable[[Tensor], Tensor], shape: tup
             check(images, y)
 
 
-def judged(args: argparse.Namespace, session: Session, num_classes: int, channels: int) -> tuple[Built, Fit]:
+def judged(
+    args: argparse.Namespace, session: Session, networks: Networks, num_classes: int, channels: int
+) -> tuple[Built, Fit]:
     """Rewards, tilts and the held-out judge, on the device, each with the attention that is fast there."""
     device, dtype = session.device, COMPUTE_DTYPES[session.generator_accelerator.mixed_precision]
-    own = {"num_classes": num_classes, "channels": channels, "device": device, "dtype": dtype}
+    own = {"num_classes": num_classes, "channels": channels, "device": device, "dtype": dtype, "networks": networks}
     fit = settings_of(Fit, args, **own, reduce=session.total, checkpointing=args.reward_checkpointing)
     built = build_rewards(rewards_of(args), args.tilt, fit)
     add_holdout(args, fit, built)
@@ -143,7 +139,7 @@ def judged(args: argparse.Namespace, session: Session, num_classes: int, channel
 def load_decode(args: argparse.Namespace, built: Built, fit: Fit) -> Callable[[Tensor], Tensor]:
     """x0 -> images; its file is noted in ``built``. Without previews and rewards nothing is decoded, or loaded."""
     decoded = args.vae != "none" and (args.num_previews or built.rewards or built.tilts)
-    decode = load_decoder(args.vae if decoded else None, fit.device, fit.dtype)
+    decode = fit.networks.decoder(args.vae if decoded else None, fit.device, fit.dtype)
     if isinstance(decode, nn.Module):  # pixel space has no decoder network
         built.files["vae"] = decode.files
         if args.reward_checkpointing and built.rewards:
@@ -151,18 +147,21 @@ def load_decode(args: argparse.Namespace, built: Built, fit: Fit) -> Callable[[T
     return decode
 
 
-def build(args: argparse.Namespace, session: Session) -> Run:
+def build(args: argparse.Namespace, session: Session, networks: Networks | None = None) -> Run:
     """Load the teacher twice: as the estimator's frozen base, and as the generator's start."""
+    networks = networks or Networks(session)
     compiled = compiler_works(args.compile, session)  # before anything is loaded
     how = settings_of(Optimisation, args)
-    teacher, config, shown = load_teacher(args)
-    built, fit = judged(args, session, config["num_classes"], shown)
+    teacher, config, shown = load_teacher(args, networks)
+    built, fit = judged(args, session, networks, config["num_classes"], shown)
     sample_shape, of_teacher = teacher.sample_shape, {"teacher": teacher.files}
     estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
     # Before the generator is loaded: never two copies in fp32.
     prepare_network(estimator, args, fit.device, fit.dtype, compiled)
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
-    generator = build_generator(args.teacher, rank, args.seed)
+    generator = networks.sit(args.teacher)
+    if rank is not None:
+        add_lora(generator, rank, GENERATOR_TARGETS, None, args.seed)
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
     decode = load_decode(args, built, fit)
     check_functions(built, decode, sample_shape, fit)
@@ -174,6 +173,7 @@ def build(args: argparse.Namespace, session: Session) -> Run:
     weights = trainable(of_generator.unwrap_model(generator))
     generator_optimizer = build_optimizer(generator, how.learning_rate_generator, how.weight_decay_generator, how)
     estimator_optimizer = build_optimizer(estimator, how.learning_rate_estimator, how.weight_decay_estimator, how)
+    hashes = networks.hashes(of_teacher | built.files)
     return Run(
         session=session,
         method=settings_of(Method, args),
@@ -193,6 +193,6 @@ def build(args: argparse.Namespace, session: Session) -> Run:
         judges=built.judges,
         lora_rank_generator=rank,
         arguments=json.loads(json.dumps(vars(args), default=str)),
-        rewards_sha256=built.networks,
-        hashes=input_hashes(of_teacher | built.files),
+        rewards_sha256=built.spaces | {hashes[name] for name in built.judging if name in hashes},
+        hashes=hashes,
     )

@@ -27,7 +27,7 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print("\n".join([plan(name, args, int(os.environ.get("WORLD_SIZE", 1))), *notes]))
         return
-    session = open_session(args.mixed_precision, args.report_to, args.output_dir)
+    session = open_session(args.mixed_precision, args.report_to, args.output_dir, args.shard_over)
     with contextlib.ExitStack() as lock:
 
         def search() -> Start:
@@ -84,7 +84,7 @@ def describe(run: Run, args: argparse.Namespace, name: str, start: Start) -> Non
         name,
         session.world_size,
         session.device.type,
-        ", sharded (FSDP2)" if session.sharded else "",
+        f", sharded (FSDP2) over {session.mesh_shape[-1]}" if session.sharded else "",
         session.generator_accelerator.mixed_precision,
         batch,
         args.batch_size,

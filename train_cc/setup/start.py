@@ -25,7 +25,7 @@ from train_cc.run.folder import check_writable, exported_step, is_empty, is_run
 from train_cc.run.logbook import logger
 
 # Say how a command starts, and nothing about the run that it is.
-OF_THE_START = {"output_dir", "overwrite", "dry_run", "resume_ckpt", "auto_resume"}
+OF_THE_START = {"output_dir", "overwrite", "dry_run", "peak_tflops", "resume_ckpt", "auto_resume"}
 
 
 @dataclass

@@ -1,0 +1,37 @@
+# What both jobs do. Ten minutes before the time limit (USR1) the run is asked to save and end, and the job to be queued
+# again; the launcher's --auto-resume continues it. SIGTERM (preemption, scancel) asks the run alone: a preempted job is
+# queued again by Slurm itself.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+launcher="${1:?a launcher of scripts/ is missing}"
+[ -f "$launcher" ] || { echo "error: $launcher does not exist; a launcher of scripts/ is expected" >&2; exit 2; }
+
+export NUM_NODES="${SLURM_NNODES:-1}"
+if [ "$NUM_NODES" -gt 1 ]; then
+    MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MAIN_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node must not meet each other
+    export MAIN_ADDRESS MAIN_PORT
+fi
+
+# One task a node: the launcher there starts a process a GPU.
+srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' job "$@" &
+step=$! requeue="" asked=""
+ask() { # the run saves after its update; once is enough, since Slurm tells its processes too
+    [ -n "$asked" ] || kill -TERM "$step" 2>/dev/null
+    asked=yes
+}
+trap 'requeue=yes; ask' USR1
+trap ask TERM INT
+
+code=0
+while kill -0 "$step" 2>/dev/null; do # a signal ends `wait` before the step has ended
+    wait "$step"
+    code=$?
+done
+wait "$step" 2>/dev/null
+last=$?
+[ "$last" -eq 127 ] || code=$last # 127: it was waited for already
+if [ -n "$requeue" ] && [ "$code" -eq 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
