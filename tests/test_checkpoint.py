@@ -243,7 +243,7 @@ def test_a_number_of_a_units_file_may_be_anything_within_its_limits(where, name)
     low, high = LIMITS[where][name]
     for value in (low, high):
         assert check_units(changed(where, name, value), Path("u"))
-    beyond = (low * 0.99, high * 1.01) if name in FRACTIONS else (low - 1, high + 1)
+    beyond = (low * (1 - 1e-7), high * (1 + 1e-7)) if name in FRACTIONS else (low - 1, high + 1)
     for value in beyond:
         with pytest.raises(InputError, match=f"{(*where, name)[0]} is "):
             check_units(changed(where, name, value), Path("u"))
