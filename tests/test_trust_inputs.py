@@ -157,7 +157,7 @@ def test_a_number_of_a_config_may_be_anything_within_its_limits(check, base, nam
     for value in (low, high):
         assert check(base | {name: value}, "config.json")[name] == value
     whole = isinstance(low, int) and name not in ("mlp_ratio", "shift_factor")
-    beyond = (low - 1, high + 1) if whole else (low - abs(low) / 100, high + abs(high) / 100)
+    beyond = (low - 1, high + 1) if whole else (low - abs(low) / 1e7, high + abs(high) / 1e7)
     for value in beyond:
         with pytest.raises(
             InputError, match=rf"config.json: {name} is .*; allowed: {re.escape(f'{low:g} to {high:g}')}"
@@ -174,6 +174,7 @@ def test_a_sit_config_is_completed_and_its_sizes_divide():
         ({"hidden_size": 6}, "hidden_size is 6; allowed: multiples of 4"),
         ({"hidden_size": 9}, "hidden_size is 9; allowed: multiples of 4"),
         ({"_class_name": "X" * 200}, f"is of a {'X' * 80};"),
+        ({"_class_name": "A"}, "is of a A;"),
     ]:
         with pytest.raises(InputError, match=words):
             check_sit_config(SIT_BASE | change, "c")
@@ -188,7 +189,9 @@ def test_a_vae_config_has_one_width_and_one_kind_of_block_a_stage():
         return VAE_BASE | {"block_out_channels": widths} | kinds | changes
 
     private = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.1"}
-    for good in (stages([1]), stages([8192] * 8), stages((4, 8)), stages([8], act_fn="mish", latents_mean=None)):
+    switches = ("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
+    set_so = [stages([8], act_fn="mish", latents_mean=None, **dict.fromkeys(switches, on)) for on in (True, False)]
+    for good in (stages([1]), stages([8192] * 8), stages((4, 8)), *set_so):
         assert check_vae_config(good | private, "c") == good
     unnamed = {name: value for name, value in stages([64]).items() if name != "norm_num_groups"}
     assert check_vae_config(unnamed, "c") == unnamed
@@ -202,6 +205,7 @@ def test_a_vae_config_has_one_width_and_one_kind_of_block_a_stage():
         (stages([8, 8]) | {"up_block_types": ["UpDecoderBlock2D"]}, "allowed: 2 of UpDecoderBlock2D, AttnUpDec"),
         (stages([8], use_quant_conv=1), "use_quant_conv is 1; allowed: True, False"),
         (stages([8]) | {"_class_name": "X" * 200}, f"is of a {'X' * 80};"),
+        (stages([8]) | {"_class_name": "A"}, "is of a A;"),
         (stages([8]) | {"block_out_channels": "9" * 200}, f"block_out_channels is {'9' * 80}; allowed"),
         (stages([8]) | {"up_block_types": "9" * 200}, f"up_block_types is {'9' * 120}; allowed"),
         (stages([8], act_fn="9" * 200), f"act_fn is {'9' * 80}; allowed: silu, swish"),

@@ -1,0 +1,101 @@
+"""The parts of the loop by themselves: what is fetched, counted, written, told and shown, and an optimizer's update."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from train_cc.distillation import loop
+from train_cc.schedules import annealing
+
+
+def test_all_figures_of_a_cycle_are_fetched_at_once_in_their_shapes():
+    asked = []
+
+    def mean(flat):
+        asked.append(flat)
+        return flat / 2  # of two processes, of which the other has zeros
+
+    session = SimpleNamespace(mean=mean, device=torch.device("cpu"))
+    figures = [{"a": torch.tensor(4), "b": torch.arange(8.0).view(2, 4)}, {"c": torch.tensor(2.0, dtype=torch.float64)}]
+    halves = [{"a": 2.0, "b": [[0.0, 0.5, 1.0, 1.5], [2.0, 2.5, 3.0, 3.5]]}, {"c": 1.0}]
+    assert loop.fetch(session, figures, True) == [*halves, (True,)]
+    assert loop.fetch(session, figures, False) == [*halves, (False,)]
+    assert [flat.shape for flat in asked] == [(11,), (11,)]
+
+
+class Log:
+    def __init__(self):
+        self.rows = []
+
+    def write(self, rows):
+        self.rows += list(rows)
+
+
+def test_rows_are_numbered_over_the_run():
+    run = SimpleNamespace(step=3, method=SimpleNamespace(ratio_update=5))
+    logs = of_generator, of_estimator = Log(), Log()
+    loop.write_rows(run, list(logs), [{"loss_fake": 1.0}, {"loss_fake": 2.0}], {"step": 3, "a": None}, 0.25)
+    assert of_generator.rows == [{"step": 3, "a": None, "seconds": 0.25}]
+    assert of_estimator.rows == [
+        {"step": 3, "iteration": 11, "loss_fake": 1.0, "seconds": 0.25},
+        {"step": 3, "iteration": 12, "loss_fake": 2.0, "seconds": 0.25},
+    ]
+    loop.write_rows(run, [], [], {}, 0.0)  # another process than the main one
+
+
+@pytest.mark.parametrize("sampled,main", [(True, True), (True, False), (False, True)])
+def test_what_is_told_of_a_row(monkeypatch, sampled, main):
+    """Trackers get all that there is, the bar the losses, the log and the pictures those of a sample step."""
+    trackers, bar, pictures, said = [], [], [], []
+    accelerator = SimpleNamespace(log=lambda row, step: trackers.append((row, step)))
+    run = SimpleNamespace(step=7, session=SimpleNamespace(generator_accelerator=accelerator, is_main=main))
+    progress = SimpleNamespace(
+        set_postfix=lambda row, refresh: bar.append((row, refresh)), update=lambda: bar.append(1)
+    )
+    monkeypatch.setattr(loop, "picture_path", lambda run, step: f"grid of {step}")
+    monkeypatch.setattr(loop, "show_picture", lambda accelerator, path, step: pictures.append((path, step)))
+    monkeypatch.setattr(loop.logger, "info", said.append)
+    row = {"step": 7, "loss_dmd": 0.123456, "empty": None, "loss_reward_x": -2.0, "other": 1.0}
+    loop.tell(run, progress, {"loss_fake": 3.0, "grad_norm_estimator": 4.0}, row, sampled)
+    assert trackers == [({name: value for name, value in row.items() if value is not None}, 7)]
+    assert bar == [({"loss_dmd": "0.1235", "loss_reward_x": "-2.0000", "loss_fake": "3.0000"}, False), 1]
+    shown = sampled and main
+    assert pictures == [("grid of 7", 7)] * shown
+    assert said == ["step 7, loss_dmd 0.12346, loss_reward_x -2, other 1"] * shown
+
+
+def test_an_update_is_counted_with_the_scale_that_its_turns_used():
+    """c(k) of the step that was done, k counted from 0; the step from 1; the samples of all processes."""
+    method = SimpleNamespace(lora_scale_real=0.75, dynamic_steps=4)
+    optimisation = SimpleNamespace(effective_batch=lambda processes: 10 * processes)
+    session = SimpleNamespace(world_size=3)
+    run = SimpleNamespace(step=1, samples_seen=100, method=method, optimisation=optimisation, session=session)
+    expected = 0.75 * annealing(1, 4)
+    assert 0 < expected < 0.75 and expected != 0.75 * annealing(2, 4)
+    row = loop.count_update(run, 1, {"loss_dmd": 1.0})
+    assert row == {"step": 2, "loss_dmd": 1.0, "lora_scale_real": expected, "samples_seen": 130}
+    assert (run.step, run.samples_seen) == (2, 130)
+
+
+def test_where_a_run_is_cut_short_its_previews_are_not_logged(monkeypatch):
+    checked, seen = [], []
+    monkeypatch.setattr(loop, "require_finite_run", lambda run, moments: checked.append(moments))
+    monkeypatch.setattr(loop, "preview", lambda run, read: seen.append(read.keywords["c"]) or {"a": 1.0})
+    method, output = SimpleNamespace(dynamic_steps=20), SimpleNamespace(sample_steps=5)
+    for step, figures in ((10, {"a": 1.0}), (11, {})):
+        assert loop.show(SimpleNamespace(step=step, method=method, output=output), step - 1) == figures
+    assert checked == [False, False] and seen == [annealing(9, 20), annealing(10, 20)] and seen[0] != seen[1]
+
+
+def test_an_update_clips_steps_and_clears():
+    """A gradient of norm 5, clipped to 0.5, by plain descent at rate 1: the weights move by 0.5 of their norm of 10."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    blocks = torch.nn.ModuleList([model])
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[6.0, 8.0]]))
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    clip = SimpleNamespace(clip_grad_norm_=torch.nn.utils.clip_grad_norm_)
+    norm, ratio = loop.update(clip, model, blocks, torch.optim.SGD(model.parameters(), 1.0), 0.5)
+    assert norm.item() == pytest.approx(5) and ratio.item() == pytest.approx(0.05, rel=1e-4)
+    assert model.weight.grad is None
