@@ -101,6 +101,7 @@ class Run:
     hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of what was loaded from outside, by flag
     step: int = 0  # generator updates done
     samples_seen: int = 0  # by the generator, over all stages
+    overflows: dict[str, int] = field(default_factory=dict)  # of gradients in fp16, in a row, by their norm's column
 
     @property
     def plain_generator(self) -> SiT:
