@@ -17,6 +17,7 @@ from train_cc.models.classifier import ImageClassifier
 from train_cc.rewards.at_x0 import Reward, rewards_at_x0
 from train_cc.rewards.classifier import classifier_losses
 from train_cc.run.session import open_session
+from train_cc.run.states import copy_whole
 from train_cc.setup.build import build
 
 # On a busy machine a second thread waits at every small product for its turn: OMP_NUM_THREADS=1 is then much faster.
@@ -90,7 +91,7 @@ def spread_lora_b(model: nn.Module, spread: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+            copy_whole(parameter, spread * torch.randn(parameter.shape, generator=generator))
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -31,6 +31,7 @@ from train_cc.run.trackers import show_picture, tracking
 from train_cc.schedules import annealing, dynamic_guidance_scale
 
 Row = dict[str, float | None]
+MOST_OVERFLOWS = 50  # in a row: a scaler that starts at 2^16 has been halved to 2^-34
 
 
 def train(run: Run) -> None:
@@ -186,13 +187,22 @@ def tell(run: Run, progress: tqdm, of_estimator: Row, row: Row, sampled: bool) -
 
 
 def stop_unless_finite(run: Run, rows: list[Row]) -> None:
-    """Under fp16 an overflowing gradient is the scaler's to skip; a loss never may be."""
+    """Under fp16 an overflowing gradient is the scaler's to skip, but not for ever; a loss never may be."""
     scaled = run.session.generator_accelerator.scaler is not None
     for row in rows:
-        bad = [name for name in not_finite(row) if not (scaled and name.startswith("grad_norm"))]
-        if bad:
-            told = ", ".join(f"{name} is {row[name]}" for name in bad)
-            message = f"step {run.step}: {told}. Stopped; {kept(run.output.checkpoints)}. "
-            message += "Lower the learning rates?"
-            logger.debug(message)  # into log.txt; the terminal gets it as the error that it is
-            raise InputError(message)
+        bad = not_finite(row)
+        skipped = [name for name in bad if scaled and name.startswith("grad_norm")]
+        if other := [name for name in bad if name not in skipped]:
+            told = ", ".join(f"{name} is {row[name]}" for name in other)
+            stop_with(run, f"{told}. Stopped; {kept(run.output.checkpoints)}. Lower the learning rates?")
+        for name in row:
+            run.overflows[name] = run.overflows.get(name, 0) + 1 if name in skipped else 0
+            if run.overflows[name] == MOST_OVERFLOWS:
+                told = f"{name} overflowed in fp16 {MOST_OVERFLOWS} times in a row, and nothing was learned"
+                stop_with(run, f"{told}. Stopped; {kept(run.output.checkpoints)}. Take --mixed-precision bf16 or no")
+
+
+def stop_with(run: Run, told: str) -> None:
+    message = f"step {run.step}: {told}"
+    logger.debug(message)  # into log.txt; the terminal gets it as the error that it is
+    raise InputError(message)

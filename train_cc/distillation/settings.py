@@ -102,6 +102,7 @@ class Run:
     rewards_sha256: set[str] = field(default_factory=set)  # of the networks that rewarded, in all stages
     step: int = 0  # generator updates done
     samples_seen: int = 0  # by the generator, over all stages
+    overflows: dict[str, int] = field(default_factory=dict)  # of gradients in fp16, in a row, by their norm's column
 
     @property
     def plain_generator(self) -> SiT:
