@@ -6,137 +6,21 @@ with three differences: what they have to say is shown once, and the exit code i
 and they are waited for, however long a checkpoint takes; and they end when the launcher was killed.
 """
 
-import argparse
 import atexit
 import contextlib
 import logging
 import os
-import re
 import runpy
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from scripts.processes import Plan, make_plan, visible_gpus
 from train_cc.io.errors import InputError, exits_on_input_error, report
-from train_cc.io.flags import integer
-from train_cc.io.read import parsing
-
-MOST_ON_A_NODE = 256
-# Sections of an accelerate config that ask for what this project does not do.
-NOT_DONE = ("deepspeed_config", "megatron_lm_config", "dynamo_config", "parallelism_config", "fp8_config", "tpu_config")
-
-
-@dataclass
-class Plan:
-    """``processes`` over all nodes; ``environment``: what is handed on to each."""
-
-    processes: int
-    nodes: int = 1
-    rank: int = 0
-    address: str = ""
-    port: int = 29500
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-# From the environment to a plan -----------------------------------------------------------------------------------
-
-
-def number(environment: Mapping[str, str], name: str, low: int, high: int, default: object) -> int:
-    """The whole number in variable ``name``, else ``default``. Raises `InputError` that says what is allowed."""
-    try:
-        return integer(low, high)(environment.get(name) or str(default))
-    except argparse.ArgumentTypeError as error:
-        raise InputError(f"{name} {error}") from None
-
-
-def visible_gpus(environment: Mapping[str, str]) -> int:
-    if "CUDA_VISIBLE_DEVICES" in environment:
-        listed = [word.strip() for word in environment["CUDA_VISIBLE_DEVICES"].split(",")]
-        hidden = [i for i, word in enumerate(listed) if word in ("", "-1")]  # CUDA stops reading there
-        return hidden[0] if hidden else len(listed)
-    try:
-        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    except OSError:
-        return 0
-    return len(re.findall(r"^GPU ", told, re.MULTILINE))
-
-
-def read_config(path: Path) -> dict:
-    """An accelerate config. Raises `InputError` for one that asks for what is not done here."""
-    import yaml
-
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        there = " ".join(sorted(map(str, Path("scripts/accelerate").glob("*.yaml"))))
-        raise InputError(f"ACCELERATE_CONFIG is {path}, which {kind}; there are: {there}")
-    expected = "an accelerate config, such as those in scripts/accelerate/,"
-    with parsing(path, expected):
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is no mapping; {expected} is expected")
-    kind = str(config.get("distributed_type", "NO"))
-    if kind not in ("NO", "False", "MULTI_GPU", "MULTI_CPU", "FSDP"):
-        raise InputError(f"{path}: distributed_type is {kind}; allowed: NO, MULTI_GPU, MULTI_CPU, FSDP")
-    asked = [name for name in NOT_DONE if config.get(name)]
-    if asked:
-        raise InputError(f"{path} has {', '.join(asked)}, which nothing here follows: remove it (--compile compiles)")
-    precision = str(config.get("mixed_precision") or "no").lower()  # an unquoted no is False
-    if precision not in ("no", "fp16", "bf16"):
-        raise InputError(f"{path}: mixed_precision is {precision}; allowed: no, fp16, bf16")
-    fsdp = config.get("fsdp_config") or {}
-    if not isinstance(fsdp, dict):
-        raise InputError(f"{path}: fsdp_config is {fsdp}; a mapping is expected")
-    return config | {"mixed_precision": precision, "sharded": kind == "FSDP", "fsdp_config": fsdp}
-
-
-def handed_on(config: dict, environment: Mapping[str, str]) -> dict[str, str]:
-    """What accelerate's own launcher would set for its config, as far as it means something here."""
-    variables = {
-        "ACCELERATE_MIXED_PRECISION": config["mixed_precision"],
-        "ACCELERATE_USE_FSDP": str(config["sharded"]).lower(),
-        "FSDP_VERSION": str(config["fsdp_config"].get("fsdp_version", 2)),
-    }
-    if config.get("use_cpu") is True:
-        variables["CUDA_VISIBLE_DEVICES"] = ""
-    elif config.get("gpu_ids", "all") != "all" and "CUDA_VISIBLE_DEVICES" not in environment:
-        variables["CUDA_VISIBLE_DEVICES"] = str(config["gpu_ids"])
-    return variables
-
-
-def make_plan(environment: Mapping[str, str], only_shown: bool = False) -> Plan:
-    """Raises `InputError` for numbers that cannot be and, unless ``only_shown``, for what nodes lack to meet."""
-    config, variables = {}, {}
-    if environment.get("ACCELERATE_CONFIG"):
-        config = read_config(Path(environment["ACCELERATE_CONFIG"]))
-        variables = handed_on(config, environment)
-    gpus = visible_gpus(environment | variables)
-    nodes = number(environment, "NUM_NODES", 1, 10_000, config.get("num_machines", 1))
-    # Our own configs name no number. Without GPUs another one's, meant for GPUs, says nothing.
-    usual = (config.get("num_processes") or gpus * nodes) if gpus else nodes
-    processes = number(environment, "NUM_PROCESSES", 1, nodes * MOST_ON_A_NODE, usual)
-    if processes % nodes:
-        raise InputError(f"NUM_PROCESSES is {processes}; allowed: a multiple of the {nodes} nodes")
-    plan = Plan(processes, nodes, environment=variables | {"NUM_PROCESSES": str(processes)})
-    if nodes > 1 and not only_shown:
-        plan.address = environment.get("MAIN_ADDRESS") or str(config.get("main_process_ip") or "")
-        if not plan.address:
-            raise InputError("MAIN_ADDRESS is missing: the address of node 0, for the others to meet there")
-        if not environment.get("NODE_RANK"):
-            raise InputError(f"NODE_RANK is missing: the number of this node, 0 to {nodes - 1}")
-        plan.rank = number(environment, "NODE_RANK", 0, nodes - 1, "")
-        plan.port = number(environment, "MAIN_PORT", 1, 65535, config.get("main_process_port") or 29500)
-    if not gpus and "OMP_NUM_THREADS" not in environment:
-        on_this_node = processes // nodes
-        plan.environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // on_this_node))
-    return plan
-
 
 # A process of several ---------------------------------------------------------------------------------------------
 
