@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evaluation.files import apart, image_shape, printable, table, write_figures
+from evaluation.files import apart, image_shape, over_seeds, printable, table, table_over_seeds, write_figures
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import sha256
@@ -48,6 +48,9 @@ def build_parser() -> flags.Parser:
     parser.add_argument(
         "--names", type=row_name, nargs="+", help="a name for each sample file; without it, the file's own"
     )
+    parser.add_argument(
+        "--over-seeds", action="store_true", help="rows named 'NAME, seed N': also their means and standard deviations"
+    )
     parser.add_argument("--batch-size", type=flags.BATCH, default=250)
     parser.add_argument(
         "--bootstrap", type=flags.integer(0, 100_000), default=0, metavar="N", help="95 %% intervals from N resamplings"
@@ -68,6 +71,8 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
         raise InputError(f"--names gives {len(names)} names for {len(args.samples)} sample files")
     if len(set(names)) != len(names):
         raise InputError(f"two rows have one name in {', '.join(names)}; tell them apart by --names")
+    if args.over_seeds:
+        over_seeds(dict.fromkeys(names, {}))
     for flag, path, kind in (("--output", args.output, "figures"), ("--picture", args.picture, "a picture")):
         if path is not None:
             check_output_file(path, flag=flag, kind=kind)
@@ -121,6 +126,8 @@ def main(argv: list[str] | None = None) -> None:
         warn_of_rewards(path, rows[name]["generation"], space)
         pictures.append(images[: args.picture_columns].copy())
     print(table(rows, next(iter(rows.values()))["images"]))
+    if args.over_seeds:
+        print(table_over_seeds(rows, next(iter(rows.values()))["images"]))
     print(f"features: {space.name}; FID reference: {reference.source}")
     if args.output:
         write_figures(

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -136,5 +138,32 @@ def table(rows: dict[str, dict], count: int) -> str:
                 low, high = row["intervals"][column]
                 cell += f" ({low:.{digits}f} to {high:.{digits}f})"
             cells.append(cell)
+        lines.append(f"| {name.replace('|', '/')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def over_seeds(rows: dict[str, dict]) -> dict[str, list[dict]]:
+    """Rows named "NAME, seed N", together by NAME, in their order. Raises `InputError` for another name."""
+    found: dict[str, list[dict]] = {}
+    for name, row in rows.items():
+        match = re.fullmatch(r"(.*), seed \d+", name)
+        if match is None:
+            raise InputError(f"--over-seeds: the row is named {name!r}; 'NAME, seed N' is expected")
+        found.setdefault(match[1], []).append(row)
+    return found
+
+
+def table_over_seeds(rows: dict[str, dict], count: int) -> str:
+    """A Markdown table of means over seeds, each with the standard deviation of one seed."""
+    groups = over_seeds(rows)
+    columns = [name for name in METRICS if any(name in row["figures"] for row in rows.values())]
+    shown = [name + ("" if name == "accuracy" else count_suffix(count)) for name in columns]
+    lines = ["| | seeds | " + " | ".join(shown) + " |", "|---" * (len(columns) + 2) + "|"]
+    for name, group in groups.items():
+        cells = [str(len(group))]
+        for column in columns:
+            values, digits = [row["figures"][column] for row in group], 2 if column in ("FID", "IS") else 3
+            spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
         lines.append(f"| {name.replace('|', '/')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
