@@ -72,7 +72,7 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
     if len(set(names)) != len(names):
         raise InputError(f"two rows have one name in {', '.join(names)}; tell them apart by --names")
     if args.over_seeds:
-        over_seeds(dict.fromkeys(names, {}))
+        over_seeds({name: {} for name in names})
     for flag, path, kind in (("--output", args.output, "figures"), ("--picture", args.picture, "a picture")):
         if path is not None:
             check_output_file(path, flag=flag, kind=kind)

@@ -173,6 +173,18 @@ def test_bootstrap_interval_holds_the_precision():
         assert low < row[name] < high and high - low < 0.25
 
 
+def test_rows_of_several_seeds_have_a_mean_and_a_spread(digits, classifier, capsys):
+    rows = {
+        f"{name}, seed {seed}": {"figures": {"FID": fid, "Recall": 0.5, "IS": 9.0, "Precision": 0.25 * seed}}
+        for name, seed, fid in (("a", 1, 1.0), ("a", 2, 2.0), ("a", 3, 3.0), ("b", 1, 4.0))
+    }
+    _, _, first, second = files.table_over_seeds(rows, 10_000).splitlines()
+    assert first == "| a | 3 | 2.00 +- 1.00 | 0.500 +- 0.000 | 9.00 +- 0.00 | 0.500 +- 0.250 |"
+    assert second == "| b | 1 | 4.00 | 0.500 | 9.00 | 0.250 |"
+    command = words(digits, digits, "--classifier", classifier, "--over-seeds", "--names", "no seed")
+    assert "'NAME, seed N' is expected" in refused(evaluate.main, command, capsys=capsys)
+
+
 BAD_SAMPLES = {
     "wide": "holds images",
     "float": "arr_0 float64",
