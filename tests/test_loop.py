@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.conftest import run_cold_start
+from tests.conftest import logged, run_cold_start
 from train_cc.distillation import loop
 from train_cc.run.checkpoint import complete_steps
 from train_cc.schedules import annealing
@@ -140,3 +140,13 @@ def test_a_run_that_is_asked_to_stop_saves_and_exports_nothing_unless_it_has_end
     assert complete_steps(run / "checkpoints") == done
     assert (run / "generator").exists() == (at == 2)
     assert ("stopped at step 2 as asked" in (run / "log.txt").read_text()) == (at == 1)
+
+
+def test_the_bar_is_the_main_processs_and_shows_the_last_estimator_turn(teacher, tmp_path, monkeypatch):
+    told, bars, tell, tqdm = [], [], loop.tell, loop.tqdm
+    monkeypatch.setattr(loop, "tell", lambda run, bar, last, *more: told.append(last) or tell(run, bar, last, *more))
+    monkeypatch.setattr(loop, "tqdm", lambda **options: bars.append(options) or tqdm(**options))
+    more = ("--ratio-update", 3, "--num-previews", 0, "--max-train-steps", 1)
+    run = run_cold_start(teacher, tmp_path / "run", *more)
+    assert told[0]["loss_fake"] == logged(run, "gui")[2]["loss_fake"] != logged(run, "gui")[1]["loss_fake"]
+    assert [(bar["disable"], bar["initial"], bar["total"]) for bar in bars] == [(False, 0, 1)]
