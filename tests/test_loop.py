@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.conftest import logged, run_cold_start
 from train_cc.distillation import loop
+from train_cc.run.checkpoint import complete_steps
 from train_cc.schedules import annealing
 
 
@@ -99,3 +101,52 @@ def test_an_update_clips_steps_and_clears():
     norm, ratio = loop.update(clip, model, blocks, torch.optim.SGD(model.parameters(), 1.0), 0.5)
     assert norm.item() == pytest.approx(5) and ratio.item() == pytest.approx(0.05, rel=1e-4)
     assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("observe,seen", [(0, 3), (1, 1), (2, 2), (3, 3)])
+def test_a_cycle_is_its_estimator_turns_and_a_generator_turn(monkeypatch, observe, seen):
+    """A Frechet reward observes the first turns' samples (0: all); the bands of all turns are the generator's row's."""
+    observed, bands = [], torch.tensor([[1.0, 2, 3, 4], [1, 1, 1, 0]])
+    run = SimpleNamespace(method=SimpleNamespace(frechet_observe=observe, ratio_update=3), session="session")
+    monkeypatch.setattr(loop, "estimator_batches", lambda run, step: [f"{step}.{i}" for i in range(3)])
+    monkeypatch.setattr(loop, "observe_batches", lambda run, batches: observed.append(batches))
+    monkeypatch.setattr(
+        loop, "estimator_turn", lambda run, step, batches: {"turn": batches, "loss_fake_by_band": bands.clone()}
+    )
+    monkeypatch.setattr(loop, "update_estimator", lambda run: {"update": "estimator"})
+    monkeypatch.setattr(loop, "generator_turn", lambda run, step: {"loss_dmd": step})
+    monkeypatch.setattr(loop, "update_generator", lambda run: {"update": "generator"})
+
+    def fetch(session, figures, stopping):
+        assert session == "session"
+        rows = [{name: getattr(value, "tolist", lambda v=value: v)() for name, value in row.items()} for row in figures]
+        return [*rows, (not stopping,)]
+
+    monkeypatch.setattr(loop, "fetch", fetch)
+    rows, row, stopping = loop.cycle(run, 7, True)
+    assert observed == ["7.0", "7.1", "7.2"][:seen] and stopping is False and loop.cycle(run, 7)[2] is True
+    assert rows == [{"turn": f"7.{i}", "update": "estimator"} for i in range(3)]
+    means = {"loss_fake_t00": 1.0, "loss_fake_t25": 2.0, "loss_fake_t50": 3.0, "loss_fake_t75": None}
+    assert row == {"loss_dmd": 7, "update": "generator"} | means
+
+
+@pytest.mark.parametrize("at,done", [(1, [2]), (2, [3])])
+def test_a_run_that_is_asked_to_stop_saves_and_exports_nothing_unless_it_has_ended(
+    teacher, tmp_path, monkeypatch, at, done
+):
+    cycle = loop.cycle
+    monkeypatch.setattr(loop, "cycle", lambda run, step, stopping: (*cycle(run, step, stopping)[:2], step == at))
+    run = run_cold_start(teacher, tmp_path / "run", "--checkpoint-steps", 100, "--num-previews", 0)
+    assert complete_steps(run / "checkpoints") == done
+    assert (run / "generator").exists() == (at == 2)
+    assert ("stopped at step 2 as asked" in (run / "log.txt").read_text()) == (at == 1)
+
+
+def test_the_bar_is_the_main_processs_and_shows_the_last_estimator_turn(teacher, tmp_path, monkeypatch):
+    told, bars, tell, tqdm = [], [], loop.tell, loop.tqdm
+    monkeypatch.setattr(loop, "tell", lambda run, bar, last, *more: told.append(last) or tell(run, bar, last, *more))
+    monkeypatch.setattr(loop, "tqdm", lambda **options: bars.append(options) or tqdm(**options))
+    more = ("--ratio-update", 3, "--num-previews", 0, "--max-train-steps", 1)
+    run = run_cold_start(teacher, tmp_path / "run", *more)
+    assert told[0]["loss_fake"] == logged(run, "gui")[2]["loss_fake"] != logged(run, "gui")[1]["loss_fake"]
+    assert [(bar["disable"], bar["initial"], bar["total"]) for bar in bars] == [(False, 0, 1)]
