@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,30 @@ from train_cc.models import SiT
 from train_cc.models.classifier import ImageClassifier
 from train_cc.rewards.at_x0 import Reward, rewards_at_x0
 from train_cc.rewards.classifier import classifier_losses
+from train_cc.rewards.networks import Networks
 from train_cc.run.session import open_session
 from train_cc.run.states import copy_whole
 from train_cc.setup.build import build
 
 # On a busy machine a second thread waits at every small product for its turn: OMP_NUM_THREADS=1 is then much faster.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+
+def pytest_configure(config) -> None:
+    """The everyday suite passes on a GPU machine as elsewhere: it sees no GPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What `-m gpu` measured, as a table to paste into an issue."""
+    rows = getattr(sys.modules.get("tests.test_gpu"), "ROWS", [])
+    if rows:
+        terminalreporter.write_line(
+            "\n".join(["", "| what | measured |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
+        )
+
+
 TINY = {"input_size": 8, "in_channels": 1, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 
 
@@ -77,6 +96,22 @@ def flags(teacher: Path, output: Path, *more: object) -> list[str]:
 def run_cold_start(teacher: Path, output: Path, *more: object) -> Path:
     cold_start.main(flags(teacher, output, *more))
     return output
+
+
+class RandomNetworks(Networks):
+    """SiTs of ``config`` without a folder."""
+
+    def __init__(self, session, config: dict):
+        super().__init__(session)
+        self.config = config
+
+    def sit(self, folder: Path) -> SiT:
+        model = SiT(**self.config).eval()
+        model.files = []
+        return model
+
+    def hashes(self, files: dict) -> dict[str, str]:
+        return {"teacher": ""}
 
 
 def build_run(teacher: Path, output: Path, *more: object, stage=cold_start):

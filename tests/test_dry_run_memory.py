@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import RandomNetworks
 from train_cc import cold_start
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,29 +35,13 @@ def resident(name: str) -> int:
 def measure(size: str, batch: int) -> int:
     """-> the peak of a second cycle, less what the process held after cycles of a small run."""
     from train_cc.distillation.loop import cycle
-    from train_cc.models.sit import SIT_SIZES, SiT
-    from train_cc.rewards.networks import Networks
+    from train_cc.models.sit import SIT_SIZES
     from train_cc.run.session import open_session
     from train_cc.setup.build import build
 
-    class Random(Networks):
-        """Networks of ``config``, without files."""
-
-        config: dict
-
-        def sit(self, folder):
-            model = SiT(**self.config).eval()
-            model.files = []
-            return model
-
-        def hashes(self, files):
-            return {}
-
     def two_cycles(config: dict, batch: int) -> None:
         session = open_session("no")
-        networks = Random(session)
-        networks.config = config
-        run = build(arguments(size, batch), session, networks)
+        run = build(arguments(size, batch), session, RandomNetworks(session, config))
         cycle(run, 0)
         tidy()
         cycle(run, 1)

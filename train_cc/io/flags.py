@@ -94,6 +94,7 @@ WEIGHT_DECAY = number(0, 1e3)
 DECAY = number(0, 1, high_open=True)  # of an average
 SHIFT = number(1e-3, 1e3)
 GUIDANCE = number(-1e3, 1e3)
+PEAK = number(0, 1e6, low_open=True)  # TFLOP/s
 BETA_PARAMETER = number(1e-2, 1e3)
 
 

@@ -23,12 +23,7 @@ def build_parser(description: str) -> Parser:
     run.add_argument("--output-dir", type=flags.path, required=True, help="the run's folder")
     run.add_argument("--overwrite", action="store_true", help="delete an earlier run in --output-dir")
     run.add_argument("--dry-run", action="store_true", help="print what would be done and the memory it needs, and end")
-    run.add_argument(
-        "--peak-tflops",
-        type=flags.number(0, 1e6, low_open=True),
-        default=312.0,
-        help="of a GPU, for the hours that --dry-run tells; an A100 has 312 in bf16, an H100 989",
-    )
+    run.add_argument("--peak-tflops", type=flags.PEAK, default=312.0, help="of a GPU, for the hours of --dry-run")
     run.add_argument("--resume-ckpt", type=flags.path, help="a torch_units/step-N.pt to start from, here or elsewhere")
     run.add_argument(
         "--auto-resume", action="store_true", help="continue from the newest checkpoint in --output-dir, if any"
@@ -146,7 +141,7 @@ def build_parser(description: str) -> Parser:
         "--shard-over",
         default="node",
         choices=["node", "all"],
-        help="FSDP2 on several nodes: weights are shared out within a node and each node has a copy, or over all nodes",
+        help="FSDP2 on several nodes: a copy of the weights on each node, or one over all of them",
     )
     hardware.add_argument("--gradient-checkpointing", action="store_true", help="of both networks' blocks")
     hardware.add_argument(
