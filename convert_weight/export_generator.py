@@ -1,13 +1,14 @@
 """A plain generator folder from a training checkpoint: EMA or raw weights, LoRA merged into its base.
 
 `python convert_weight/export_generator.py --checkpoint RUN/checkpoints/torch_units/step-N.pt --output-dir FOLDER`
+
+`--adapter FOLDER` writes the LoRA alone, for `peft.PeftModel.from_pretrained(SiT.from_pretrained(TEACHER), FOLDER)`.
 """
 
 import argparse
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -18,29 +19,9 @@ from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.io.whole import check_whole_folder, is_there, was_interrupted, whole_folder
 from train_cc.io.write import need_space, record
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from train_cc.models.sit import SiT
-
 WRITTEN = ("config.json", WEIGHTS_NAME, "generation_config.json")
 PIPELINE_WRITTEN = ("model_index.json", "generator", "vae")
-
-
-def require_same_outputs(before: "SiT", after: "SiT") -> None:
-    """What was written and read again must give the same velocities, bit for bit."""
-    import torch
-
-    from train_cc.draws import Draws
-
-    draws = Draws(0)
-    x, y = draws.noise(2, *before.sample_shape), draws.integers(before.null_class, 2)
-    for time in (1.0, 0.5):
-        t = torch.full((2,), time)
-        with torch.no_grad():
-            same = torch.equal(before(x, t, y), after(x, t, y))
-        if not same:
-            raise InputError("the written generator gives other outputs than the checkpoint's: is the disk failing?")
+ADAPTER_WRITTEN = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
 def build_parser() -> flags.Parser:
@@ -48,6 +29,7 @@ def build_parser() -> flags.Parser:
     parser.add_argument("--checkpoint", type=flags.path, required=True, help="a checkpoints/torch_units/step-N.pt")
     parser.add_argument("--output-dir", type=flags.path, help="the generator folder to write")
     parser.add_argument("--pipeline", type=flags.path, help="also or only: a diffusers pipeline folder, VAE inside")
+    parser.add_argument("--adapter", type=flags.path, help="also or only: the LoRA of --use-lora-gen as peft's folder")
     parser.add_argument("--vae", help="for --pipeline, if it is not the run's: hub name or folder; none: pixel space")
     parser.add_argument(
         "--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA where there is one"
@@ -60,6 +42,7 @@ def build_parser() -> flags.Parser:
 def targets_of(args: argparse.Namespace) -> dict[str, tuple[Path, tuple[str, ...]]]:
     """Flag -> the folder to write, and what will be in it."""
     targets = {"--output-dir": (args.output_dir, WRITTEN), "--pipeline": (args.pipeline, PIPELINE_WRITTEN)}
+    targets["--adapter"] = (args.adapter, ADAPTER_WRITTEN)
     return {flag: target for flag, target in targets.items() if target[0] is not None}
 
 
@@ -80,31 +63,14 @@ def check_targets(args: argparse.Namespace, content: dict) -> bool:
     return overwrite
 
 
-def save_both(
-    generator: "SiT", vae: "nn.Module | None", sampling: dict, provenance: dict, folders: dict[str, Path]
-) -> None:
-    """Write what ``folders`` names, read it again, and compare."""
-    from train_cc.models.generator import save_generator
-    from train_cc.models.sit import SiT
-
-    if "--output-dir" in folders:
-        folder = folders["--output-dir"]
-        save_generator(generator, folder, sampling["num_inference_steps"], sampling["timestep_shift"], **provenance)
-        require_same_outputs(generator, SiT.from_pretrained(folder))
-    if "--pipeline" in folders:
-        from convert_weight.pipeline import DMDRPipeline
-
-        DMDRPipeline(generator, vae, **sampling).save_pretrained(folders["--pipeline"])
-        require_same_outputs(generator, DMDRPipeline.from_pretrained(folders["--pipeline"]).generator)
-
-
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     folders = [folder for folder, _ in targets_of(args).values()]
     if not folders:
-        raise InputError("nothing to write: give --output-dir, --pipeline, or both")
+        raise InputError("nothing to write: give --output-dir, --pipeline or --adapter")
     # Networks take seconds to import: what is wrong with the command line has been said.
+    from convert_weight.exports import save_all, save_lora
     from train_cc.distillation.state import generator_from, kind_of, recorded_arguments, sampling_of
     from train_cc.models.sit import check_sit_config
     from train_cc.models.vae import load_vae, require_decoder
@@ -119,6 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     overwrite = check_targets(args, content)
     checkpoint = open_checkpoint(args.checkpoint)
     recorded, vae = recorded_arguments(checkpoint), None
+    if args.adapter is not None and not recorded["use_lora_gen"]:
+        raise InputError(f"--adapter: {args.checkpoint} has no LoRA of the generator; it was trained whole")
     provenance = {
         "run": recorded.get("output_dir"),
         "step": checkpoint.step,
@@ -140,9 +108,11 @@ def main(argv: list[str] | None = None) -> None:
         for flag, (folder, names) in targets.items():
             need_space(folder.parent, size)
             folders[flag] = whole.enter_context(whole_folder(folder, content, names, overwrite))
-        save_both(generator, vae, sampling_of(recorded), provenance, folders)
+        save_all(generator, vae, sampling_of(recorded), provenance, folders)
+        if "--adapter" in folders:
+            save_lora(generator, checkpoint, args.weights, args.teacher or recorded["teacher"], folders["--adapter"])
     for flag, (folder, _) in targets.items():
-        kind = "generator" if flag == "--output-dir" else "pipeline"
+        kind = "generator" if flag == "--output-dir" else flag.removeprefix("--")
         print(f"{kind} after {checkpoint.step} updates -> {folder}, outputs verified")
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
 from convert_weight import export_generator
 from tests.conftest import flags, random_sit, refused, run_cold_start
@@ -168,6 +170,31 @@ def test_export_of_a_checkpoint_equals_the_final_export(teacher, tmp_path, capsy
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     arguments = ["--checkpoint", str(tmp_path / "plain/checkpoints/torch_units/step-3.pt"), "--weights", "ema"]
     assert "no EMA" in refused(export_generator.main, [*arguments, "--output-dir", str(tmp_path / "e")], capsys=capsys)
+
+
+def test_a_lora_generator_is_exported_as_an_adapter_that_peft_reads(teacher, tmp_path, capsys):
+    """The average's where there is one. Without LoRA there is none, and nothing is written."""
+    run = run_cold_start(teacher, tmp_path / "run", "--use-lora-gen", "--ema-decay", 0.5)
+    adapter = tmp_path / "adapter"
+    checkpoint = run / "checkpoints/torch_units/step-3.pt"
+    export_generator.main(["--checkpoint", str(checkpoint), "--adapter", str(adapter)])
+    assert "outputs verified" in capsys.readouterr().out
+    assert {path.name for path in adapter.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert len(weights) == 16 and all(value.dtype == torch.float32 for value in weights.values())
+    model = PeftModel.from_pretrained(SiT.from_pretrained(teacher), adapter).merge_and_unload()
+    merged = SiT.from_pretrained(run / "generator").state_dict()
+    moved = SiT.from_pretrained(teacher).state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, merged[name], rtol=1e-5, atol=1e-7)
+        assert torch.equal(merged[name], moved[name]) != name.endswith(LORA_WEIGHTS)
+    plain = run_cold_start(teacher, tmp_path / "plain", "--max-train-steps", 1)
+    words = ["--checkpoint", str(plain / "checkpoints/torch_units/step-1.pt"), "--adapter", str(tmp_path / "none")]
+    assert "trained whole" in refused(export_generator.main, words, capsys=capsys)
+    assert not (tmp_path / "none").exists()
+
+
+LORA_WEIGHTS = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
 
 
 def test_a_teacher_of_another_size_does_not_resume(teacher, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """What makes a cycle fast or small keeps its mathematics: each measure against the plain form that it replaces."""
 
+import contextlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -32,8 +34,9 @@ from train_cc.io.errors import InputError
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.lora import ADAPTER, hold_frozen_in, lora_layers, set_lora_scale
 from train_cc.models.vae import load_decoder
+from train_cc.run.session import COMPUTE_DTYPES
 from train_cc.setup.arguments import build_parser, validate
-from train_cc.setup.build import build_optimizer, choose_attention, compiler_works
+from train_cc.setup.build import build_optimizer, choose_attention, compiler_works, prepare_scores
 
 
 def tiny_run(teacher, tmp_path, *more):
@@ -153,6 +156,50 @@ def test_the_residual_stream_is_in_the_compute_dtype(dtype):
         v.float().pow(2).mean().backward()
     assert len(seen) == 8 and {each for dtypes in seen for each in dtypes} == {dtype}
     assert all(p.grad.dtype == torch.float32 for p in network.parameters() if p.requires_grad)
+
+
+def test_scores_in_fp16_have_a_gap_several_times_nearer_to_fp32():
+    """Frozen weights held in fp16, training in bf16 autocast, and without gradient fp16 whatever is around."""
+    x, t, y = inputs(64)
+    exact, errors, seen = None, [], []
+    for dtype in (None, torch.bfloat16, torch.float16):
+        network = estimator_of()
+        if dtype is not None:
+            hold_frozen_in(network, dtype)
+        network.score_dtype = dtype if dtype == torch.float16 else None
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            gap = network(x, t, y % 10, 0.0).float() - network(x, t, y % 10, 0.1).float()
+        exact = gap if dtype is None else exact
+        errors.append(((gap - exact).norm() / exact.norm()).item())
+    assert errors[1] > 1e-3 and 0 < errors[2] < errors[1] / 3
+    network.network.blocks[0].register_forward_hook(lambda block, given, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        network(x, t, y % 10, 1.0).float().mean().backward()
+        with torch.no_grad():
+            network(x, t, y % 10, 1.0)
+    assert seen == [torch.bfloat16, torch.float16]
+
+
+def test_a_block_that_overflows_in_fp16_is_named(monkeypatch):
+    """Fine in bf16; asked for fp16, it is an error, and else a line in the log."""
+    cpu, real = torch.device("cpu"), ScoreEstimator.overflowing_block
+    assert estimator_of().overflowing_block(torch.float16, cpu) is None
+    for name, message in (("bf16", ""), ("fp16", "fp16 overflows in block 1 of the/teacher")):
+        network = estimator_of()
+        network.network.blocks[1].mlp.fc2.bias.data += 1e5
+        network.network.blocks[1].adaLN_modulation[1].bias.data += 1
+        assert network.overflowing_block(torch.bfloat16, cpu) is None
+        session = SimpleNamespace(device=cpu, sharded=False, notes=[])
+        dtype = COMPUTE_DTYPES[name]
+        prepare_scores(network, Path("the/teacher"), session, dtype)
+        assert network.score_dtype is None and not session.notes  # a CPU has no fast fp16
+        session.device = SimpleNamespace(type="cuda")
+        monkeypatch.setattr(ScoreEstimator, "to", lambda self, device: self)
+        monkeypatch.setattr(ScoreEstimator, "overflowing_block", lambda self, dtype, device: real(self, dtype, cpu))
+        with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+            prepare_scores(network, Path("the/teacher"), session, dtype)
+        assert network.score_dtype is None and len(session.notes) == (not message)
+        monkeypatch.undo()
 
 
 def test_plain_attention_is_the_fused_one():

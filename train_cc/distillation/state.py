@@ -222,15 +222,20 @@ def kind_of(checkpoint: Checkpoint, weights: str) -> str:
     return ("ema" if checkpoint.has(AVERAGE) else "raw") if weights == "auto" else weights
 
 
-def generator_from(checkpoint: Checkpoint, weights: str, teacher: Path | None = None) -> SiT:
-    """``weights``: "ema", "raw", or "auto" (EMA where there is one). ``teacher`` replaces the recorded folder."""
-    recorded = recorded_arguments(checkpoint)
+def generator_state(checkpoint: Checkpoint, weights: str) -> dict[str, Tensor]:
+    """What was trained of the generator; ``weights``: "ema", "raw", or "auto" (EMA where there is one)."""
     state = checkpoint.read("accelerator_1/generator.safetensors")
     if kind_of(checkpoint, weights) == "ema":
         average = checkpoint.read(AVERAGE)
         if missing := sorted(state.keys() - average.keys() - {"pos_embed"}):  # a buffer has no average
             raise InputError(f"{checkpoint.file(AVERAGE)} lacks {', '.join(missing[:6])}")
         state |= average
+    return state
+
+
+def generator_from(checkpoint: Checkpoint, weights: str, teacher: Path | None = None) -> SiT:
+    """``weights`` as in `generator_state`. ``teacher`` replaces the recorded folder."""
+    recorded, state = recorded_arguments(checkpoint), generator_state(checkpoint, weights)
     lora_rank = generator_lora_rank(recorded["use_lora_gen"], recorded["lora_rank"])
     base = Path(teacher or recorded["teacher"])
     if lora_rank is not None:

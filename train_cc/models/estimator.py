@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from train_cc.draws import Draws
 from train_cc.models.lora import ESTIMATOR_TARGETS, add_lora, lora_layers, lora_scale_set, set_lora_scale
 from train_cc.models.sit import SiT
 
@@ -14,8 +15,11 @@ from train_cc.models.sit import SiT
 class ScoreEstimator(nn.Module):
     """v(x, t, y) of ``teacher`` with its LoRA at ``lora_scale``; scale 0 is the teacher bit for bit.
 
-    ``teacher`` is taken over and frozen. The scale is an argument of `forward` alone.
+    ``teacher`` is taken over and frozen. The scale is an argument of `forward` alone. Without gradient it computes in
+    ``score_dtype``, if there is one: the gap of two readings is small, and fp16 rounds eight times finer than bf16.
     """
+
+    score_dtype: torch.dtype | None = None
 
     def __init__(self, teacher: SiT, lora_rank: int, lora_init_spread: float | None = 1.0, seed: int = 0):
         super().__init__()
@@ -36,6 +40,13 @@ class ScoreEstimator(nn.Module):
 
         All tensors on one device: a scale from the CPU would be copied at every call.
         """
+        if self.score_dtype is not None and not torch.is_grad_enabled():
+            # Without the cache, which would hand out what an autocast around this one has cast to its own dtype.
+            with torch.autocast(x.device.type, self.score_dtype, cache_enabled=False):
+                return self._read(x, t, y, lora_scale)
+        return self._read(x, t, y, lora_scale)
+
+    def _read(self, x: Tensor, t: Tensor, y: Tensor, lora_scale: float | Tensor) -> Tensor:
         if isinstance(lora_scale, Tensor):
             # In the dtype of the layers: an fp32 one would lift what it scales to fp32.
             autocast = torch.is_autocast_enabled(x.device.type)
@@ -45,3 +56,21 @@ class ScoreEstimator(nn.Module):
             scale = torch.full((), lora_scale, device=x.device)
         set_lora_scale(self._layers, scale)
         return self.network(x, t, y)
+
+    @torch.no_grad()
+    def overflowing_block(self, dtype: torch.dtype, device: torch.device) -> int | None:
+        """The first block whose output is not finite in ``dtype``, on noise at four times; None where there is none."""
+        overflows: list[Tensor] = []
+        hooks = [
+            block.register_forward_hook(lambda block, given, out: overflows.append(~out.isfinite().all()))
+            for block in self.network.blocks
+        ]
+        x = Draws(0, device=device).noise(4, *self.network.sample_shape)
+        t, y = torch.linspace(0.05, 1, 4, device=device), torch.full((4,), self.network.null_class, device=device)
+        try:
+            with torch.autocast(device.type, dtype):
+                self._read(x, t, y, 1.0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return next((block for block, overflow in enumerate(torch.stack(overflows).tolist()) if overflow), None)

@@ -4,17 +4,21 @@ peft injects, merges and stores; the forward is ours, since the estimator is rea
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from train_cc.draws import rng_of
 from train_cc.io.errors import InputError
+from train_cc.io.write import copy_mode
 
 ADAPTER = "default"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ESTIMATOR_TARGETS = ["attn.qkv"]
 GENERATOR_TARGETS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 
@@ -98,6 +102,16 @@ def hold_frozen_in(model: nn.Module, dtype: torch.dtype) -> None:
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
+
+
+def save_adapter(state: Mapping[str, Tensor], rank: int, targets: list[str], base: str, folder: Path) -> None:
+    """What is LoRA of ``state``, as a folder that `peft.PeftModel.from_pretrained` puts on the model of ``base``."""
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0, inference_mode=True)
+    config.base_model_name_or_path = base
+    config.save_pretrained(folder)
+    names = {name: f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}" for name in state if ".lora_" in name}
+    save_file({new: state[name].contiguous() for name, new in names.items()}, folder / ADAPTER_FILES[1])
+    copy_mode(folder / ADAPTER_FILES[0], folder / ADAPTER_FILES[1])
 
 
 def merge_lora(model: nn.Module) -> None:

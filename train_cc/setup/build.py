@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 from timm.layers import Attention
@@ -94,6 +95,23 @@ def compiler_works(asked: bool | str, session: Session) -> bool:
     return True
 
 
+def prepare_scores(estimator: ScoreEstimator, source: Path, session: Session, dtype: torch.dtype) -> None:
+    """On a GPU the frozen weights are held, and the scores computed, in fp16 where it does not overflow, else bf16.
+
+    Sharded weights are gathered in the compute dtype alone. Raises `InputError` where fp16 was asked for and overflows.
+    """
+    if dtype == torch.float32 or session.device.type == "cpu" or session.sharded:
+        return
+    hold_frozen_in(estimator.to(session.device), torch.float16)
+    block = estimator.overflowing_block(torch.float16, session.device)
+    if block is None:
+        estimator.score_dtype = torch.float16
+    elif dtype == torch.float16:
+        raise InputError(f"fp16 overflows in block {block} of {source}: take --mixed-precision bf16, or no")
+    else:
+        session.notes.append(f"fp16 overflows in block {block} of {source}: scores are computed in bf16")
+
+
 def prepare_network(
     network: nn.Module, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> None:
@@ -102,7 +120,7 @@ def prepare_network(
     ``network``: the generator or the estimator. What is trained stays fp32: an Adam step at 2e-5 is below half a unit
     in the last place of bf16.
     """
-    hold_frozen_in(network, dtype)
+    hold_frozen_in(network, getattr(network, "score_dtype", None) or dtype)
     choose_attention(network, device, dtype)
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -157,6 +175,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     sample_shape, of_teacher = teacher.sample_shape, {"teacher": teacher.files}
     estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
     # Before the generator is loaded: never two copies in fp32.
+    prepare_scores(estimator, args.teacher, session, fit.dtype)
     prepare_network(estimator, args, fit.device, fit.dtype, compiled)
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
     generator = networks.sit(args.teacher)
