@@ -45,7 +45,7 @@ def build_parser(description: str) -> Parser:
         "--teacher-preview-steps",
         type=flags.integer(0, 10_000),
         default=50,
-        help="Euler steps of the teacher's preview row; 0 turns it off",
+        help="of Euler, in a preview; 0: no such row",
     )
     run.add_argument(
         "--report-to",
@@ -223,10 +223,7 @@ def add_reward_arguments(parser: Parser) -> None:
         "--frechet-unconditional", action="store_true", help="one mean and covariance, though the file has class means"
     )
     reward.add_argument(
-        "--frechet-observe",
-        type=flags.integer(0, 10_000),
-        default=0,
-        help="estimator turns of a cycle whose samples enter the window; 0: all",
+        "--frechet-observe", type=flags.integer(0, 10_000), default=0, help="estimator turns a cycle that enter; 0: all"
     )
     reward.add_argument(
         "--reward-weight", type=flags.number(0, 1e6), default=0.05, help="of the reward loss, beside the DMD loss"
