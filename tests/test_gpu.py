@@ -251,7 +251,6 @@ def test_the_reward_at_full_size():
 
 
 def test_compiled_is_the_same_and_compiles_no_more_after_three_cycles(teacher, tmp_path):
-    from accelerate.state import AcceleratorState
 
     rows, seconds = [], []
     for more in ((), ("--compile",)):
