@@ -101,6 +101,39 @@ def check_functions(built: Built, decode: Callable[[Tensor], Tensor], shape: tup
             check(images, y)
 
 
+def fit_of(args: argparse.Namespace, config: dict, shown: int, session: Session, networks: Networks) -> Fit:
+    """``shown``: channels of an image."""
+    return settings_of(
+        Fit,
+        args,
+        num_classes=config["num_classes"],
+        channels=shown,
+        device=session.device,
+        dtype=COMPUTE_DTYPES[session.generator_accelerator.mixed_precision],
+        reduce=session.total,
+        checkpointing=args.reward_checkpointing,
+        networks=networks,
+    )
+
+
+def placed(session: Session, generator: SiT, estimator: ScoreEstimator, how: Optimisation, ema_decay: float) -> dict:
+    """Both networks on their device and over the processes, with optimizers and average: fields of a `Run`."""
+    # Placed first: sharding replaces the parameters, and EMA and optimizers belong to those that are trained.
+    of_generator, of_estimator = session.generator_accelerator, session.estimator_accelerator
+    generator = session.place(of_generator, generator, generator.blocks)
+    estimator = session.place(of_estimator, estimator, estimator.network.blocks)
+    weights = trainable(of_generator.unwrap_model(generator))
+    generator_optimizer = build_optimizer(generator, how.learning_rate_generator, how.weight_decay_generator, how)
+    estimator_optimizer = build_optimizer(estimator, how.learning_rate_estimator, how.weight_decay_estimator, how)
+    return {
+        "generator": generator,
+        "estimator": estimator,
+        "generator_optimizer": of_generator.prepare_optimizer(generator_optimizer),
+        "estimator_optimizer": of_estimator.prepare_optimizer(estimator_optimizer),
+        "ema": Average.of(weights, ema_decay) if ema_decay else None,
+    }
+
+
 def build(args: argparse.Namespace, session: Session, networks: Networks | None = None) -> Run:
     """Load the teacher twice: as the estimator's frozen base, and as the generator's start."""
     networks = networks or Networks(session)
@@ -110,17 +143,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     device, dtype = session.device, COMPUTE_DTYPES[session.generator_accelerator.mixed_precision]
     how = settings_of(Optimisation, args)
     teacher, config, shown = load_teacher(args, networks)
-    fit = settings_of(
-        Fit,
-        args,
-        num_classes=config["num_classes"],
-        channels=shown,
-        device=device,
-        dtype=dtype,
-        reduce=session.total,
-        checkpointing=args.reward_checkpointing,
-        networks=networks,
-    )
+    fit = fit_of(args, config, shown, session, networks)
     built = build_rewards(rewards_of(args), args.tilt, fit)
     add_holdout(args, fit, built)
     for judge in built.judges.values():
@@ -141,23 +164,12 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
             decode.enable_gradient_checkpointing()
     check_functions(built, decode, sample_shape, fit)
     session.notes += built.notes
-    # Placed first: sharding replaces the parameters, and EMA and optimizers belong to those that are trained.
-    of_generator, of_estimator = session.generator_accelerator, session.estimator_accelerator
-    generator = session.place(of_generator, generator, generator.blocks)
-    estimator = session.place(of_estimator, estimator, estimator.network.blocks)
-    weights = trainable(of_generator.unwrap_model(generator))
-    generator_optimizer = build_optimizer(generator, how.learning_rate_generator, how.weight_decay_generator, how)
-    estimator_optimizer = build_optimizer(estimator, how.learning_rate_estimator, how.weight_decay_estimator, how)
     return Run(
         session=session,
         method=settings_of(Method, args),
         optimisation=how,
         output=settings_of(Output, args, protected=args.resume_ckpt),
-        generator=generator,
-        estimator=estimator,
-        generator_optimizer=of_generator.prepare_optimizer(generator_optimizer),
-        estimator_optimizer=of_estimator.prepare_optimizer(estimator_optimizer),
-        ema=Average.of(weights, args.ema_decay) if args.ema_decay else None,
+        **placed(session, generator, estimator, how, args.ema_decay),
         decode=decode,
         model_config=config,
         teacher=args.teacher,
