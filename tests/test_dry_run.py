@@ -19,7 +19,7 @@ from train_cc.models.vae import VAEDecoder, load_vae
 from train_cc.run.fake_gpu import fake_gpu
 from train_cc.run.meters import FlopCounter
 from train_cc.setup import plan as dry_run
-from train_cc.setup.simulate import MOST_CHUNKS, local_bytes, simulate
+from train_cc.setup.simulate import GIB, MOST_CHUNKS, local_bytes, simulate
 from train_cc.setup.to_come import NetworksToCome
 
 
@@ -182,6 +182,23 @@ def test_hours_are_those_of_the_peak_that_is_named(teacher, tmp_path, capsys):
         assert f"40% of {peak} TFLOP/s" in text.replace("e-06", "e-6")
         hours.append(float(re.search(r"an update, ([\d.]+) hours", text)[1]))
     assert hours[0] > 10 and hours[0] == pytest.approx(2 * hours[1], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "row,processes",
+    [("| (nothing) | 64 |", 1), ("fsdp2.yaml` | 512 |", 8)],
+)
+def test_a_row_of_the_page_is_what_the_command_tells(monkeypatch, row, processes):
+    """docs/memory.md; the README has the same peaks."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "memory.md").read_text()
+    (line,) = [line for line in page.splitlines() if row in line]
+    _, training, resuming, *_ = [cell.strip() for cell in line.split("|")][2:]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(processes > 1).lower())
+    args = cold_start.stage_parser().parse_args(["--teacher", "SiT-XL/2", "--output-dir", "-", "--num-previews", "0"])
+    cost = simulate(args, "bf16", processes)
+    peak = max(value for name, value in cost.peaks.items() if name.startswith("training"))
+    assert abs(peak / GIB - float(training)) < 0.16  # the page's has the decoder of the previews: 0.09
+    assert abs(cost.peaks["resuming"] / GIB - float(resuming)) < 0.16
 
 
 REWARDS = """

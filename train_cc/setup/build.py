@@ -140,6 +140,24 @@ def check_functions(built: Built, decode: Callable[[Tensor], Tensor], shape: tup
             check(images, y)
 
 
+def placed(session: Session, generator: SiT, estimator: ScoreEstimator, how: Optimisation, ema_decay: float) -> dict:
+    """Both networks on their device and over the processes, with optimizers and average: fields of a `Run`."""
+    # Placed first: sharding replaces the parameters, and EMA and optimizers belong to those that are trained.
+    of_generator, of_estimator = session.generator_accelerator, session.estimator_accelerator
+    generator = session.place(of_generator, generator, generator.blocks)
+    estimator = session.place(of_estimator, estimator, estimator.network.blocks)
+    weights = trainable(of_generator.unwrap_model(generator))
+    generator_optimizer = build_optimizer(generator, how.learning_rate_generator, how.weight_decay_generator, how)
+    estimator_optimizer = build_optimizer(estimator, how.learning_rate_estimator, how.weight_decay_estimator, how)
+    return {
+        "generator": generator,
+        "estimator": estimator,
+        "generator_optimizer": of_generator.prepare_optimizer(generator_optimizer),
+        "estimator_optimizer": of_estimator.prepare_optimizer(estimator_optimizer),
+        "ema": Average.of(weights, ema_decay) if ema_decay else None,
+    }
+
+
 def judged(
     args: argparse.Namespace, session: Session, networks: Networks, num_classes: int, channels: int
 ) -> tuple[Built, Fit]:
@@ -185,24 +203,13 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     decode = load_decode(args, built, fit)
     check_functions(built, decode, sample_shape, fit)
     session.notes += built.notes
-    # Placed first: sharding replaces the parameters, and EMA and optimizers belong to those that are trained.
-    of_generator, of_estimator = session.generator_accelerator, session.estimator_accelerator
-    generator = session.place(of_generator, generator, generator.blocks)
-    estimator = session.place(of_estimator, estimator, estimator.network.blocks)
-    weights = trainable(of_generator.unwrap_model(generator))
-    generator_optimizer = build_optimizer(generator, how.learning_rate_generator, how.weight_decay_generator, how)
-    estimator_optimizer = build_optimizer(estimator, how.learning_rate_estimator, how.weight_decay_estimator, how)
     hashes = networks.hashes(of_teacher | built.files)
     return Run(
         session=session,
         method=settings_of(Method, args),
         optimisation=how,
         output=settings_of(Output, args, protected=args.resume_ckpt),
-        generator=generator,
-        estimator=estimator,
-        generator_optimizer=of_generator.prepare_optimizer(generator_optimizer),
-        estimator_optimizer=of_estimator.prepare_optimizer(estimator_optimizer),
-        ema=Average.of(weights, args.ema_decay) if args.ema_decay else None,
+        **placed(session, generator, estimator, how, args.ema_decay),
         decode=decode,
         model_config=config,
         teacher=args.teacher,
