@@ -219,7 +219,7 @@ def require_decoder(channels: int, vae: str, source: str | Path) -> int:
         raise InputError(f"--vae is {vae}, but {source} has 1 channel, that is pixels: --vae none is needed")
     latent, shown = channels_of(vae)
     if latent != channels:
-        told = ", that is pixels: --vae none is needed" if channels in (1, 3) else ""
+        told = ", that is pixels: --vae none is needed" if channels == 3 else ""
         raise InputError(f"--vae is {vae}, of latents of {latent} channels, but {source} has {channels} channels{told}")
     return shown
 
