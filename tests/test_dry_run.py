@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils import backend_registration
 
 from evaluation.standins import write_vae
 from tests.conftest import TINY, build_run, flags, random_sit, refused, run_cold_start
@@ -21,6 +22,9 @@ from train_cc.run.meters import FlopCounter
 from train_cc.setup import plan as dry_run
 from train_cc.setup.simulate import GIB, MOST_CHUNKS, local_bytes, simulate
 from train_cc.setup.to_come import NetworksToCome
+
+needed = "_setup_privateuseone_for_python_backend"
+pytestmark = pytest.mark.skipif(not hasattr(backend_registration, needed), reason=f"torch has no {needed}")
 
 
 def planned(capsys, teacher, output, *more):
