@@ -27,6 +27,7 @@ class DMDRPipeline(DiffusionPipeline):
     """Class labels to images. ``vae``: None for a generator of pixels."""
 
     _optional_components = ["vae"]  # noqa: RUF012  (diffusers reads it)
+    model_cpu_offload_seq = "generator->vae"
 
     def __init__(
         self,

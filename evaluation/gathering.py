@@ -35,7 +35,7 @@ from train_cc.io.write import (
     write_atomically,
     write_record,
 )
-from train_cc.models.features import FeatureSpace, load_space
+from train_cc.models.features import FeatureSpace, load_space, without_tf32
 from train_cc.rewards.statistics import read_space
 
 # Shards -----------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def fill_shards(
             features = []
             for indices in parts:
                 pixels = stacked(next(loader), indices, images, shape).to(accelerator.device)
-                with torch.no_grad():
+                with torch.no_grad(), without_tf32():
                     features.append(space(pixels.float() / 255))
                 progress.update(len(indices))
             features = torch.cat(features)

@@ -40,6 +40,7 @@ from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample
 IMAGES, RANDOM_LABEL = 11, 12  # first keys of the draws, after the seed
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MULTI_STEP = {"euler": euler_sample, "heun": heun_sample}
+DECODED_AT_ONCE = 32  # 250 images of 256 x 256 would need 47 GiB in fp32
 # What may differ between the runs that fill the shards of one output.
 FREE = ("batch_size", "output", "png_dir", "overwrite")
 
@@ -147,7 +148,11 @@ def decoder_of(args: argparse.Namespace, model: SiT, device: torch.device):
         return decode, (height, width, channels)
     dtype, network = DTYPES[args.dtype], decode.to(DTYPES[args.dtype])
     factor = 2 ** (len(network.vae.config.block_out_channels) - 1)
-    return lambda x0: network(x0.to(dtype)), (factor * height, factor * width, network.vae.config.out_channels)
+
+    def decode_in_parts(x0: Tensor) -> Tensor:
+        return torch.cat([network(part) for part in x0.to(dtype).split(DECODED_AT_ONCE)])
+
+    return decode_in_parts, (factor * height, factor * width, network.vae.config.out_channels)
 
 
 # All of them, in shards ------------------------------------------------------------------------------------------

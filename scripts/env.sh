@@ -69,6 +69,7 @@ unset active
 # launch MODULE FLAGS...: one process a visible GPU, or one CPU process; scripts/launch.py has the variables that override.
 # `exec`: a signal to the script reaches the run itself. A script that goes on afterwards says `run launch`.
 launch() {
+    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}" # of CUDA: fragments less
     exec python -m scripts.launch "$@"
 }
 

@@ -58,7 +58,7 @@ def test_what_is_written_is_read_with_sizes_and_hashes(tmp_path):
     path = checkpoints.write_checkpoint(root, 3, PARTS, UNITS)
     assert path == root / "torch_units" / "step-3.pt" and names(root) == sorted(files_of(3))
     found = checkpoints.open_checkpoint(path)
-    assert (found.step, found.hashed, found.units["format_version"]) == (3, True, 2)
+    assert (found.step, found.hashed, found.units["format_version"]) == (3, True, 3)
     for name, content in PARTS.items():
         file = found.file(name)
         assert found.has(name) and found.units["files"][name] == {"size": file.stat().st_size, "sha256": sha256(file)}
@@ -169,7 +169,7 @@ def test_the_newest_whole_checkpoint_is_found_and_what_is_wrong_with_newer_ones(
     with pytest.raises(InputError, match=r"no whole checkpoint: .*step-4.*; .*step-3.*; .*step-1"):
         checkpoints.newest_intact(root)
     content = torch.load(root / "torch_units/step-4.pt", weights_only=True)
-    torch.save(content | {"format_version": 3}, root / "torch_units/step-4.pt")
+    torch.save(content | {"format_version": 4}, root / "torch_units/step-4.pt")
     with pytest.raises(NewerFormat):
         checkpoints.newest_intact(root)
 
@@ -215,7 +215,7 @@ def test_leftovers_are_what_no_units_file_counts(tmp_path):
 # Fields of a units file
 
 HASHED = {"size": 1, "sha256": "0" * 64}
-WHOLE = UNITS | {"step": 1, "format_version": 2, "files": dict.fromkeys(PARTS, HASHED)}
+WHOLE = UNITS | {"step": 1, "format_version": 3, "files": dict.fromkeys(PARTS, HASHED)}
 SCALER = {"scale": 1.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 5, "_growth_tracker": 0}
 LIMITS = {(): {"step": (1, 2**31 - 1), "samples_seen": (0, 2**62), "effective_batch": (1, 2**62)}}
 LIMITS[()] |= {"ema_updates": (0, 2**62)}
@@ -254,6 +254,8 @@ def test_every_field_of_a_units_file_has_its_form():
     for good in (
         WHOLE,
         WHOLE | {"scalers": [None, {}]},
+        WHOLE | {"rewards_sha256": ["0" * 64]},
+        WHOLE | {"format_version": 2},
         WHOLE | {"arguments": UNITS["arguments"] | plain[0] | {"optimizer": "adamw8bit", "b": plain[1]}},
         WHOLE | {"files": WHOLE["files"] | {"accelerator_1/ema.safetensors": HASHED}},
     ):
@@ -262,7 +264,7 @@ def test_every_field_of_a_units_file_has_its_form():
     assert check_units(old, Path("u"))["files"] == {name: {"size": 5, "sha256": None} for name in PARTS}
     arguments, files = UNITS["arguments"], WHOLE["files"]
     for change, words in [
-        ({"format_version": 3}, "has format version 3, this code reads up to 2"),
+        ({"format_version": 4}, "has format version 4, this code reads up to 3"),
         ({"format_version": 0}, "its format version is 0"),
         ({"format_version": 1}, "files is .*allowed: a dict of file names, each with its size, which acc"),
         ({"files": dict.fromkeys(PARTS, 5)}, "each with its size and SHA-256, which accelerator_1/generator"),
@@ -271,6 +273,8 @@ def test_every_field_of_a_units_file_has_its_form():
         ({"files": files | {"accelerator_1/optimizer.pt": {"size": 1}}}, "which accelerator_1/optimizer.pt has not"),
         ({"files": files | {"accelerator_1/optimizer.pt": HASHED | {"sha256": "0" * 63}}}, "optimizer.pt has not"),
         ({"teacher_sha256": "g" * 64}, "64 hexadecimal digits"),
+        ({"rewards_sha256": ["0" * 63]}, "a list of SHA-256"),
+        ({"rewards_sha256": "0" * 64}, "a list of SHA-256"),
         ({"scalers": [None]}, "a list of two"),
         ({"scalers": [None, None, None]}, "a list of two"),
         ({"scalers": [{"scale": 1.0}, None]}, "a dict of scale, growth_factor"),

@@ -15,6 +15,7 @@ spaces take images as they are. Weights in half precision move the features a li
 
 import http.client
 import io
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,11 @@ INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of this file
+
+
+def without_tf32() -> AbstractContextManager:
+    """Figures and statistics are of fp32: cuDNN's convolutions have 10 bits of mantissa unless told otherwise."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 class FeatureSpace(nn.Module):
@@ -96,7 +102,8 @@ class FeatureSpace(nn.Module):
         device = next(self.parameters()).device
         parts = torch.from_numpy(images).split(batch)
         shown = tqdm(parts, desc=self.name, mininterval=2, disable=len(parts) < 20)
-        outputs = [self.features_and_logits(part.permute(0, 3, 1, 2).to(device) / 255) for part in shown]
+        with without_tf32():
+            outputs = [self.features_and_logits(part.permute(0, 3, 1, 2).to(device) / 255) for part in shown]
         features, logits = zip(*outputs, strict=True)
         return torch.cat(features).cpu(), None if logits[0] is None else torch.cat(logits).cpu()
 
