@@ -4,12 +4,9 @@ An estimate, in seconds, on any machine. Without `--teacher` no weights are read
 """
 
 import argparse
-import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -18,51 +15,16 @@ from evaluation.phases import phases_watched
 from train_cc.distillation import loop
 from train_cc.distillation.settings import Run
 from train_cc.io.errors import InputError
-from train_cc.models import SIT_SIZES, SiT, vae
-from train_cc.models.dinov2 import IMAGE_SIZE, PATCH_SIZE, DINOv2Classifier
-from train_cc.run.fake_gpu import NAME, fake_gpu
+from train_cc.run.fake_gpu import fake_gpu
 from train_cc.run.fake_processes import fake_processes
 from train_cc.run.meters import LiveMemory
 from train_cc.run.roofline import COMPUTE_EFFICIENCY, LAUNCH, MEMORY_EFFICIENCY, Card, Cost, Roofline
 from train_cc.run.session import open_session
-from train_cc.setup import build as build_module
 from train_cc.setup.build import build
+from train_cc.setup.to_come import NetworksToCome
 
 GIB = 2**30
-SHAPES = Path("-")  # as a teacher's folder: networks of shapes alone
-
-
-@contextlib.contextmanager
-def networks_of_shapes(size: str) -> Iterator[None]:
-    """Inside, the teacher `SHAPES` is a SiT of ``size`` on the fake GPU; so are any VAE and any DINOv2, a ViT-L."""
-    read = SiT.from_pretrained.__func__
-
-    def on_device(make, *args, **options):
-        with torch.device(NAME):
-            model = make(*args, **options)
-        model.files = []
-        return model.eval()
-
-    def teacher(cls, folder, **options):
-        return on_device(SiT, **SIT_SIZES[size]) if folder == SHAPES else read(cls, folder, **options)
-
-    def dinov2(cls, *files):
-        return on_device(lambda: cls(vit_large(), torch.nn.Linear(5 * 1024, 1000)))
-
-    with (
-        mock.patch.object(SiT, "from_pretrained", classmethod(teacher)),
-        mock.patch.object(vae, "load_vae", lambda source: on_device(vae.new_vae)),
-        mock.patch.object(DINOv2Classifier, "from_official", classmethod(dinov2)),
-        mock.patch.object(build_module, "input_hashes", lambda files: {}),
-    ):
-        yield
-
-
-def vit_large() -> torch.nn.Module:
-    from timm.models.vision_transformer import VisionTransformer
-
-    options = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "init_values": 1e-5, "num_classes": 0}
-    return VisionTransformer(IMAGE_SIZE, PATCH_SIZE, **options)
+SHAPES = Path("-")  # as a teacher's folder: a network of the size alone
 
 
 def watch(memory: LiveMemory, run: Run) -> None:
@@ -82,10 +44,12 @@ def estimate(args: argparse.Namespace, size: str, card: Card) -> tuple[Roofline,
     if compiled and args.gradient_checkpointing:
         raise InputError("--roofline with --compile does not know --gradient-checkpointing: leave one of them away")
     args = argparse.Namespace(**vars(args) | {"compile": False})
+    if args.teacher == SHAPES:
+        args.teacher = Path(size)
     if args.mixed_precision == "auto":  # as on a GPU
         args = argparse.Namespace(**vars(args) | {"mixed_precision": "bf16"})
-    with fake_gpu() as gpu, fake_processes(1), networks_of_shapes(size):
-        run = build(args, open_session(args.mixed_precision))
+    with fake_gpu() as gpu, fake_processes(1):
+        run = build(args, open_session(args.mixed_precision), NetworksToCome(gpu.device))
         loop.cycle(run, 0)
         memory, costs = LiveMemory(gpu.device.type), Roofline(card, gpu.device.type)
         with memory:
