@@ -1,7 +1,13 @@
 """The networks. None of them knows of distillation."""
 
-from train_cc.models.dinov2 import DINOv2Classifier
-from train_cc.models.estimator import ScoreEstimator
-from train_cc.models.sit import SIT_SIZES, SiT
+from importlib import import_module
 
+PLACES = {"SIT_SIZES": "sit", "DINOv2Classifier": "dinov2", "ScoreEstimator": "estimator", "SiT": "sit"}
 __all__ = ["SIT_SIZES", "DINOv2Classifier", "ScoreEstimator", "SiT"]
+
+
+def __getattr__(name: str) -> object:
+    """The public names, imported when they are asked for: who evaluates needs no peft, which takes a second."""
+    if name not in PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{PLACES[name]}"), name)
