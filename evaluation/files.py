@@ -124,15 +124,24 @@ def count_suffix(count: int) -> str:
     return "" if count >= HEADLINE else f"-{count / 1000:g}k"
 
 
+def columns_of(rows: dict[str, dict], count: int) -> tuple[list[str], list[str]]:
+    """-> the metrics that some row has, and how their columns are headed."""
+    columns = [name for name in METRICS if any(name in row["figures"] for row in rows.values())]
+    return columns, [name + ("" if name == "accuracy" else count_suffix(count)) for name in columns]
+
+
+def digits_of(metric: str) -> int:
+    return 2 if metric in ("FID", "IS") else 3
+
+
 def table(rows: dict[str, dict], count: int) -> str:
     """A Markdown table, a line a row; ``rows``: name -> {"figures", "intervals"}."""
-    columns = [name for name in METRICS if any(name in row["figures"] for row in rows.values())]
-    shown = [name + ("" if name == "accuracy" else count_suffix(count)) for name in columns]
+    columns, shown = columns_of(rows, count)
     lines = ["| | " + " | ".join(shown) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
         cells = []
         for column in columns:
-            digits = 2 if column in ("FID", "IS") else 3
+            digits = digits_of(column)
             cell = f"{row['figures'][column]:.{digits}f}" if column in row["figures"] else "-"
             if column in row.get("intervals", {}):
                 low, high = row["intervals"][column]
@@ -156,13 +165,12 @@ def over_seeds(rows: dict[str, dict]) -> dict[str, list[dict]]:
 def table_over_seeds(rows: dict[str, dict], count: int) -> str:
     """A Markdown table of means over seeds, each with the standard deviation of one seed."""
     groups = over_seeds(rows)
-    columns = [name for name in METRICS if any(name in row["figures"] for row in rows.values())]
-    shown = [name + ("" if name == "accuracy" else count_suffix(count)) for name in columns]
+    columns, shown = columns_of(rows, count)
     lines = ["| | seeds | " + " | ".join(shown) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, group in groups.items():
         cells = [str(len(group))]
         for column in columns:
-            values, digits = [row["figures"][column] for row in group], 2 if column in ("FID", "IS") else 3
+            values, digits = [row["figures"][column] for row in group], digits_of(column)
             spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
         lines.append(f"| {name.replace('|', '/')} | " + " | ".join(cells) + " |")

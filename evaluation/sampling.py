@@ -33,14 +33,13 @@ from train_cc.io.read import check_numbers, read_npz, require_file, require_fold
 from train_cc.io.write import check_output_file, library_versions, mark_of, need_space, record
 from train_cc.models.generator import SAMPLING, read_rewards, read_sampling
 from train_cc.models.sit import WEIGHTS_NAME, SiT, read_sit_config
-from train_cc.models.vae import images_to_uint8, load_decoder, require_decoder, vae_files
+from train_cc.models.vae import DECODED_AT_ONCE, images_to_uint8, load_decoder, require_decoder, vae_files
 from train_cc.run.checkpoint import Checkpoint, open_checkpoint
 from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample
 
 IMAGES, RANDOM_LABEL = 11, 12  # first keys of the draws, after the seed
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MULTI_STEP = {"euler": euler_sample, "heun": heun_sample}
-DECODED_AT_ONCE = 32  # 250 images of 256 x 256 would need 47 GiB in fp32
 # What may differ between the runs that fill the shards of one output.
 FREE = ("batch_size", "output", "png_dir", "overwrite")
 

@@ -25,10 +25,14 @@ def generator_lora_rank(use_lora_gen: bool, lora_rank: int) -> int | None:
 
 def build_generator(teacher: str | Path, lora_rank: int | None, seed: int = 0) -> SiT:
     """The trainable generator: every parameter, or LoRA of ``lora_rank`` with peft's default spread."""
-    generator = SiT.from_pretrained(teacher)
+    return trainable_generator(SiT.from_pretrained(teacher), lora_rank, seed)
+
+
+def trainable_generator(copy_of_teacher: SiT, lora_rank: int | None, seed: int = 0) -> SiT:
+    """`build_generator` of a network that was read already; it is taken over."""
     if lora_rank is not None:
-        add_lora(generator, lora_rank, GENERATOR_TARGETS, None, seed)
-    return generator
+        add_lora(copy_of_teacher, lora_rank, GENERATOR_TARGETS, None, seed)
+    return copy_of_teacher
 
 
 def assemble_generator(config: dict, state: dict[str, Tensor], teacher: str | Path, lora_rank: int | None) -> SiT:

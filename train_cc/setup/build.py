@@ -14,8 +14,8 @@ from train_cc.distillation.settings import Method, Optimisation, Output, Run, tr
 from train_cc.draws import Draws
 from train_cc.io.errors import InputError
 from train_cc.models.estimator import ScoreEstimator
-from train_cc.models.generator import generator_lora_rank
-from train_cc.models.lora import GENERATOR_TARGETS, add_lora, hold_frozen_in
+from train_cc.models.generator import generator_lora_rank, trainable_generator
+from train_cc.models.lora import hold_frozen_in
 from train_cc.models.sit import SiT
 from train_cc.models.vae import require_decoder
 from train_cc.rewards.build import Built, Fit, build_rewards, require_judge_fits
@@ -196,9 +196,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     prepare_scores(estimator, args.teacher, session, fit.dtype)
     prepare_network(estimator, args, fit.device, fit.dtype, compiled)
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
-    generator = networks.sit(args.teacher)
-    if rank is not None:
-        add_lora(generator, rank, GENERATOR_TARGETS, None, args.seed)
+    generator = trainable_generator(networks.sit(args.teacher), rank, args.seed)
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
     decode = load_decode(args, built, fit)
     check_functions(built, decode, sample_shape, fit)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from train_cc.distillation import loop, panel
 from train_cc.distillation.settings import Run, trainable
 from train_cc.models.sit import SiT
+from train_cc.models.vae import DECODED_AT_ONCE
 from train_cc.run import states
 from train_cc.run.fake_gpu import NAME, fake_gpu
 from train_cc.run.fake_processes import fake_processes
@@ -29,7 +30,7 @@ from train_cc.setup.to_come import NetworksToCome
 
 GIB = 2**30
 MOST_CHUNKS = 4  # accumulated batches that are gone through; later ones are as the last of these
-SAMPLED, DECODED = 250, 32  # images at once of `evaluation.generate`, and of its decoder
+SAMPLED = 250  # images at once of `evaluation.generate`
 CONTEXT, NCCL, FRAGMENTS = 0.75 * GIB, 1.0 * GIB, 0.05  # of torch and its libraries; of several processes; of the peak
 
 
@@ -78,7 +79,7 @@ def simulate(args: argparse.Namespace, precision: str, processes: int) -> Cost:
         decode, config = run.decode, run.model_config
         del run
         gc.collect()
-        name = f"sampling {SAMPLED} images in fp32, {DECODED} decoded at once"
+        name = f"sampling {SAMPLED} images in fp32, {DECODED_AT_ONCE} decoded at once"
         cost.peaks[name] = sample(config, decode, args, gpu.device)
     if args.optimizer == "adamw8bit":
         in_8_bits(cost)
@@ -179,7 +180,7 @@ def sample(config: dict, decode: Callable[[Tensor], Tensor], args: argparse.Name
         noise = torch.randn(SAMPLED, *generator.sample_shape)
         y = torch.zeros(SAMPLED, dtype=torch.long)
         x0 = few_step_sample(generator, noise, y, min(2, args.num_steps), args.timestep_shift, torch.randn_like)
-        decoded(decode, x0, DECODED)
+        decoded(decode, x0, DECODED_AT_ONCE)
         return memory.peak
 
 
