@@ -13,9 +13,10 @@ import torch
 from evaluation import evaluate, figures, files, generate, sampling
 from evaluation.metrics import statistics
 from evaluation.standins import write_vae
-from tests.conftest import refused, run_cold_start, save_unchecked, words
+from tests.conftest import random_sit, refused, run_cold_start, save_unchecked, words
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.features import load_space
+from train_cc.models.vae import VAEDecoder
 from train_cc.pretrain import data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,12 +99,23 @@ def test_a_checkpoint_is_sampled_as_its_export(teacher, tmp_path):
 
 
 def test_latents_are_decoded(tmp_path):
-    from tests.conftest import random_sit
-
     random_sit(in_channels=4).save_pretrained(tmp_path / "latent")
     vae = write_vae(tmp_path / "vae")
     made = samples(tmp_path / "latent", tmp_path / "s.npz", "--vae", vae, "--dtype", "bf16", "--num-images", 3)
     assert made["arr_0"].shape == (3, 64, 64, 3)
+
+
+def test_latents_are_decoded_in_parts(tmp_path, monkeypatch):
+    """At most so many at once, and each of them."""
+    random_sit(in_channels=4).save_pretrained(tmp_path / "latent")
+    more = ("--vae", write_vae(tmp_path / "vae"), "--num-images", 7)
+    whole = samples(tmp_path / "latent", tmp_path / "whole.npz", *more)["arr_0"]
+    decode, counts = VAEDecoder.forward, []
+    monkeypatch.setattr(VAEDecoder, "forward", lambda self, x0: counts.append(len(x0)) or decode(self, x0))
+    monkeypatch.setattr(sampling, "DECODED_AT_ONCE", 3)
+    parts = samples(tmp_path / "latent", tmp_path / "parts.npz", *more)["arr_0"]
+    assert counts == [3, 3, 1] and parts.shape == whole.shape
+    assert np.abs(parts.astype(int) - whole).max() <= 1
 
 
 def test_generate_refuses(teacher, tmp_path, capsys):

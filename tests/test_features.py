@@ -122,6 +122,20 @@ def test_arrays_of_uint8_give_the_same(spaces):
     assert spaces["dinov2"].of(pixels, batch=3)[1] is None
 
 
+def test_features_of_figures_are_made_without_tf32(spaces, monkeypatch):
+    """cuDNN is on, and rounds to no 10 bits: what a GPU alone would show."""
+    seen, space = [], spaces["classifier"]
+    features_and_logits = space.network.features_and_logits
+
+    def noted(images):
+        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+        return features_and_logits(images)
+
+    monkeypatch.setattr(space.network, "features_and_logits", noted)
+    space.of(np.zeros((2, 8, 8, 1), np.uint8), batch=2)
+    assert seen == [(True, False)]
+
+
 def test_a_space_is_described_by_hash_and_preprocessing(spaces, reward_folder, published, tmp_path):
     about = spaces["classifier"].describe()
     assert about["name"] == f"classifier:{reward_folder}"
