@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         "weights": kind_of(checkpoint, args.weights),
         "teacher_sha256": checkpoint.units["teacher_sha256"],
         "rewards_sha256": checkpoint.units.get("rewards_sha256", []),
+        "latent_space_sha256": checkpoint.units.get("latent_space_sha256"),
     }
     if args.pipeline is not None:
         name = args.vae or recorded["vae"]

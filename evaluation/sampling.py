@@ -32,6 +32,7 @@ from train_cc.io.errors import InputError
 from train_cc.io.read import check_numbers, read_npz, require_file, require_folder, sha256
 from train_cc.io.write import check_output_file, library_versions, mark_of, need_space, record
 from train_cc.models.generator import SAMPLING, read_rewards, read_sampling
+from train_cc.models.latents import read_latent_space
 from train_cc.models.sit import WEIGHTS_NAME, SiT, read_sit_config
 from train_cc.models.vae import DECODED_AT_ONCE, images_to_uint8, load_decoder, require_decoder, vae_files
 from train_cc.run.checkpoint import Checkpoint, open_checkpoint
@@ -98,6 +99,7 @@ class Source:
     sha256: str  # of its weights
     sampling: tuple[int, float] | None
     rewards_sha256: list[str] = field(default_factory=list)  # networks that rewarded it, as far as it is recorded
+    latent_space: str | None = None  # SHA-256, as its teacher recorded it
 
     @property
     def in_channels(self) -> int:
@@ -115,11 +117,13 @@ def open_source(path: Path) -> Source:
         name = "ema" if checkpoint.has("accelerator_1/ema.safetensors") else "generator"
         weights = require_file(checkpoint.file(f"accelerator_1/{name}.safetensors"), "the checkpoint's weights")
         rewards = checkpoint.units.get("rewards_sha256", [])
-        return Source(path, checkpoint, sha256(weights), recorded_sampling(checkpoint), rewards)
+        latents = checkpoint.units.get("latent_space_sha256")
+        return Source(path, checkpoint, sha256(weights), recorded_sampling(checkpoint), rewards, latents)
     if path.is_file():
         raise InputError(f"{path} is a file; a model folder or a checkpoints/torch_units/step-N.pt is expected")
     require_folder(path, f"a model folder, with config.json and {WEIGHTS_NAME},", "config.json", WEIGHTS_NAME)
-    return Source(path, None, sha256(path / WEIGHTS_NAME), read_sampling(path), read_rewards(path))
+    own = sha256(path / WEIGHTS_NAME), read_sampling(path), read_rewards(path), read_latent_space(path)
+    return Source(path, None, *own)
 
 
 def recorded_sampling(checkpoint: Checkpoint) -> tuple[int, float]:
@@ -139,9 +143,9 @@ def resolve_sampling(args: argparse.Namespace, recorded: tuple[int, float] | Non
     args.timestep_shift = shift if args.timestep_shift is None else args.timestep_shift
 
 
-def decoder_of(args: argparse.Namespace, model: SiT, device: torch.device):
+def decoder_of(args: argparse.Namespace, model: SiT, device: torch.device, latents: str | None):
     """-> x0 -> images in [0, 1], in the dtype asked for, and (H, W, C) of an image."""
-    decode = load_decoder(None if args.vae == "none" else args.vae, device)
+    decode = load_decoder(None if args.vae == "none" else args.vae, device, latents=latents)
     channels, height, width = model.sample_shape
     if not isinstance(decode, torch.nn.Module):
         return decode, (height, width, channels)
@@ -185,7 +189,7 @@ def fill_shards(
 ) -> None:
     """Make this process's share of the shards that are missing or damaged."""
     model = source.load().to(accelerator.device, DTYPES[args.dtype]).eval()
-    decode, image_shape = decoder_of(args, model, accelerator.device)
+    decode, image_shape = decoder_of(args, model, accelerator.device, source.latent_space)
     if accelerator.is_main_process:
         there = sum(path.stat().st_size for path in folder.glob("*.npz"))
         need_space(folder, 2 * args.num_images * math.prod(image_shape) - there)

@@ -104,7 +104,7 @@ def test_the_decoder_is_the_one_that_is_named(tmp_path, widths):
     vae = write_vae(tmp_path / "vae", widths)
     with fake_gpu() as gpu:
         networks = NetworksToCome(gpu.device)
-        decoder = networks.decoder(str(vae), gpu.device, torch.bfloat16)
+        decoder = networks.decoder(str(vae), gpu.device, torch.bfloat16, None)
         held = local_bytes(decoder)
         own = sum(p.numel() for p in VAEDecoder(load_vae(str(vae))).parameters())
     assert not networks.notes and sum(p.numel() for p in decoder.parameters()) == own

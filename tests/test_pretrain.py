@@ -85,7 +85,7 @@ def test_killed_and_continued_equals_never_stopped(straight, tmp_path, monkeypat
     seen = []
     monkeypatch.setattr("train_cc.draws.Draws", lambda *key, **more: seen.append(key[-1]) or Draws(*key, **more))
     train(name, tmp_path / "run", "--checkpoint-steps", "2")
-    assert seen == list(range(2, 5))
+    assert [step for step in seen if step < 5] == list(range(2, 5))  # the loss at the end has a key of its own
     assert same(trained(straight[name]), trained(tmp_path / "run"))
     assert not (tmp_path / "run" / "checkpoint.pt").exists() and not list((tmp_path / "run").rglob("*.tmp"))
 
@@ -347,7 +347,7 @@ def test_idx_files(tmp_path, capsys, how):
     (tmp_path / f"train-labels-idx1-ubyte{zipped}").write_bytes(labels)
     if told is None:
         loaded = data.load_dataset("fashion-mnist", tmp_path)
-        assert loaded[0].shape == (20, 1, 28, 28) and loaded[1].tolist() == LABELS.tolist()
+        assert loaded[0].shape == (20, 3, 32, 32) and loaded[1].tolist() == LABELS.tolist()
         return
     words = ["--dataset", "fashion-mnist", "--data-dir", str(tmp_path), "--output", str(tmp_path / "o.npz")]
     assert told in refused(data.main, words, capsys=capsys)

@@ -98,6 +98,7 @@ class Run:
     judges: dict[str, nn.Module] = field(default_factory=dict)  # score the previews
     lora_rank_generator: int | None = None  # None: the whole generator is trained
     arguments: dict = field(default_factory=dict)  # of the command line, for records alone
+    latent_space: str | None = None  # SHA-256, as the teacher records it
     hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of what was loaded from outside, by flag
     rewards_sha256: set[str] = field(default_factory=set)  # of the networks that rewarded, in all stages
     step: int = 0  # generator updates done

@@ -83,6 +83,7 @@ def save(run: Run) -> Path:
         "model_config": run.model_config,
         "teacher_sha256": run.hashes["teacher"],
         "rewards_sha256": sorted(run.rewards_sha256),
+        "latent_space_sha256": run.latent_space,
         "arguments": run.arguments,
         "scalers": [a.scaler and a.scaler.state_dict() for a in accelerators(run)],
         "ema_updates": run.ema.updates if run.ema else 0,
@@ -187,6 +188,7 @@ def write_generator(run: Run, state: dict[str, Tensor]) -> None:
         "weights": "raw" if run.ema is None else "ema",
         "teacher_sha256": run.hashes["teacher"],
         "rewards_sha256": sorted(run.rewards_sha256),
+        "latent_space_sha256": run.latent_space,
     }
     save_generator(generator, temporary, run.method.num_steps, run.method.timestep_shift, **provenance)
     for path in temporary.iterdir():

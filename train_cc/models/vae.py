@@ -22,6 +22,7 @@ from train_cc.io.read import (
     safetensors_shapes,
 )
 from train_cc.io.weights import fit_shapes, load_weights, require_tensors
+from train_cc.models.latents import require_latent_space
 
 # A hub name stands for one state of its files.
 PINNED_REVISIONS = {"stabilityai/sd-vae-ft-ema": "f04b2c4b98319346dad8c65879f680b1997b204a"}
@@ -226,10 +227,20 @@ def require_decoder(channels: int, vae: str, source: str | Path) -> int:
 
 
 def load_decoder(
-    vae: str | None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    vae: str | None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    latents: str | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """``vae``: None for pixel-space models, else what `load_vae` takes; it computes in ``dtype``."""
-    return pixels_to_images if vae is None else VAEDecoder(load_vae(vae)).to(device, dtype)
+    """``vae``: None for pixel-space models, else what `load_vae` takes; it computes in ``dtype``.
+
+    ``latents``: what a model records of those that it samples. Raises `InputError` where the VAE has others.
+    """
+    if vae is None:
+        return pixels_to_images
+    whole = load_vae(vae)
+    require_latent_space(latents, whole, vae)
+    return VAEDecoder(whole).to(device, dtype)
 
 
 def images_to_uint8(images: Tensor) -> Tensor:

@@ -112,11 +112,14 @@ def main(argv: list[str] | None = None) -> None:
         if not run_training(training, "pretrain.classifier", args, model.save_pretrained):
             return
         model.eval()
+        held_out = args.dataset != "digits"
+        if held_out:
+            images, labels = load_dataset(args.dataset, args.data_dir, "test")
         with torch.no_grad():
             logits = torch.cat([model(batch.to(device).float() / 255) for batch in images.split(512)]).cpu()
         print(
-            f"{args.architecture}, accuracy on its training set {accuracy(logits, labels):.4f}, "
-            f"{time.monotonic() - began:.0f} s -> {args.output_dir}"
+            f"{args.architecture}, accuracy on {'test images' if held_out else 'its training set'} "
+            f"{accuracy(logits, labels):.4f}, {time.monotonic() - began:.0f} s -> {args.output_dir}"
         )
 
 

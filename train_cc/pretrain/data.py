@@ -4,6 +4,7 @@
 """
 
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -21,8 +22,20 @@ from train_cc.io.write import MARK, check_output_file, need_space, record, write
 if TYPE_CHECKING:
     from torch import Tensor
 
-DATASETS = ("digits", "fashion-mnist")
+CLASS_NAMES = {
+    "digits": tuple("0123456789"),
+    "fashion-mnist": (
+        "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+    ),
+}  # fmt: skip
+DATASETS = tuple(CLASS_NAMES)
 NUM_CLASSES = 10  # of both
+SPLITS = {"train": "train", "test": "t10k"}  # -> how the idx files of Fashion-MNIST begin
+# SHA-256 of Fashion-MNIST's images, unpacked: MNIST, and other sets made like it, have files of the same names.
+WHOLE_SETS = {
+    60_000: "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    10_000: "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+}
 IDX_FOLDER = "a folder of Fashion-MNIST's idx files (train-images-idx3-ubyte and so on, or .gz)"
 
 
@@ -51,6 +64,9 @@ def _read_idx(folder: Path, stem: str, shape: tuple[int, ...]) -> "Tensor":
                     raise InputError(f"{file} is not what it should be; {expected} is expected")
                 if len(content) != header + math.prod(sides) or sides[0] == 0:
                     raise InputError(f"{file} is torn or empty; {expected} is expected")
+                expected_hash = WHOLE_SETS.get(sides[0]) if shape else None
+                if expected_hash not in (None, hashlib.sha256(content).hexdigest()):
+                    raise InputError(f"{file} is of another data set than Fashion-MNIST; {IDX_FOLDER} is expected")
             return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(sides)
     raise InputError(f"{folder} has no {stem}.gz or {stem}; {IDX_FOLDER} is expected")
 
@@ -69,45 +85,72 @@ def _download() -> Path:
     return folder
 
 
-def _fashion_mnist(data_dir: Path | None) -> "tuple[Tensor, Tensor]":
-    """The 60 000 training images, 28 x 28, from a folder of idx files, else downloaded."""
+def _fashion_mnist(data_dir: Path | None, split: str) -> "tuple[Tensor, Tensor]":
+    """60 000 images to train on or 10 000 to test with, from a folder of idx files, else downloaded.
+
+    A black border makes 28 x 28 pixels 32 x 32, and the three channels are equal: so are images of a VAE's decoder.
+    """
+    from torch.nn.functional import pad
+
     folder = _download() if data_dir is None else require_folder(data_dir, IDX_FOLDER)
-    images = _read_idx(folder, "train-images-idx3-ubyte", (28, 28))
-    labels = _read_idx(folder, "train-labels-idx1-ubyte", ())
+    images = _read_idx(folder, f"{SPLITS[split]}-images-idx3-ubyte", (28, 28))
+    labels = _read_idx(folder, f"{SPLITS[split]}-labels-idx1-ubyte", ())
     if len(images) != len(labels) or labels.max() >= NUM_CLASSES:
         raise InputError(
             f"{folder} is another data set: {len(images)} images, {len(labels)} labels from {labels.min()} to "
             f"{labels.max()}; Fashion-MNIST has a label of 0 to 9 for each image"
         )
-    return images.unsqueeze(1), labels.long()
+    return pad(images, (2, 2, 2, 2)).unsqueeze(1).expand(-1, 3, -1, -1), labels.long()
 
 
-def load_dataset(name: str, data_dir: Path | str | None = None) -> "tuple[Tensor, Tensor]":
-    """-> images uint8 (N, C, H, W), labels int64 (N,). Raises `InputError` for an unknown or unreadable data set."""
+def load_dataset(name: str, data_dir: Path | str | None = None, split: str = "train") -> "tuple[Tensor, Tensor]":
+    """-> images uint8 (N, C, H, W), labels int64 (N,). Digits (N, 1, 8, 8) have no split "test", Fashion-MNIST
+    (N, 3, 32, 32) has one. Raises `InputError` for an unknown or unreadable data set."""
     if name == "digits" and data_dir is not None:
         raise InputError(f"--data-dir is {data_dir}; it is for fashion-mnist alone, digits come with scikit-learn")
+    if name == "digits" and split != "train":
+        raise InputError(f"--split is {split}; digits are one set, of which all 1797 images are trained on")
     if name == "digits":
         return _digits()
     if name == "fashion-mnist":
-        return _fashion_mnist(None if data_dir is None else Path(data_dir))
+        return _fashion_mnist(None if data_dir is None else Path(data_dir), split)
     raise InputError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
 
 
 def add_data_arguments(parser: Parser) -> None:
-    parser.add_argument("--dataset", default="digits", choices=DATASETS)
+    parser.add_argument(
+        "--dataset", default="digits", choices=DATASETS, help="8 x 8 pixels, or 32 x 32 with three channels"
+    )
     parser.add_argument(
         "--data-dir", type=path, help="folder of Fashion-MNIST's idx files; without it torchvision downloads them"
     )
 
 
 def add_training_arguments(parser: Parser, max_train_steps: int) -> None:
-    parser.add_argument("--output-dir", type=path, required=True)
+    parser.add_argument("--output-dir", type=path, required=True, help="the network's folder, and of its checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier command trained there")
-    parser.add_argument("--max-train-steps", type=COUNT, default=max_train_steps)
+    parser.add_argument("--max-train-steps", type=COUNT, default=max_train_steps, help="updates")
     parser.add_argument("--checkpoint-steps", type=COUNT, default=250, help="steps between checkpoints")
-    parser.add_argument("--batch-size", type=integer(1, 2**16), default=128)
+    parser.add_argument("--batch-size", type=integer(1, 2**16), default=128, help="images per update")
     parser.add_argument("--learning-rate", type=LEARNING_RATE, default=2e-3, help="at the start; decays by a cosine")
-    parser.add_argument("--seed", type=SEED, default=30)
+    parser.add_argument("--seed", type=SEED, default=30, help="of first weights and of all draws")
+
+
+def through_vae(name: str, images: "Tensor") -> "Tensor":
+    """uint8 images (N, 3, H, W), encoded and decoded by the VAE ``name``: the best that its latents allow."""
+    import torch
+
+    from train_cc.models.latents import encode_images
+    from train_cc.models.vae import DECODED_AT_ONCE, VAEDecoder, images_to_uint8, load_vae
+
+    if images.shape[1] != 3:
+        raise InputError(f"--vae is {name}, but the images have {images.shape[1]} channel; three are needed")
+    vae = load_vae(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    latents = encode_images(vae, images)
+    decode = VAEDecoder(vae)
+    with torch.no_grad():
+        parts = [images_to_uint8(decode(part.to(vae.device))) for part in latents.split(DECODED_AT_ONCE)]
+    return torch.cat(parts).permute(0, 3, 1, 2)
 
 
 @exits_on_input_error
@@ -117,9 +160,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=path, required=True, help="the .npz: arr_0 images (N, H, W, C), arr_1 labels, provenance"
     )
+    parser.add_argument("--split", choices=SPLITS, default="train", help="test: the 10 000 that nothing is trained on")
+    parser.add_argument("--num-images", type=COUNT, help="the first of them alone; without it all")
+    parser.add_argument(
+        "--vae", default="none", help="folder of a VAE that encodes and decodes each image; none: as it is"
+    )
     args = parser.parse_args(argv)
     check_output_file(args.output)
-    images, labels = load_dataset(args.dataset, args.data_dir)
+    images, labels = load_dataset(args.dataset, args.data_dir, args.split)
+    images, labels = images[: args.num_images], labels[: args.num_images]
+    if args.num_images is not None and len(images) < args.num_images:
+        raise InputError(f"--num-images is {args.num_images}; {args.dataset}, {args.split} has {len(images)}")
+    if args.vae != "none":
+        images = through_vae(args.vae, images)
     content = io.BytesIO()
     provenance = np.array(json.dumps(record("pretrain.data", vars(args))))
     np.savez(content, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy(), provenance=provenance)
@@ -128,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     need_space(args.output.parent, content.tell())
     write_atomically(args.output, content.getvalue())
-    print(f"{len(images)} images of {args.dataset} -> {args.output}")
+    print(f"{len(images)} images of {args.dataset}, {args.split} -> {args.output}")
 
 
 if __name__ == "__main__":

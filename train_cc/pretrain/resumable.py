@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,9 +28,10 @@ from train_cc.io.write import RECORD, check_output_dir, flush, locked, need_spac
 from train_cc.run.stop import StopSignal
 
 CHECKPOINT = "checkpoint.pt"
-WRITTEN = (CHECKPOINT, CHECKPOINT + ".tmp", "config.json", "model.safetensors", "diffusion_pytorch_model.safetensors")
+WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+WRITTEN = (CHECKPOINT, CHECKPOINT + ".tmp", "config.json", "generation_config.json", *WEIGHTS)
 # First key of the draws, after the seed, as in the stages: no two networks share random numbers.
-TEACHER, CLASSIFIER = 21, 22
+TEACHER, CLASSIFIER, VAE, DECODER = 21, 22, 23, 24
 # Arguments that change nothing of what is trained.
 ASIDE = {"output_dir", "overwrite", "checkpoint_steps", "data_dir"}
 
@@ -40,14 +41,21 @@ def cosine_decay(step: int, steps: int, floor: float = 0.05) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def warmed_cosine(warmup: int) -> Callable[[int, int], float]:
+    """`cosine_decay`, with a linear rise over the first ``warmup`` steps."""
+    return lambda step, steps: min(1.0, (step + 1) / (warmup + 1)) * cosine_decay(step, steps)
+
+
 @dataclass
 class Training:
-    """``update`` makes the gradients of a step, from the step alone, and returns its loss, 0-d."""
+    """``update`` computes the loss of a step, 0-d, from the step alone. ``factor``: of the learning rate, by step."""
 
     model: nn.Module
     optimizer: torch.optim.AdamW
     update: Callable[[int], Tensor]
     average: AveragedModel | None = None
+    factor: Callable[[int, int], float] = field(default_factory=lambda: warmed_cosine(0))
+    max_grad_norm: float | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All state that changes, by name. AdamW's moments are made here, as its first step would make them."""
@@ -55,6 +63,8 @@ class Training:
         if self.average is not None:
             found |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             moments = self.optimizer.state[parameter]
             if not moments:
                 moments["step"] = torch.zeros(())
@@ -142,10 +152,12 @@ def _train(training: Training, stage: str, args: argparse.Namespace, begin: int,
     with StopSignal() as stop, progress:
         for step in range(begin, steps):
             for group in training.optimizer.param_groups:
-                group["lr"] = args.learning_rate * cosine_decay(step, steps)
+                group["lr"] = args.learning_rate * training.factor(step, steps)
             training.optimizer.zero_grad(set_to_none=True)
             loss = training.update(step)
             loss.backward()
+            if training.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(training.model.parameters(), training.max_grad_norm)
             training.optimizer.step()
             if training.average is not None:
                 training.average.update_parameters(training.model)

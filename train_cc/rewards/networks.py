@@ -39,9 +39,11 @@ class Networks:
     def sit(self, folder: Path) -> SiT:
         return SiT.from_pretrained(folder)
 
-    def decoder(self, vae: str | None, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """``vae``: None in pixel space."""
-        return self._main_first(lambda: load_decoder(vae, device, dtype))
+    def decoder(
+        self, vae: str | None, device: torch.device, dtype: torch.dtype, latents: str | None
+    ) -> Callable[[Tensor], Tensor]:
+        """``vae``: None in pixel space. ``latents``: what the teacher records of its own."""
+        return self._main_first(lambda: load_decoder(vae, device, dtype, latents))
 
     def classifier(self, source: str) -> ImageClassifier:
         """``source``: a folder of pretrain/classifier.py, or a timm name with published weights."""

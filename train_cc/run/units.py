@@ -85,6 +85,10 @@ def hashes(value: object) -> str | None:
     return None if good else "a list of SHA-256"
 
 
+def latent_space(value: object) -> str | None:
+    return None if value is None or is_hash(value) else "the SHA-256 of a latent space, or None"
+
+
 def plain(value: object, depth: int = 3) -> bool:
     """Whether ``value`` is what JSON can hold, not nested deeply."""
     if isinstance(value, list):
@@ -129,6 +133,7 @@ OPTIONAL = {
     "effective_batch": Number(int, 1, 2**62).problem,
     "ema_updates": COUNT.problem,
     "rewards_sha256": hashes,
+    "latent_space_sha256": latent_space,
 }
 
 

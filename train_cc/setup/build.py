@@ -7,7 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from timm.layers import Attention
 from torch import Tensor, nn
 
 from train_cc.distillation.settings import Method, Optimisation, Output, Run, trainable
@@ -15,8 +14,9 @@ from train_cc.draws import Draws
 from train_cc.io.errors import InputError
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.generator import generator_lora_rank, trainable_generator
+from train_cc.models.latents import read_latent_space
 from train_cc.models.lora import hold_frozen_in
-from train_cc.models.sit import SiT
+from train_cc.models.sit import SiT, choose_attention
 from train_cc.models.vae import require_decoder
 from train_cc.rewards.build import Built, Fit, build_rewards, require_judge_fits
 from train_cc.rewards.networks import Networks
@@ -57,14 +57,6 @@ def build_optimizer(
 
         return AdamW8bit(trainable(model).values(), **options)
     return torch.optim.AdamW(trainable(model).values(), fused=True, **options)
-
-
-def choose_attention(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """In half precision on a CPU plain attention is about 2.5 times faster than the fused kernel, its backward 3."""
-    fused = not (device.type == "cpu" and dtype != torch.float32)
-    for module in network.modules():
-        if isinstance(module, Attention):
-            module.fused_attn = fused
 
 
 def load_teacher(args: argparse.Namespace, networks: Networks) -> tuple[SiT, dict, int]:
@@ -172,10 +164,10 @@ def judged(
     return built, fit
 
 
-def load_decode(args: argparse.Namespace, built: Built, fit: Fit) -> Callable[[Tensor], Tensor]:
+def load_decode(args: argparse.Namespace, built: Built, fit: Fit, latents: str | None) -> Callable[[Tensor], Tensor]:
     """x0 -> images; its file is noted in ``built``. Without previews and rewards nothing is decoded, or loaded."""
     decoded = args.vae != "none" and (args.num_previews or built.rewards or built.tilts)
-    decode = fit.networks.decoder(args.vae if decoded else None, fit.device, fit.dtype)
+    decode = fit.networks.decoder(args.vae if decoded else None, fit.device, fit.dtype, latents)
     if isinstance(decode, nn.Module):  # pixel space has no decoder network
         built.files["vae"] = decode.files
         if args.reward_checkpointing and built.rewards:
@@ -198,7 +190,8 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
     generator = trainable_generator(networks.sit(args.teacher), rank, args.seed)
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
-    decode = load_decode(args, built, fit)
+    latents = read_latent_space(args.teacher)
+    decode = load_decode(args, built, fit, latents)
     check_functions(built, decode, sample_shape, fit)
     session.notes += built.notes
     hashes = networks.hashes(of_teacher | built.files)
@@ -211,6 +204,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         decode=decode,
         model_config=config,
         teacher=args.teacher,
+        latent_space=latents,
         rewards=built.rewards,
         tilts=built.tilts,
         reward_micro_batch=args.reward_micro_batch,

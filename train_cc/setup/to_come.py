@@ -12,7 +12,7 @@ from train_cc.models.classifier import ImageClassifier
 from train_cc.models.dinov2 import IMAGE_SIZE, PATCH_SIZE, DINOv2Classifier, official_file
 from train_cc.models.features import FeatureSpace, load_space
 from train_cc.models.sit import SIT_SIZES, WEIGHTS_NAME, SiT, read_sit_config
-from train_cc.models.vae import VAEDecoder, load_vae, new_vae, pixels_to_images, vae_files
+from train_cc.models.vae import VAEDecoder, load_decoder, new_vae, vae_files
 from train_cc.rewards.networks import Networks
 from train_cc.rewards.python_file import PythonReward
 
@@ -50,11 +50,11 @@ class NetworksToCome(Networks):
         self._classes = model.config.num_classes
         return model.eval()
 
-    def decoder(self, vae: str | None, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        if vae is None:
-            return pixels_to_images
-        if vae_files(vae, download=False) is not None:
-            return VAEDecoder(load_vae(vae)).to(device, dtype)
+    def decoder(
+        self, vae: str | None, device: torch.device, dtype: torch.dtype, latents: str | None
+    ) -> Callable[[Tensor], Tensor]:
+        if vae is None or vae_files(vae, download=False) is not None:
+            return load_decoder(vae, device, dtype, latents)
         self.say(f"the VAE {vae} is to be downloaded: planned with the size of sd-vae-ft-ema")
         with self.device:
             return VAEDecoder(new_vae()).to(device, dtype)
