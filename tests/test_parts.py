@@ -157,6 +157,28 @@ def test_a_containers_quota_counts(tmp_path, files, cores, monkeypatch):
     assert threads.usable_cores() == (8 if cores == float("inf") else max(1, int(cores)))
 
 
+WITHOUT_TORCH = """
+import os, sys
+class Absent:
+    def find_spec(self, name, *more):
+        if name == "torch":
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+try:
+    import evaluation.benchmark
+except ImportError:
+    print(os.environ.get("OMP_WAIT_POLICY"))
+"""
+
+
+def test_the_benchmark_tells_openmp_before_it_imports_torch():
+    """The other commands import torch inside of `main` (tests/test_structure.py)."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "passive"
+
+
 def test_nothing_is_told_once_openmp_has_read_it(monkeypatch):
     import torch  # noqa: F401
 

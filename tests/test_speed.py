@@ -33,10 +33,11 @@ from train_cc.distillation.settings import Optimisation
 from train_cc.io.errors import InputError
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.lora import ADAPTER, hold_frozen_in, lora_layers, set_lora_scale
+from train_cc.models.sit import choose_attention
 from train_cc.models.vae import load_decoder
 from train_cc.run.session import COMPUTE_DTYPES
 from train_cc.setup.arguments import build_parser, validate
-from train_cc.setup.build import build_optimizer, choose_attention, compiler_works, prepare_scores
+from train_cc.setup.build import build_optimizer, compiler_works, prepare_scores
 
 
 def tiny_run(teacher, tmp_path, *more):
