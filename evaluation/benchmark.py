@@ -11,6 +11,12 @@ is reported. Utilisation = FLOP / (seconds x the matmul peak that this process m
 
 `--roofline` estimates the cycle on a card that need not be there; where there is a GPU, it is measured as well.
 """
+# ruff: noqa: E402
+
+from train_cc.io.threads import share_cores
+
+share_cores()  # OpenMP reads what it is told when torch is imported
+# isort: split
 
 import argparse
 import ctypes

@@ -22,6 +22,7 @@ from evaluation.rows import SETTINGS, STAGES, TEACHERS, Guidance, folder_name, p
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import require_file, require_folder, sha256
+from train_cc.io.threads import share_cores
 from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.io.write import (
     check_output_dir,
@@ -241,6 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.statistics is not None:
         args.statistics = Path(os.path.abspath(args.statistics))
     check_arguments(args)
+    share_cores(args.jobs)
     with locked(args.output_dir):
         if not record_of(args.output_dir):
             write_record(args.output_dir, record("frontier", vars(args)))

@@ -49,7 +49,10 @@ def build_parser() -> flags.Parser:
     )
     parser.add_argument("--vae", default="none", help="decoder of latent models: hub name or folder; none: pixel space")
     parser.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the network and the decoder"
+        "--dtype",
+        choices=["fp32", "bf16", "fp16"],
+        default="fp32",
+        help="of the network; the decoder chooses: fp16 on a GPU where that does not show, else fp32",
     )
     parser.add_argument("--seed", type=flags.SEED, default=0)
     return parser

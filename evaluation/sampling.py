@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from evaluation.decoding import decoder_of
 from evaluation.files import apart
 from evaluation.shards import (
     check_png_dir,
@@ -33,8 +34,8 @@ from train_cc.io.read import check_numbers, read_npz, require_file, require_fold
 from train_cc.io.write import check_output_file, library_versions, mark_of, need_space, record
 from train_cc.models.generator import SAMPLING, read_rewards, read_sampling
 from train_cc.models.latents import read_latent_space
-from train_cc.models.sit import WEIGHTS_NAME, SiT, read_sit_config
-from train_cc.models.vae import DECODED_AT_ONCE, images_to_uint8, load_decoder, require_decoder, vae_files
+from train_cc.models.sit import WEIGHTS_NAME, SiT, choose_attention, read_sit_config
+from train_cc.models.vae import DECODED_AT_ONCE, images_to_uint8, require_decoder, vae_files
 from train_cc.run.checkpoint import Checkpoint, open_checkpoint
 from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample
 
@@ -64,8 +65,8 @@ def labels_of(indices: range, seed: int, num_classes: int, mode: str) -> Tensor:
 
 
 @torch.no_grad()
-def generate_batch(model: SiT, decode, indices: range, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """-> images uint8 (B, H, W, C), labels (B,)."""
+def sample_batch(model: SiT, indices: range, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """-> samples x0 (B, C, h, w), labels (B,) on the CPU."""
     y = labels_of(indices, args.seed, model.null_class, args.labels)
     noise, labels = ImageNoise(args.seed, indices, model.sample_shape, model.device), y.to(model.device)
 
@@ -74,9 +75,14 @@ def generate_batch(model: SiT, decode, indices: range, args: argparse.Namespace)
 
     network = guide(network, model.null_class, args.guidance_scale, tuple(args.guidance_interval))
     if args.sampler == "few-step":
-        x0 = few_step_sample(network, noise(), labels, args.num_steps, args.timestep_shift, noise)
-    else:
-        x0 = MULTI_STEP[args.sampler](network, noise(), labels, args.num_steps)
+        return few_step_sample(network, noise(), labels, args.num_steps, args.timestep_shift, noise), y
+    return MULTI_STEP[args.sampler](network, noise(), labels, args.num_steps), y
+
+
+@torch.no_grad()
+def generate_batch(model: SiT, decode, indices: range, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """-> images uint8 (B, H, W, C), labels (B,)."""
+    x0, y = sample_batch(model, indices, args)
     images = decode(x0)
     for what, values in (("samples", x0), ("decoded images", images)):
         if not torch.isfinite(values).all():
@@ -143,21 +149,6 @@ def resolve_sampling(args: argparse.Namespace, recorded: tuple[int, float] | Non
     args.timestep_shift = shift if args.timestep_shift is None else args.timestep_shift
 
 
-def decoder_of(args: argparse.Namespace, model: SiT, device: torch.device, latents: str | None):
-    """-> x0 -> images in [0, 1], in the dtype asked for, and (H, W, C) of an image."""
-    decode = load_decoder(None if args.vae == "none" else args.vae, device, latents=latents)
-    channels, height, width = model.sample_shape
-    if not isinstance(decode, torch.nn.Module):
-        return decode, (height, width, channels)
-    dtype, network = DTYPES[args.dtype], decode.to(DTYPES[args.dtype])
-    factor = 2 ** (len(network.vae.config.block_out_channels) - 1)
-
-    def decode_in_parts(x0: Tensor) -> Tensor:
-        return torch.cat([network(part) for part in x0.to(dtype).split(DECODED_AT_ONCE)])
-
-    return decode_in_parts, (factor * height, factor * width, network.vae.config.out_channels)
-
-
 # All of them, in shards ------------------------------------------------------------------------------------------
 
 
@@ -179,6 +170,7 @@ def provenance_of_run(args: argparse.Namespace, source: Source) -> dict:
         "arguments": what,
         "generator_sha256": source.sha256,
         "rewards_sha256": source.rewards_sha256,
+        "decoder": None,  # its precision, once it is chosen
         "vae_sha256": None if args.vae == "none" else sha256(vae_files(args.vae)[1]),
         "versions": library_versions(),
     }
@@ -187,9 +179,18 @@ def provenance_of_run(args: argparse.Namespace, source: Source) -> dict:
 def fill_shards(
     args: argparse.Namespace, folder: Path, provenance: dict, source: Source, accelerator: Accelerator
 ) -> None:
-    """Make this process's share of the shards that are missing or damaged."""
-    model = source.load().to(accelerator.device, DTYPES[args.dtype]).eval()
-    decode, image_shape = decoder_of(args, model, accelerator.device, source.latent_space)
+    """Make this process's share of the shards that are missing or damaged. The decoder's precision is noted."""
+    device = accelerator.device
+    model = source.load().to(device, DTYPES[args.dtype]).eval()
+    choose_attention(model, device, DTYPES[args.dtype])
+
+    def first() -> Tensor:
+        return sample_batch(model, range(min(args.num_images, args.batch_size, DECODED_AT_ONCE)), args)[0]
+
+    half = device.type == "cuda"
+    decode, provenance["decoder"], image_shape = decoder_of(
+        args.vae, source.latent_space, model.sample_shape, device, first, half
+    )
     if accelerator.is_main_process:
         there = sum(path.stat().st_size for path in folder.glob("*.npz"))
         need_space(folder, 2 * args.num_images * math.prod(image_shape) - there)

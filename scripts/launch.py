@@ -21,6 +21,7 @@ from pathlib import Path
 
 from scripts.processes import Plan, make_plan, visible_gpus
 from train_cc.io.errors import InputError, exits_on_input_error, report
+from train_cc.io.threads import share_cores
 
 # A process of several ---------------------------------------------------------------------------------------------
 
@@ -180,6 +181,7 @@ def main(words: list[str] | None = None) -> None:
     dry = "--dry-run" in words  # the plan of a run on any machine needs none of its processes
     plan = make_plan(os.environ, only_shown=dry)
     os.environ |= plan.environment
+    share_cores(plan.processes // plan.nodes)
     alone = [sys.executable, "-m", *words]
     if dry:
         sizes = {"WORLD_SIZE": str(plan.processes), "LOCAL_WORLD_SIZE": str(plan.processes // plan.nodes)}

@@ -1,7 +1,6 @@
 """How many processes where: from the environment and an accelerate config to a `Plan`."""
 
 import argparse
-import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -113,7 +112,4 @@ def make_plan(environment: Mapping[str, str], only_shown: bool = False) -> Plan:
             raise InputError(f"NODE_RANK is missing: the number of this node, 0 to {nodes - 1}")
         plan.rank = number(environment, "NODE_RANK", 0, nodes - 1, "")
         plan.port = number(environment, "MAIN_PORT", 1, 65535, config.get("main_process_port") or 29500)
-    if not gpus and "OMP_NUM_THREADS" not in environment:
-        on_this_node = processes // nodes
-        plan.environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // on_this_node))
     return plan

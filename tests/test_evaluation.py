@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import evaluate, figures, files, generate, sampling
+from evaluation import decoding, evaluate, figures, files, generate, sampling
 from evaluation.metrics import statistics
 from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, run_cold_start, save_unchecked, words
@@ -112,10 +112,53 @@ def test_latents_are_decoded_in_parts(tmp_path, monkeypatch):
     whole = samples(tmp_path / "latent", tmp_path / "whole.npz", *more)["arr_0"]
     decode, counts = VAEDecoder.forward, []
     monkeypatch.setattr(VAEDecoder, "forward", lambda self, x0: counts.append(len(x0)) or decode(self, x0))
-    monkeypatch.setattr(sampling, "DECODED_AT_ONCE", 3)
+    monkeypatch.setattr(decoding, "DECODED_AT_ONCE", 3)
     parts = samples(tmp_path / "latent", tmp_path / "parts.npz", *more)["arr_0"]
     assert counts == [3, 3, 1] and parts.shape == whole.shape
     assert np.abs(parts.astype(int) - whole).max() <= 1
+
+
+def test_half_precision_decodes_where_it_does_not_show(tmp_path, monkeypatch, capsys):
+    """As on a GPU. The file says what decoded it, and is finished whatever that was."""
+    random_sit(in_channels=4).save_pretrained(tmp_path / "latent")
+    vae, choose = write_vae(tmp_path / "vae"), decoding.decoder_of
+    more = ("--vae", vae, "--num-images", 3)
+    wide = samples(tmp_path / "latent", tmp_path / "s.npz", *more)
+    monkeypatch.setattr(sampling, "decoder_of", lambda *args: choose(*args[:-1], True))
+    samples(tmp_path / "latent", tmp_path / "s.npz", *more)
+    assert "were there already" in capsys.readouterr().out
+    half = samples(tmp_path / "latent", tmp_path / "half.npz", *more)
+    assert [json.loads(str(made["provenance"]))["decoder"] for made in (wide, half)] == ["fp32", "fp16"]
+    further = np.abs(half["arr_0"].astype(int) - wide["arr_0"])
+    assert further.any() and (further > 1).mean() <= 1e-3
+
+    monkeypatch.setattr(decoding, "FURTHER", -1.0)  # nothing is near enough
+    again = samples(tmp_path / "latent", tmp_path / "again.npz", *more)
+    assert np.array_equal(again["arr_0"], wide["arr_0"])
+    assert json.loads(str(again["provenance"]))["decoder"] == "fp32"
+    assert "images are decoded in fp32: in fp16 0.00% of the pixels" in capsys.readouterr().out
+
+
+def test_what_shows_in_half_precision():
+    x0 = torch.full((2, 3, 50, 50), 128 / 255)
+    wide = lambda x: x  # noqa: E731
+    off = torch.zeros_like(x0)
+    off.view(-1)[:15] = 1.6 / 255  # 15 of 15 000
+    assert decoding.what_shows(wide, lambda x: x + 0.9 / 255, x0) == ""
+    assert decoding.what_shows(wide, lambda x: x + off, x0) == ""
+    off.view(-1)[:16] = 1.6 / 255
+    assert decoding.what_shows(wide, lambda x: x + off, x0).startswith("0.11% of the pixels")
+    assert decoding.what_shows(wide, lambda x: x * float("inf"), x0) == "its activations overflow"
+
+
+def test_attention_is_chosen_for_samples_as_for_training(tmp_path, monkeypatch):
+    random_sit().save_pretrained(tmp_path / "g")
+    seen, batch = [], sampling.sample_batch
+    watched = lambda model, *rest: seen.append(model.blocks[0].attn.fused_attn) or batch(model, *rest)  # noqa: E731
+    monkeypatch.setattr(sampling, "sample_batch", watched)
+    for dtype in ("fp32", "bf16"):
+        samples(tmp_path / "g", tmp_path / f"{dtype}.npz", "--dtype", dtype, "--num-images", 2)
+    assert seen == [True, False]
 
 
 def test_generate_refuses(teacher, tmp_path, capsys):

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from train_cc.io.threads import share_cores
+
 # What a path or a disk can do to a command that is right. Any other OSError is a bug, and looks like one.
 OF_THE_DISK = {
     errno.ENOENT,
@@ -60,12 +62,16 @@ def report(message: str) -> None:
 
 
 def exits_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command's ``main``: an `InputError` becomes its message on stderr and exit code 2; Ctrl-C ends quietly."""
+    """Wrap a command's ``main``: an `InputError` becomes its message on stderr and exit code 2; Ctrl-C ends quietly.
+
+    Commands import torch inside of ``main``; before it runs, the threads are settled (io/threads.py).
+    """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
+        share_cores()
         try:
             return main(*args, **kwargs)
         except KeyboardInterrupt:

@@ -1,0 +1,48 @@
+"""One rule for threads on the CPU: the cores that a process may use, shared by the processes beside it.
+
+A thread that waits sleeps. Spinning, as OpenMP does by itself, takes a core from whoever has work for it: where other
+processes run, two spinning threads are several times slower than one. What the user has set is respected.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+_ours: dict[str, str] = {}  # what this process has set, and may set again
+
+
+def quota(cgroup: Path = CGROUP) -> float:
+    """Cores that a container may use, by its quota of time; infinity where there is none."""
+    try:
+        if (cgroup / "cpu.max").exists():  # version 2
+            time, period = (cgroup / "cpu.max").read_text().split()
+        else:
+            time, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        cores = float(time) / float(period)  # "max" is no number
+    except (OSError, ValueError):
+        return float("inf")
+    return cores if cores > 0 else float("inf")
+
+
+def usable_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    there = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, int(min(there, quota())))
+
+
+def share_cores(processes: int = 1) -> None:
+    """Settle OpenMP's threads for this process and those that it starts, ``processes`` of them at once.
+
+    Does nothing once torch is imported: OpenMP has read its variables then.
+    """
+    if "torch" in sys.modules:
+        return
+    told = {"OMP_NUM_THREADS": str(max(1, usable_cores() // processes)), "OMP_WAIT_POLICY": "passive"}
+    for name, value in told.items():
+        if os.environ.get(name) in (None, "", _ours.get(name)):
+            os.environ[name] = _ours[name] = value
+
+
+if __name__ == "__main__":
+    print(usable_cores())
