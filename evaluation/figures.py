@@ -10,9 +10,9 @@ from evaluation.files import LEAST_IMAGES, provenance_of, read_images
 from evaluation.metrics import (
     check_features,
     check_statistics,
-    covered,
     distance_of_checked,
     inception_score,
+    neighbours,
     precision_recall,
     statistics,
 )
@@ -70,9 +70,8 @@ def bootstrap(features: Tensor, logits: Tensor, reference: Reference, rounds: in
 
     The balls of precision and recall are those of all images: a resampled set has duplicates, which would shrink them.
     """
-    inside, found = (
-        covered(a, b).double() for a, b in ((reference.features, features), (features, reference.features))
-    )
+    near = neighbours(reference.features, features)
+    inside, found = (near.inside > 0).double(), near.found.double()
     drawn: dict[str, list[float]] = {"FID": [], "Recall": [], "IS": [], "Precision": []}
     for i in range(rounds):
         generator = rng_of(seed, i)
