@@ -62,10 +62,15 @@ def labels_of(indices: range, seed: int, num_classes: int, mode: str) -> Tensor:
     return torch.cat([Draws(seed, RANDOM_LABEL, i).integers(num_classes, 1) for i in indices])
 
 
-@torch.no_grad()
 def generate_batch(model: SiT, decode, indices: range, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """-> images uint8 (B, H, W, C), labels (B,)."""
     y = labels_of(indices, args.seed, model.null_class, args.labels)
+    return images_of_labels(model, decode, indices, y, args), y.numpy()
+
+
+@torch.no_grad()
+def images_of_labels(model: SiT, decode, indices: range, y: Tensor, args: argparse.Namespace) -> np.ndarray:
+    """uint8 (B, H, W, C): image i of ``indices``, of the class y[i]. Raises `InputError` where they are not finite."""
     noise, labels = ImageNoise(args.seed, indices, model.sample_shape, model.device), y.to(model.device)
 
     def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ def generate_batch(model: SiT, decode, indices: range, args: argparse.Namespace)
                 f"{what} {indices[0]} to {indices[-1]} hold NaN or infinity: the weights are damaged, the guidance "
                 "scale is too large, or --dtype too narrow; no images are made of them"
             )
-    return images_to_uint8(images).numpy(), y.numpy()
+    return images_to_uint8(images).numpy()
 
 
 # The model, and how it is sampled --------------------------------------------------------------------------------
@@ -100,9 +105,16 @@ class Source:
     rewards_sha256: list[str] = field(default_factory=list)  # networks that rewarded it, as far as it is recorded
 
     @property
+    def config(self) -> dict:
+        return self.checkpoint.units["model_config"] if self.checkpoint is not None else read_sit_config(self.path)
+
+    @property
     def in_channels(self) -> int:
-        config = self.checkpoint.units["model_config"] if self.checkpoint is not None else read_sit_config(self.path)
-        return config["in_channels"]
+        return self.config["in_channels"]
+
+    @property
+    def num_classes(self) -> int:
+        return self.config["num_classes"]
 
     def load(self) -> SiT:
         """A checkpoint's EMA weights where there are some."""

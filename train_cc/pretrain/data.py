@@ -21,7 +21,13 @@ from train_cc.io.write import MARK, check_output_file, need_space, record, write
 if TYPE_CHECKING:
     from torch import Tensor
 
-DATASETS = ("digits", "fashion-mnist")
+CLASS_NAMES = {
+    "digits": tuple("0123456789"),
+    "fashion-mnist": (
+        "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+    ),
+}  # fmt: skip
+DATASETS = tuple(CLASS_NAMES)
 NUM_CLASSES = 10  # of both
 IDX_FOLDER = "a folder of Fashion-MNIST's idx files (train-images-idx3-ubyte and so on, or .gz)"
 
