@@ -17,16 +17,20 @@ from train_cc.io.errors import InputError
 CUBIC = {"kid_kernel": "poly", "kid_kernel_poly_degree": 3, "kid_kernel_poly_gamma": None, "kid_kernel_poly_coef0": 1}
 KID_SUBSET, LEAST_SUBSETS = 1000, 10
 DIRECTIONS, DIRECTIONS_AT_ONCE = 512, 64
+MOST_SETS = 64
 SETS, SUBSETS, SLICES = 21, 22, 23  # first keys of the draws
 
 
 def equal_sets(generated: int, reference: int, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Indices of disjoint sets of ``size``, drawn at random, as many as the larger side has; the other side's recur."""
+    """Indices of disjoint sets of ``size``, drawn at random, as many as the larger side has; the other side's recur.
+
+    No more than 64: a handful of samples against many images would have thousands.
+    """
     sides = []
     for side, count in enumerate((generated, reference)):
         order = torch.randperm(count, generator=rng_of(SETS, side, count))
         sides.append(order.split(size)[: count // size])
-    number = max(map(len, sides))
+    number = min(MOST_SETS, max(map(len, sides)))
     return [tuple(sets[i % len(sets)] for sets in sides) for i in range(number)]
 
 

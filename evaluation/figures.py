@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evaluation.distances import LEAST_SUBSETS, equal_sets, kid, mean_over, sliced_wasserstein
 from evaluation.files import LEAST_IMAGES
-from evaluation.metrics import check_features, distance_of_checked, inception_score, neighbours, statistics
+from evaluation.metrics import check_features, distance_of_checked, inception_score, neighbours, root_of, statistics
 from train_cc.draws import rng_of
 from train_cc.io.errors import InputError
 from train_cc.models.features import FeatureSpace
@@ -63,6 +63,11 @@ class Reference:
         else:
             self.statistics = statistics(self.features)
             self.source = f"computed from the reference's {len(self.features)} images: it stores no mu and sigma"
+        self._root = root_of(self.statistics[1])
+
+    def distance(self, features: Tensor) -> float:
+        """The FID of (N, D) features."""
+        return distance_of_checked(*statistics(features), *self.statistics, self._root)
 
 
 @dataclass(frozen=True)
@@ -98,14 +103,13 @@ class Sets:
     def figures(self) -> dict[str, float]:
         return {name: tally.mean() for name, (_, tally) in self.tallies.items()}
 
-    def distances(self, rows: Tensor | slice = slice(None)) -> dict[str, float]:
-        """FD (of the sets against the statistics) and SW (against sets of the reference) of some of the samples."""
-
-        def frechet(part: Tensor, _) -> float:
-            return distance_of_checked(*statistics(part), *self.reference.statistics)
-
+    def distances(self, rows: Tensor | slice = slice(None), frechet: bool = True) -> dict[str, float]:
+        """SW (against sets of the reference) and FD (of the sets, against the statistics) of some of the samples."""
         sides = (self.generated[rows], self.reference.features)
-        return {"FD": mean_over(self.pairs, frechet, *sides), "SW": mean_over(self.pairs, sliced_wasserstein, *sides)}
+        found = {"SW": mean_over(self.pairs, sliced_wasserstein, *sides)}
+        if frechet:
+            found["FD"] = mean_over(self.pairs, lambda part, _: self.reference.distance(part), *sides)
+        return found
 
     def recall_of_classes(self) -> list[float | None] | None:
         """Of the reference images of each class; None for a class without images, or where there are no labels."""
@@ -122,11 +126,12 @@ def by_class(values: np.ndarray, labels: np.ndarray, weights: np.ndarray | None 
     return [float(a / b) if b else None for a, b in zip(total, weight, strict=True)]
 
 
-def row_of(embedded: Embedded, reference: Reference, size: int, rounds: int, real: dict | None) -> dict:
-    """``size``: of the sets. ``real``: the distances of held-out real images, for the ratios to them."""
+def row_of(
+    embedded: Embedded, reference: Reference, size: int, rounds: int = 0, real: dict | None = None, held: bool = False
+) -> dict:
+    """``size``: of the sets. ``real``: the distances of held-out real images, for the ratios; ``held``: of these."""
     sets = Sets(embedded.features, reference, size)
-    fid = distance_of_checked(*statistics(embedded.features), *reference.statistics)
-    figures, errors = {"FID": fid} | sets.figures(), {}
+    figures, errors = {"FID": reference.distance(embedded.features)} | sets.figures(), {}
     if embedded.logits is not None:
         figures["IS"] = inception_score(embedded.logits)
     if min(len(embedded.features), len(reference.features)) >= 2 * LEAST_SUBSETS:
@@ -136,7 +141,7 @@ def row_of(embedded: Embedded, reference: Reference, size: int, rounds: int, rea
     if reference.whole is not None:
         adm = neighbours(reference.whole, embedded.features).figures()
         figures |= {"ADM recall": adm["Recall"], "ADM precision": adm["Precision"]}
-    distances = sets.distances()
+    distances = sets.distances(frechet=held or real is not None)
     figures |= {"SW": distances["SW"]} | ratios(distances, real)
     row = {"figures": figures, "images": len(embedded.features), "standard_errors": errors, "distances": distances}
     row["classes"] = {"recall": sets.recall_of_classes()}
@@ -169,8 +174,8 @@ def bootstrap(embedded: Embedded, sets: Sets, rounds: int, real: dict | None, se
         rows = [torch.randint(count, (count,), generator=generator) for count in counts]
         found = {name: tally.mean(rows[side]) for name, (side, tally) in sets.tallies.items()}
         chosen = embedded.features[rows[0]]
-        found["FID"] = distance_of_checked(*statistics(chosen), *sets.reference.statistics)
-        distances = sets.distances(rows[0])
+        found["FID"] = sets.reference.distance(chosen)
+        distances = sets.distances(rows[0], real is not None)
         found |= {"SW": distances["SW"]} | ratios(distances, real)
         if embedded.logits is not None:
             found["IS"] = inception_score(embedded.logits[rows[0]])

@@ -60,18 +60,25 @@ def frechet_distance(
     return distance_of_checked(*generated, *reference)
 
 
-def distance_of_checked(mu_g: np.ndarray, sigma_g: np.ndarray, mu_r: np.ndarray, sigma_r: np.ndarray) -> float:
-    """`frechet_distance` of what `check_statistics` gave, or of our own `statistics`.
+def root_of(sigma: np.ndarray) -> np.ndarray:
+    """The symmetric square root of a covariance (D, D)."""
+    values, vectors = np.linalg.eigh(sigma)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
-    tr (sigma_g sigma_r)^(1/2) is the sum of the roots of the eigenvalues of sigma_g^(1/2) sigma_r sigma_g^(1/2), which
+
+def distance_of_checked(
+    mu_g: np.ndarray, sigma_g: np.ndarray, mu_r: np.ndarray, sigma_r: np.ndarray, root_r: np.ndarray | None = None
+) -> float:
+    """`frechet_distance` of what `check_statistics` gave, or of our own `statistics`. ``root_r``: `root_of` sigma_r.
+
+    tr (sigma_g sigma_r)^(1/2) is the sum of the roots of the eigenvalues of sigma_r^(1/2) sigma_g sigma_r^(1/2), which
     is symmetric: exact also for singular covariances (more features than samples), where a general square root or the
     eigenvalues of the product lose half the digits.
     """
     if mu_g.shape != mu_r.shape:
         raise InputError(f"FID needs statistics of one feature size: mu {mu_g.shape} and {mu_r.shape}")
-    values, vectors = np.linalg.eigh(sigma_g)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    roots = np.sqrt(np.linalg.eigvalsh(root @ sigma_r @ root).clip(min=0))
+    root = root_of(sigma_r) if root_r is None else root_r
+    roots = np.sqrt(np.linalg.eigvalsh(root @ sigma_g @ root).clip(min=0))
     distance = np.sum((mu_g - mu_r) ** 2) + np.trace(sigma_g) + np.trace(sigma_r) - 2 * roots.sum()
     if not np.isfinite(distance):
         raise InputError(f"the FID is {distance}: the statistics are beyond what float64 holds")

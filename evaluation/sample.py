@@ -82,9 +82,8 @@ def class_of(text: str, names: list[str] | None, count: int) -> int:
     if len(found) == 1:
         return found[0]
     near = ", ".join(f"{k} ({names[k]})" for k in (found or within)[:8])
-    told = (
-        f"several classes have it: {near}" if found else f"no class has that name{f'; near it: {near}' if near else ''}"
-    )
+    told = "several classes have that name" if found else "no class has that name"
+    told += f", such as {near}" if near else ""
     raise InputError(f"--classes {text[:80]!r}: {told}; give a number from 0 to {count - 1} or another name")
 
 

@@ -85,7 +85,7 @@ def judge(args: argparse.Namespace, names: list[str], space: FeatureSpace, held:
     size, rows, ceiling = set_size(args, held), {}, None
     if held.out is not None:
         embedded = embed(held.out, held.path, space, args.batch_size, "held-out")
-        ceiling = row_of(embedded, reference, size, 0, None)
+        ceiling = row_of(embedded, reference, size, held=True)
     if args.adm:
         halved = args.held_out == HALVES
         reference.whole = torch.cat([reference.features, embedded.features]) if halved else reference.features

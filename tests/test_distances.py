@@ -112,7 +112,7 @@ def test_sliced_wasserstein_of_a_shift_in_closed_form():
 
 
 @pytest.mark.parametrize(
-    ("generated", "reference", "size", "number"), [(10, 10, 10, 1), (25, 10, 10, 2), (4, 13, 4, 3)]
+    ("generated", "reference", "size", "number"), [(10, 10, 10, 1), (25, 10, 10, 2), (4, 13, 4, 3), (2, 200, 2, 64)]
 )
 def test_sets_are_disjoint_and_of_one_size(generated, reference, size, number):
     sets = equal_sets(generated, reference, size)

@@ -200,7 +200,7 @@ def test_figures_of_sets_are_means_over_equal_counts():
     """70 samples against 30 images: two sets of 30, each as a table of its own would have it."""
     torch.manual_seed(0)
     real, made = torch.randn(30, 3), torch.randn(70, 3) * 1.1
-    row = figures.row_of(embedded(made), figures.Reference(embedded(real)), 30, 0, None)["figures"]
+    row = figures.row_of(embedded(made), figures.Reference(embedded(real)), 30)["figures"]
     sets = equal_sets(70, 30, 30)
     assert len(sets) == 2
     parts = [neighbours(real[b], made[a]).figures() for a, b in sets]
@@ -218,9 +218,7 @@ def test_recall_and_accuracy_of_a_class(capsys):
     made = real + 100 * torch.from_numpy(labels == 1)[:, None]
     logits = torch.nn.functional.one_hot(torch.from_numpy(np.where(labels == 1, 0, labels)), 3).float()
     reference = figures.Reference(figures.Embedded(real, logits, labels, True))
-    good, bad = (
-        figures.row_of(figures.Embedded(x, logits, labels, True), reference, 60, 0, None) for x in (real, made)
-    )
+    good, bad = (figures.row_of(figures.Embedded(x, logits, labels, True), reference, 60) for x in (real, made))
     assert good["classes"] == {"recall": [1, 1, 1], "accuracy": [1, 0, 1]}
     assert bad["classes"]["recall"][1] < 0.9
     (line,) = files.suffered({"first": good, "second": bad})
