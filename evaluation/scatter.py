@@ -1,6 +1,7 @@
 """The frontier's picture: recall against precision, a panel a space, numbered points with a legend."""
 
 import io
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -19,14 +20,16 @@ def picture(spaces: list[dict], colours: dict[str, str], against: dict[str, str]
 
     Error bars are standard deviations of a seed. An arrow leads from a control to the row that is compared with it.
     """
-    height = 4.6 + 0.2 * -(-len(colours) // 3)
+    height = 5.6 + 0.2 * -(-len(colours) // 3)
     figure, panels = plt.subplots(1, len(spaces), figsize=(5.6 * max(len(spaces), 2), height), squeeze=False)
     for axes, space in zip(panels[0], spaces, strict=True):
         panel(axes, space["rows"], colours, against)
         axes.set_title(space["features"], fontsize=10)
     panels[0][0].set_ylabel("recall (diversity)")
     handles = [
-        plt.Line2D([], [], color=colour, marker=f"${number}$", markersize=9, linestyle="", label=name)
+        plt.Line2D(
+            [], [], color=colour, marker=f"${number}$", markersize=5 + 2 * len(str(number)), linestyle="", label=name
+        )
         for number, (name, colour) in enumerate(colours.items(), 1)
     ]
     handles += [plt.Line2D([], [], color=REAL, marker="*", markersize=11, linestyle="", label="real images, held out")]
@@ -62,7 +65,31 @@ def panel(axes: plt.Axes, rows: dict[str, dict], colours: dict[str, str], agains
     axes.set_xlabel("precision (quality)")
     axes.grid(alpha=0.3)
     axes.margins(0.08)
+    points = {name: clipped(axes, point, low_of(points), colours[name]) for name, point in points.items()}
     number_points(axes, points, numbers, colours)
+
+
+def low_of(points: dict[str, tuple[float, float]]) -> float:
+    """The recall below which rows have collapsed: a gap under the others that is wider than all of these together."""
+    values = sorted({recall for _, recall in points.values()}, reverse=True)
+    for upper, lower in itertools.pairwise(values):
+        if upper - lower > max(values[0] - upper, 0.1):
+            return upper
+    return values[-1]
+
+
+def clipped(axes: plt.Axes, point: tuple[float, float], low: float, colour: str) -> tuple[float, float]:
+    """``point``, or where its mark stands on the lower border: a collapsed row would press all others together."""
+    precision, recall = point
+    top = axes.get_ylim()[1]
+    border = low - 0.12 * (top - low)
+    axes.set_ylim(bottom=border)
+    if recall >= low:
+        return point
+    axes.plot(precision, border, "v", color=colour, markersize=8, clip_on=False, zorder=4)
+    beside = {"textcoords": "offset points", "va": "center", "fontsize": 7, "color": colour}
+    axes.annotate(f"recall {recall:.2f}", (precision, border), xytext=(10, 8), **beside)
+    return precision, border
 
 
 def number_points(axes: plt.Axes, points: dict, numbers: dict[str, int], colours: dict[str, str]) -> None:

@@ -359,3 +359,10 @@ def test_the_picture_shows_every_row(tmp_path):
     colours = {name: "tab:blue" for name in rows if name != "held-out real"}
     scatter.picture(spaces, colours, {"row 1": "row 0"}, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_a_collapsed_row_does_not_press_the_others_together():
+    points = {"a": (0.5, 0.8), "b": (0.6, 0.6), "c": (0.7, 0.45)}
+    assert scatter.low_of(points) == 0.45
+    assert scatter.low_of(points | {"d": (0.7, 0.01)}) == 0.45
+    assert scatter.low_of({"a": (0.5, 0.8)}) == 0.8
