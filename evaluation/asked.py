@@ -1,4 +1,4 @@
-"""What a product was asked for with: it is kept for the same settings alone, and a difference is named."""
+"""What a product was asked for with: it is kept for the same settings alone; a stale one is put aside, and said so."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from train_cc.io.read import read_json, sha256
 from train_cc.io.write import mark_of, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
+GIVEN = {"OUTPUT_DIR", "TEACHER", "RESUME_CKPT", "SEED"}  # variables of the launchers that the frontier gives itself
 
 
 def folder_sha256(folder: Path) -> str:
@@ -21,10 +22,18 @@ def folder_sha256(folder: Path) -> str:
 
 
 def settings_of(script: Path, words: list[str], **more: object) -> dict[str, str]:
-    """All that decides what ``script`` makes: its text, the flags, the variables that it reads, and ``more``."""
-    settings = {"launcher's SHA-256": sha256(script)} | {name: str(value) for name, value in more.items()}
-    read = set(re.findall(r"\$\{([A-Z0-9_]+)", script.read_text(encoding="utf-8")))
-    settings |= {name: os.environ[name] for name in sorted(read - {"OUTPUT_DIR", "TEACHER"}) if name in os.environ}
+    """All that decides what ``script`` makes: its commands, the flags, the variables that it reads, and ``more``."""
+    text = script.read_text(encoding="utf-8")
+    commands = "\n".join(line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
+    settings = {"launcher's SHA-256": hashlib.sha256(commands.encode()).hexdigest()}
+    read = sorted(set(re.findall(r"\$\{([A-Z0-9_]+)", text)) - GIVEN)
+    settings |= {name: os.environ[name] for name in read if name in os.environ}
+    return settings | plain_settings(words, **more)
+
+
+def plain_settings(words: list[str], **more: object) -> dict[str, str]:
+    """Flag -> its words, a repeated one's all; and ``more``."""
+    settings = {name: str(value) for name, value in more.items()}
     flag = ""
     for word in words:
         if word.startswith("--"):
@@ -35,33 +44,44 @@ def settings_of(script: Path, words: list[str], **more: object) -> dict[str, str
     return settings
 
 
-def require_same(note: Path, settings: dict[str, str], product: Path) -> None:
-    """``product`` is not there yet, or was asked for with ``settings``; they are noted. Raises `InputError`."""
-    if product.is_dir() and any(product.iterdir()):
+def content_sha256(path: Path) -> str:
+    """Of a file, or of a folder's files."""
+    return folder_sha256(path) if path.is_dir() else sha256(path)
+
+
+def keep_or_put_aside(note: Path, settings: dict[str, str], product: Path, aside: Path) -> None:
+    """After it ``product`` is absent, or was asked for with ``settings``, which are noted in ``note``.
+
+    A stale product, and one that is damaged beyond reading its note, is moved into the folder ``aside``, never deleted.
+    Raises `InputError` for one without a note: nobody knows whose it is.
+    """
+    if product.exists() and (product.is_file() or any(product.iterdir())):
         if not note.is_file():
             raise InputError(f"{product} is there, but {note}, which says how it was made, is not: move it away")
+        differing = differences(recorded_in(note), settings)
+        if not differing:
+            return
+        aside.mkdir(parents=True, exist_ok=True)
+        number = next(k for k in range(1, 10**6) if not (aside / f"{note.stem}-{k}").exists())
+        print(f"stale: {product} was made with {'; '.join(differing[:6])}; now in {aside.name}/{note.stem}-{number}")
+        os.replace(product, aside / f"{note.stem}-{number}")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(note, json.dumps({"made_by": mark_of("settings"), "settings": settings}, indent=2) + "\n")
+
+
+def recorded_in(note: Path) -> dict:
+    """The settings in a note; {} for what is damaged."""
+    try:
         content = read_json(note, "the settings of a product")
         require_plain(content, note)
-        recorded = content.get("settings")
-        recorded = recorded if isinstance(recorded, dict) else {}
-        differing = [
-            f"{name} {recorded.get(name, 'not given')!s:.80}, asked {settings.get(name, 'not given')!s:.80}"
-            for name in sorted(settings.keys() | recorded.keys())
-            if settings.get(name) != recorded.get(name)
-        ]
-        if differing:
-            raise InputError(
-                f"{product} was made with {'; '.join(differing[:6])}. It is kept: choose another --output-dir, or "
-                "move it away to make it again"
-            )
-    else:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(note, json.dumps({"made_by": mark_of("settings"), "settings": settings}, indent=2) + "\n")
+    except InputError:
+        return {}
+    return content["settings"] if isinstance(content.get("settings"), dict) else {}
 
 
-def require_reference(content: dict, path: Path) -> None:
-    """The reference that a row was evaluated against is still the one that lies there. Raises `InputError`."""
-    reference = content.get("reference")
-    there = isinstance(reference, str) and reference and (ROOT / reference).is_file()
-    if there and sha256(ROOT / reference) != content.get("reference_sha256"):
-        raise InputError(f"{reference} has changed since {path} was made; move that row away to make it again")
+def differences(recorded: dict, settings: dict[str, str]) -> list[str]:
+    return [
+        f"{name} {recorded.get(name, 'not given')!s:.80}, asked {settings.get(name, 'not given')!s:.80}"
+        for name in sorted(settings.keys() | recorded.keys())
+        if settings.get(name) != recorded.get(name)
+    ]

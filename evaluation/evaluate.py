@@ -1,28 +1,40 @@
-"""Figures of sample files against a reference: a table, and a JSON file that carries their provenance.
+"""Figures of sample files against a reference in feature spaces: a table each, and a JSON file with their provenance.
 
-`python -m evaluation.evaluate s.npz VIRTUAL_imagenet256_labeled.npz --inception`
-`python -m evaluation.evaluate s.npz reference.npz --classifier runs/digits/classifier_evaluation`
+`python -m evaluation.evaluate s.npz VIRTUAL_imagenet256_labeled.npz --inception --held-out halves`
+`python -m evaluation.evaluate a.npz b.npz reference.npz --space classifier:FOLDER classifier:OTHER pixels`
 
-ADM's protocol: FID against the reference's stored mu and sigma where it has them, else against its images; precision
-and recall against its images; Inception Score of the samples alone, in consecutive chunks of 5000, unshuffled. A figure
-of fewer than 50 000 images says so: FID-5k. Several sample files may stand before the reference, each a row;
-`--picture` draws the first images of each, a row a file, the same noise and label a column.
+ADM's protocol for FID (against the reference's stored mu and sigma where it has them, else against its images) and
+Inception Score (of the samples alone, in consecutive chunks of 5000, unshuffled). Precision, recall, density, coverage
+(k = 3) and sliced Wasserstein (SW) are means over disjoint sets of one size on both sides: that of the smallest file.
+A figure of fewer than 50 000 images says so: FID-5k. KID has no bias from the count, and a standard error.
+
+`--held-out`: other real images, or `halves`: one half of the reference, the other is measured against. They are the
+last row, the ceiling; FDr and SWr are the Frechet and the sliced Wasserstein distance of sets, over that of the
+held-out images, the mean over all spaces: a fresh real draw scores 1. Several sample files may stand before the
+reference, each a row; `--picture` draws the first images of each, a row a file, the same noise and label a column.
 """
 
 import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from evaluation.files import apart, image_shape, over_seeds, printable, table, table_over_seeds, write_figures
+from evaluation.files import (
+    HELD_OUT,
+    apart,
+    image_shape,
+    over_seeds,
+    printable,
+    read_images,
+    suffered,
+    table,
+    table_over_seeds,
+    write_figures,
+)
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import sha256
 from train_cc.io.write import check_output_file, library_versions
-
-if TYPE_CHECKING:
-    from train_cc.models.features import FeatureSpace
 
 
 def row_name(text: str) -> str:
@@ -36,20 +48,27 @@ def build_parser() -> flags.Parser:
     parser.add_argument("samples", type=flags.path, nargs="+", help="sample .npz files")
     parser.add_argument("reference", type=flags.path, help="reference .npz")
     space = parser.add_mutually_exclusive_group(required=True)
-    space.add_argument("--classifier", type=flags.path, help="features of a folder of train_cc/pretrain/classifier.py")
+    space.add_argument("--space", nargs="+", help=flags.JUDGING_SPACES)
+    space.add_argument("--classifier", type=flags.path, help="the same as --space classifier:FOLDER")
     space.add_argument(
         "--inception",
         nargs="?",
         type=flags.path,
         const=None,
         default=argparse.SUPPRESS,
-        help="Inception; [weights file]",
+        help="the same as --space inception; [weights file]",
     )
+    parser.add_argument("--inception-weights", type=flags.path, help="torch-fidelity's file; without it, downloaded")
+    parser.add_argument("--dinov2-backbone", help="official file or URL, for the space dinov2")
+    parser.add_argument("--held-out", help="real images for the ceiling's row, .npz; halves: of the reference")
     parser.add_argument(
         "--names", type=row_name, nargs="+", help="a name for each sample file; without it, the file's own"
     )
     parser.add_argument(
         "--over-seeds", action="store_true", help="rows named 'NAME, seed N': also their means and standard deviations"
+    )
+    parser.add_argument(
+        "--adm", action="store_true", help="also precision and recall as ADM has them: of all images, not of equal sets"
     )
     parser.add_argument("--batch-size", type=flags.BATCH, default=250)
     parser.add_argument(
@@ -71,8 +90,11 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
         raise InputError(f"--names gives {len(names)} names for {len(args.samples)} sample files")
     if len(set(names)) != len(names):
         raise InputError(f"two rows have one name in {', '.join(names)}; tell them apart by --names")
+    if HELD_OUT in names:
+        raise InputError(f"no row of samples can be named {HELD_OUT}: that is the ceiling's")
     if args.over_seeds:
         over_seeds({name: {} for name in names})
+    check_spaces(args)
     for flag, path, kind in (("--output", args.output, "figures"), ("--picture", args.picture, "a picture")):
         if path is not None:
             check_output_file(path, flag=flag, kind=kind)
@@ -90,14 +112,41 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
     return names
 
 
-def warn_of_rewards(path: Path, provenance: dict | None, space: "FeatureSpace") -> None:
+def check_spaces(args: argparse.Namespace) -> None:
+    """``args.space`` lists the spaces, however they were asked for, each once."""
+    if args.classifier is not None:
+        args.space = [f"classifier:{args.classifier}"]
+    elif "inception" in args:
+        args.space, args.inception_weights = ["inception"], args.inception or args.inception_weights
+    repeated = {text for text in args.space if args.space.count(text) > 1}
+    if repeated:
+        raise InputError(f"--space names {', '.join(sorted(repeated))} twice; each space once")
+    if args.held_out not in (None, "halves"):
+        image_shape(Path(args.held_out), "held-out")
+
+
+def warn_of_rewards(name: str, judged: dict, row: dict) -> None:
     """A reward moves its own space first: figures there say little."""
-    rewarded = (provenance or {}).get("rewards_sha256")
-    if isinstance(rewarded, list) and space.sha256 in rewarded:
+    rewarded = (row["generation"] or {}).get("rewards_sha256")
+    if isinstance(rewarded, list) and judged["features_sha256"] in rewarded:
         print(
-            f"warning: {space.name} rewarded the generator of {path}: judge it in a space that no reward used",
+            f"warning: {judged['features']} rewarded the generator of {name}: judge it in a space that no reward used",
             file=sys.stderr,
         )
+
+
+def show(args: argparse.Namespace, judged: list[dict], means: dict[str, dict], size: int) -> None:
+    """The tables: of each space, and where there are several and something is held out, of all."""
+    count = next(iter(judged[0]["rows"].values()))["images"]
+    for each in judged:
+        print(table(each["rows"], count, size))
+        if args.over_seeds:
+            print(table_over_seeds(each["rows"], count, size))
+        print(f"features: {each['features']}; FID reference: {each['fid_reference']}; sets of {size} images")
+        print("".join(f"{line}\n" for line in suffered(each["rows"], args.over_seeds)))
+    if means and len(judged) > 1:
+        shown = table_over_seeds if args.over_seeds else table
+        print(f"the mean over {len(judged)} spaces:\n{shown(means, count)}\n")
 
 
 @exits_on_input_error
@@ -107,43 +156,48 @@ def main(argv: list[str] | None = None) -> None:
     # Networks take seconds to import: what is wrong with the command line has been said.
     import torch
 
-    from evaluation.figures import Reference, check_reference, evaluate
-    from train_cc.models.features import load_space
-    from train_cc.run.pictures import save_grid
+    from evaluation.spaces import check_reference, judge, load_spaces, over_spaces, set_size, stored_by_space
+    from evaluation.split import hold_out
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.classifier:
-        space = load_space(f"classifier:{args.classifier}", device)
-    else:
-        space = load_space("inception", device, inception_weights=args.inception)
+    spaces = load_spaces(args, image_shape(args.reference)[1:], "cuda" if torch.cuda.is_available() else "cpu")
     if args.check:
-        check_reference(args.reference, space)
+        check_reference(args.reference, spaces)
         return
-    reference = Reference(args.reference, space, args.batch_size)
-    rows, pictures = {}, []
-    for name, path in zip(names, args.samples, strict=True):
-        rows[name], images = evaluate(path, reference, space, args.batch_size, args.bootstrap)
-        warn_of_rewards(path, rows[name]["generation"], space)
-        pictures.append(images[: args.picture_columns].copy())
-    print(table(rows, next(iter(rows.values()))["images"]))
-    if args.over_seeds:
-        print(table_over_seeds(rows, next(iter(rows.values()))["images"]))
-    print(f"features: {space.name}; FID reference: {reference.source}")
+    held = hold_out(args.reference, args.held_out)
+    stored = stored_by_space(held.reference, args.reference, spaces)
+    judged = [judge(args, names, space, held, stored) for space in spaces]
+    for each in judged:
+        for name in names:
+            warn_of_rewards(name, each, each["rows"][name])
+    means = over_spaces(judged) if held.out is not None else {}
+    show(args, judged, means, set_size(args, held))
     if args.output:
-        write_figures(
-            args.output,
-            rows,
-            features=space.name,
-            features_sha256=space.sha256,
-            fid_reference=reference.source,
-            reference=str(args.reference),
-            reference_sha256=sha256(args.reference),
-            arguments=vars(args),
-            versions=library_versions(),
-        )
+        write(args, judged, means, set_size(args, held))
     if args.picture:
-        save_grid(pictures, args.picture, names)
+        from train_cc.run.pictures import save_grid
+
+        save_grid([read_images(path)["arr_0"][: args.picture_columns] for path in args.samples], args.picture, names)
         print(f"picture: {args.picture}")
+
+
+def write(args: argparse.Namespace, judged: list[dict], means: dict[str, dict], size: int) -> None:
+    """The JSON file: the first space's rows, the others' under "more_spaces" in the same form."""
+    for row in (row for each in (*judged, {"rows": means}) for row in each["rows"].values()):
+        row.pop("draws", None)
+    first, *more = judged
+    content = {name: value for name, value in first.items() if name != "rows"}
+    content |= {"more_spaces": more, "over_spaces": means, "set_size": size}
+    if args.held_out not in (None, "halves"):
+        content["held_out_sha256"] = sha256(Path(args.held_out))
+    write_figures(
+        args.output,
+        first["rows"],
+        **content,
+        reference=str(args.reference),
+        reference_sha256=sha256(args.reference),
+        arguments=vars(args),
+        versions=library_versions(),
+    )
 
 
 if __name__ == "__main__":

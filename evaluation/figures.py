@@ -1,113 +1,198 @@
-"""A row of figures: samples against a reference in one feature space, under ADM's protocol."""
+"""A row of figures: samples against a reference in one feature space, under ADM's protocol, at equal counts.
 
+FID is of all samples, as ADM has it. Precision, recall, density, coverage and sliced Wasserstein depend on how many
+images there are on each side: they are means over disjoint sets of one size, the same for all rows of a table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.files import LEAST_IMAGES, provenance_of, read_images
-from evaluation.metrics import (
-    check_features,
-    check_statistics,
-    covered,
-    distance_of_checked,
-    inception_score,
-    precision_recall,
-    statistics,
-)
+from evaluation.distances import LEAST_SUBSETS, equal_sets, kid, mean_over, sliced_wasserstein
+from evaluation.files import LEAST_IMAGES
+from evaluation.metrics import check_features, distance_of_checked, inception_score, neighbours, root_of, statistics
 from train_cc.draws import rng_of
 from train_cc.io.errors import InputError
 from train_cc.models.features import FeatureSpace
 
 
-class Reference:
-    """The real side of the figures: features of its images, and the statistics for FID."""
+@dataclass(frozen=True)
+class Embedded:
+    """Images of one file in one space."""
 
-    def __init__(self, path: Path, space: FeatureSpace, batch: int):
-        content = read_images(path, "reference")
-        self.path, self.image_shape = path, content["arr_0"].shape[1:]
-        stored = stored_statistics(content, path)
-        self.features, _ = space.of(content["arr_0"], batch)
-        check_features(self.features, "reference", LEAST_IMAGES)
-        size = self.features.shape[1]
+    features: Tensor  # (N, D)
+    logits: Tensor | None  # (N, classes)
+    labels: np.ndarray | None  # (N,), where the file has some
+    knows_labels: bool  # whether the logits are of the labels' classes
+
+    @property
+    def right(self) -> np.ndarray | None:
+        """(N,): whether the label is the largest logit; None where the logits are of other classes."""
+        if self.labels is None or not self.knows_labels:
+            return None
+        return self.logits.argmax(dim=1).numpy() == self.labels
+
+
+def embed(content: Mapping[str, np.ndarray], path: Path, space: FeatureSpace, batch: int, what: str) -> Embedded:
+    """Raises `InputError` for features that are not finite, and labels that the space does not know."""
+    features, logits = space.of(content["arr_0"], batch)
+    check_features(features, what, LEAST_IMAGES)
+    labels = content.get("arr_1")
+    if labels is not None and space.knows_labels and not (labels.min() >= 0 and labels.max() < logits.shape[1]):
+        raise InputError(
+            f"{path} has labels from {labels.min()} to {labels.max()}, {space.name} knows 0 to {logits.shape[1] - 1}"
+        )
+    return Embedded(features, logits, labels, space.knows_labels)
+
+
+class Reference:
+    """The real side of the figures: features of its images, and the statistics for FID.
+
+    ``stored``: mu and sigma of this space that the file holds, checked; None: those of its images.
+    """
+
+    def __init__(self, embedded: Embedded, stored: tuple[np.ndarray, np.ndarray] | None = None):
+        self.features, self.labels = embedded.features, embedded.labels
+        self.whole: Tensor | None = None  # with --adm: the features of all images of the file, halved or not
         if stored is not None:
-            if len(stored[0]) != size:
-                raise InputError(f"{path} stores mu {stored[0].shape}, but {space.name} has {size} features")
-            self.statistics = stored
-            self.source = "mu and sigma stored in the reference"
+            self.statistics, self.source = stored, "mu and sigma stored in the reference"
         else:
             self.statistics = statistics(self.features)
             self.source = f"computed from the reference's {len(self.features)} images: it stores no mu and sigma"
+        self._root = root_of(self.statistics[1])
+
+    def distance(self, features: Tensor) -> float:
+        """The FID of (N, D) features."""
+        return distance_of_checked(*statistics(features), *self.statistics, self._root)
 
 
-def stored_statistics(content: dict[str, np.ndarray], path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """mu and sigma that a reference stores, checked; None where it stores none. Raises `InputError`."""
-    if "mu" not in content and "sigma" not in content:
-        return None
-    if "mu" not in content or "sigma" not in content:
-        raise InputError(f"{path} stores {'mu' if 'mu' in content else 'sigma'} alone; both are expected, or none")
-    return check_statistics(content["mu"], content["sigma"], str(path))
+@dataclass(frozen=True)
+class Tally:
+    """Of every image: the sum of what the sets that it was in say of it, and in how many it was."""
+
+    sums: Tensor
+    counts: Tensor
+
+    def mean(self, rows: Tensor | slice = slice(None)) -> float:
+        return (self.sums[rows].sum() / self.counts[rows].sum()).item()
 
 
-def figures(features: Tensor, logits: Tensor, labels: np.ndarray | None, reference: Reference) -> dict[str, float]:
-    """``labels``: (N,), or None where the logits are not of the samples' classes."""
-    check_features(features, "generated", LEAST_IMAGES)
-    precision, recall = precision_recall(reference.features, features)
-    row = {
-        "FID": distance_of_checked(*statistics(features), *reference.statistics),
-        "Recall": recall,
-        "IS": inception_score(logits),
-        "Precision": precision,
-    }
-    if labels is not None:
-        row["accuracy"] = (logits.argmax(dim=1).numpy() == labels).mean().item()
+class Sets:
+    """Samples against reference images in disjoint sets of ``size`` on both sides."""
+
+    def __init__(self, generated: Tensor, reference: Reference, size: int):
+        self.generated, self.reference, self.size = generated, reference, size
+        self.pairs = equal_sets(len(generated), len(reference.features), size)
+        counts = (len(generated), len(reference.features))
+        sums = {"Recall": 1, "Precision": 0, "Density": 0, "Coverage": 1}  # name -> of which side's images
+        sums = {name: (side, torch.zeros(counts[side], dtype=torch.float64)) for name, side in sums.items()}
+        times = [torch.zeros(count) for count in counts]
+        for pair in self.pairs:
+            near = neighbours(reference.features[pair[1]], generated[pair[0]])
+            values = (near.found, near.inside > 0, near.inside / near.k, near.near)
+            for (side, total), value in zip(sums.values(), values, strict=True):
+                total[pair[side]] += value.double()
+            for side, rows in enumerate(pair):
+                times[side][rows] += 1
+        self.tallies = {name: (side, Tally(total, times[side])) for name, (side, total) in sums.items()}
+
+    def figures(self) -> dict[str, float]:
+        return {name: tally.mean() for name, (_, tally) in self.tallies.items()}
+
+    def distances(self, rows: Tensor | slice = slice(None), frechet: bool = True) -> dict[str, float]:
+        """SW (against sets of the reference) and FD (of the sets, against the statistics) of some of the samples."""
+        sides = (self.generated[rows], self.reference.features)
+        found = {"SW": mean_over(self.pairs, sliced_wasserstein, *sides)}
+        if frechet:
+            found["FD"] = mean_over(self.pairs, lambda part, _: self.reference.distance(part), *sides)
+        return found
+
+    def recall_of_classes(self) -> list[float | None] | None:
+        """Of the reference images of each class; None for a class without images, or where there are no labels."""
+        if self.reference.labels is None:
+            return None
+        _, tally = self.tallies["Recall"]
+        return by_class(tally.sums.numpy(), self.reference.labels, tally.counts.numpy())
+
+
+def by_class(values: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> list[float | None]:
+    """The mean of ``values`` (N,) over each class that occurs, weighted; None for one that does not."""
+    weights = np.ones(len(labels)) if weights is None else weights
+    total, weight = np.bincount(labels, values), np.bincount(labels, weights)
+    return [float(a / b) if b else None for a, b in zip(total, weight, strict=True)]
+
+
+def row_of(
+    embedded: Embedded, reference: Reference, size: int, rounds: int = 0, real: dict | None = None, held: bool = False
+) -> dict:
+    """``size``: of the sets. ``real``: the distances of held-out real images, for the ratios; ``held``: of these."""
+    sets = Sets(embedded.features, reference, size)
+    figures, errors = {"FID": reference.distance(embedded.features)} | sets.figures(), {}
+    if embedded.logits is not None:
+        figures["IS"] = inception_score(embedded.logits)
+    if min(len(embedded.features), len(reference.features)) >= 2 * LEAST_SUBSETS:
+        figures["KID"], errors["KID"] = kid(reference.features, embedded.features)
+    if embedded.right is not None:
+        figures["accuracy"] = embedded.right.mean().item()
+    if reference.whole is not None:
+        adm = neighbours(reference.whole, embedded.features).figures()
+        figures |= {"ADM recall": adm["Recall"], "ADM precision": adm["Precision"]}
+    distances = sets.distances(frechet=held or real is not None)
+    figures |= {"SW": distances["SW"]} | ratios(distances, real)
+    row = {"figures": figures, "images": len(embedded.features), "standard_errors": errors, "distances": distances}
+    row["classes"] = {"recall": sets.recall_of_classes()}
+    if embedded.right is not None:
+        row["classes"]["accuracy"] = by_class(embedded.right, embedded.labels)
+    if rounds:
+        row["draws"] = bootstrap(embedded, sets, rounds, real)
+        row["intervals"] = intervals(row)
     return row
 
 
-def bootstrap(features: Tensor, logits: Tensor, reference: Reference, rounds: int, seed: int = 0) -> dict[str, list]:
-    """95 % intervals from ``rounds`` resamplings of the generated images (recall: of the reference's).
+def ratios(distances: dict[str, float], real: dict[str, float] | None) -> dict[str, float]:
+    """To those of held-out real images: FDr, SWr. A fresh real draw scores 1."""
+    if real is None:
+        return {}
+    if min(real.values()) <= 0:
+        raise InputError(f"the held-out images are {real} from the reference: there is nothing to measure by")
+    return {f"{name}r": distances[name] / real[name] for name in ("FD", "SW")}
 
-    The balls of precision and recall are those of all images: a resampled set has duplicates, which would shrink them.
+
+def bootstrap(embedded: Embedded, sets: Sets, rounds: int, real: dict | None, seed: int = 0) -> dict[str, list[float]]:
+    """Every figure but KID in ``rounds`` resamplings of the generated images (recall, coverage: of the reference's).
+
+    The balls are those of all images: a resampled set has duplicates, which would shrink them.
     """
-    inside, found = (
-        covered(a, b).double() for a, b in ((reference.features, features), (features, reference.features))
-    )
-    drawn: dict[str, list[float]] = {"FID": [], "Recall": [], "IS": [], "Precision": []}
+    drawn: dict[str, list[float]] = {}
+    counts = (len(embedded.features), len(sets.reference.features))
     for i in range(rounds):
         generator = rng_of(seed, i)
-        rows = torch.randint(len(features), (len(features),), generator=generator)
-        real = torch.randint(len(found), (len(found),), generator=generator)
-        drawn["FID"].append(distance_of_checked(*statistics(features[rows]), *reference.statistics))
-        drawn["Recall"].append(found[real].mean().item())
-        drawn["IS"].append(inception_score(logits[rows]))
-        drawn["Precision"].append(inside[rows].mean().item())
-    return {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in drawn.items()}
+        rows = [torch.randint(count, (count,), generator=generator) for count in counts]
+        found = {name: tally.mean(rows[side]) for name, (side, tally) in sets.tallies.items()}
+        chosen = embedded.features[rows[0]]
+        found["FID"] = sets.reference.distance(chosen)
+        distances = sets.distances(rows[0], real is not None)
+        found |= {"SW": distances["SW"]} | ratios(distances, real)
+        if embedded.logits is not None:
+            found["IS"] = inception_score(embedded.logits[rows[0]])
+        if embedded.right is not None:
+            found["accuracy"] = embedded.right[rows[0].numpy()].mean().item()
+        for name, value in found.items():
+            drawn.setdefault(name, []).append(value)
+    return drawn
 
 
-def evaluate(
-    samples: Path, reference: Reference, space: FeatureSpace, batch: int, rounds: int = 0
-) -> tuple[dict, np.ndarray]:
-    """-> the row with its figures and their provenance, and the images."""
-    content = read_images(samples)
-    images, provenance = content["arr_0"], provenance_of(content, samples)
-    features, logits = space.of(images, batch)
-    labels = content.get("arr_1") if space.knows_labels else None
-    if labels is not None and not (labels.min() >= 0 and labels.max() < logits.shape[1]):
-        raise InputError(
-            f"{samples} has labels from {labels.min()} to {labels.max()}, {space.name} knows 0 to {logits.shape[1] - 1}"
-        )
-    row = {"figures": figures(features, logits, labels, reference), "images": len(images), "generation": provenance}
-    if rounds:
-        row["intervals"] = bootstrap(features, logits, reference, rounds)
-    return row, images
+def intervals(row: dict) -> dict[str, list[float]]:
+    """95 %, about the figure itself: duplicates add a bias of their own to FID and SW. Of KID: by its error."""
+    found = {name: around(row["figures"][name], values) for name, values in row["draws"].items()}
+    for name, error in row["standard_errors"].items():
+        found[name] = [row["figures"][name] - 1.96 * error, row["figures"][name] + 1.96 * error]
+    return found
 
 
-def check_reference(path: Path, space: FeatureSpace) -> None:
-    """All that `Reference` asks of the file, without the features of all its images. Raises `InputError`."""
-    content = read_images(path, "reference")
-    stored = stored_statistics(content, path)
-    features, _ = space.of(content["arr_0"][:LEAST_IMAGES], LEAST_IMAGES)
-    if stored is not None and len(stored[0]) != features.shape[1]:
-        raise InputError(f"{path} stores mu {stored[0].shape}, but {space.name} has {features.shape[1]} features")
-    print(f"{path} can be evaluated against: {len(content['arr_0'])} images, {space.name}")
+def around(figure: float, draws: list[float]) -> list[float]:
+    return (np.quantile(draws, [0.025, 0.975]) + figure - np.mean(draws)).tolist()

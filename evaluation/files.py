@@ -14,7 +14,12 @@ from train_cc.io.read import Number, check_numbers, npz_headers, parsing, read_j
 from train_cc.io.write import mark_of, write_atomically
 
 HEADLINE = 50_000  # images of a figure that needs no suffix
-METRICS = ("FID", "Recall", "IS", "Precision", "accuracy")
+METRICS = ("FID", "Recall", "IS", "Precision", "accuracy", "Density", "Coverage", "KID", "SW", "FDr", "SWr")
+METRICS += ("ADM recall", "ADM precision")  # of all images against all, whatever their counts
+OF_SETS = ("Recall", "Precision", "Density", "Coverage", "SW")  # their count is that of a set, not of all samples
+OF_NO_COUNT = ("accuracy", "KID", "FDr", "SWr")
+HELD_OUT = "held-out real"  # the name of the ceiling's row
+MAX_LABEL = 99_999  # a label beyond is no label
 IMAGES = "an .npz with arr_0 uint8 (N, H, W, C), C of 1 or 3"
 FIGURES = "the figures that evaluation.evaluate or evaluation.frontier writes"
 LEAST_IMAGES = 4  # precision and recall need three neighbours
@@ -40,7 +45,7 @@ def image_shape(path: Path, what: str = "generated") -> tuple[int, ...]:
     if shape[0] < LEAST_IMAGES:
         raise InputError(f"{LEAST_IMAGES} {what} images or more are needed, {path} holds {shape[0]}")
     labels = headers.get("arr_1")
-    if labels is not None and what == "generated":
+    if labels is not None:
         if labels[0] != shape[:1]:
             raise InputError(f"{path} has {shape[0]} images and labels of shape {labels[0]}")
         if labels[1].kind not in "iu":
@@ -51,7 +56,11 @@ def image_shape(path: Path, what: str = "generated") -> tuple[int, ...]:
 def read_images(path: Path, what: str = "generated") -> dict[str, np.ndarray]:
     """``arr_0`` uint8 (N, H, W, C) and whatever is beside it. Raises `InputError`."""
     image_shape(path, what)
-    return read_npz(path, IMAGES)
+    content = read_npz(path, IMAGES)
+    labels = content.get("arr_1")
+    if labels is not None and not (labels.min() >= 0 and labels.max() <= MAX_LABEL):
+        raise InputError(f"{path} has labels from {labels.min()} to {labels.max()}; 0 to {MAX_LABEL} are expected")
+    return content
 
 
 def provenance_of(content: Mapping[str, np.ndarray], path: Path) -> dict | None:
@@ -91,7 +100,15 @@ def read_figures(path: Path) -> dict:
     require_plain(record, path)
     if "rows" not in record:  # a frontier.json once held the rows alone
         record = {"rows": record}
-    rows = record["rows"]
+    more = record.get("more_spaces", [])
+    if not isinstance(more, list) or not all(isinstance(each, dict) for each in more):
+        raise InputError(f"{path}: more_spaces is no list of figures; {FIGURES} are expected")
+    for each in (record, *more):
+        check_rows(each.get("rows"), path)
+    return record
+
+
+def check_rows(rows: object, path: Path) -> None:
     if not isinstance(rows, dict) or not rows:
         raise InputError(f"{path} has no rows; {FIGURES} are expected")
     for name, row in rows.items():
@@ -99,7 +116,6 @@ def read_figures(path: Path) -> dict:
             raise InputError(f"{path}: row {name[:80]!r} has no figures; {FIGURES} are expected")
         check_numbers(row["figures"], dict.fromkeys(METRICS, A_FIGURE), f"{path}, row {printable(name)[:80]}")
         check_intervals(row.get("intervals", {}), f"{path}, row {printable(name)[:80]}")
-    return record
 
 
 def check_intervals(intervals: object, source: str) -> None:
@@ -124,30 +140,37 @@ def count_suffix(count: int) -> str:
     return "" if count >= HEADLINE else f"-{count / 1000:g}k"
 
 
-def columns_of(rows: dict[str, dict], count: int) -> tuple[list[str], list[str]]:
-    """-> the metrics that some row has, and how their columns are headed."""
+def columns_of(rows: dict[str, dict], count: int, size: int | None = None) -> tuple[list[str], list[str]]:
+    """-> the metrics that some row has, and how their columns are headed. ``size``: of the sets; None: ``count``."""
     columns = [name for name in METRICS if any(name in row["figures"] for row in rows.values())]
-    return columns, [name + ("" if name == "accuracy" else count_suffix(count)) for name in columns]
+    counts = {name: size or count for name in OF_SETS}
+    return columns, [name + ("" if name in OF_NO_COUNT else count_suffix(counts.get(name, count))) for name in columns]
 
 
-def digits_of(metric: str) -> int:
-    return 2 if metric in ("FID", "IS") else 3
+def shown(metric: str, value: float) -> str:
+    """KID and SW are of any size: three digits of them count."""
+    if metric in ("KID", "SW"):
+        return f"{value:.3g}"
+    return f"{value:.{2 if metric in ('FID', 'IS', 'FDr', 'SWr') else 3}f}"
 
 
-def table(rows: dict[str, dict], count: int) -> str:
-    """A Markdown table, a line a row; ``rows``: name -> {"figures", "intervals"}."""
-    columns, shown = columns_of(rows, count)
-    lines = ["| | " + " | ".join(shown) + " |", "|---" * (len(columns) + 1) + "|"]
+def cell_of(row: dict, metric: str) -> str:
+    if metric not in row["figures"]:
+        return "-"
+    cell = shown(metric, row["figures"][metric])
+    if metric in row.get("standard_errors", {}):
+        cell += f" +- {row['standard_errors'][metric]:.1g}"
+    elif metric in row.get("intervals", {}):
+        cell += " ({} to {})".format(*(shown(metric, end) for end in row["intervals"][metric]))
+    return cell
+
+
+def table(rows: dict[str, dict], count: int, size: int | None = None) -> str:
+    """A Markdown table, a line a row; ``rows``: name -> {"figures", "intervals", "standard_errors"}."""
+    columns, heads = columns_of(rows, count, size)
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
-        cells = []
-        for column in columns:
-            digits = digits_of(column)
-            cell = f"{row['figures'][column]:.{digits}f}" if column in row["figures"] else "-"
-            if column in row.get("intervals", {}):
-                low, high = row["intervals"][column]
-                cell += f" ({low:.{digits}f} to {high:.{digits}f})"
-            cells.append(cell)
-        lines.append(f"| {name.replace('|', '/')} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name.replace('|', '/')} | " + " | ".join(cell_of(row, each) for each in columns) + " |")
     return "\n".join(lines)
 
 
@@ -155,23 +178,48 @@ def over_seeds(rows: dict[str, dict]) -> dict[str, list[dict]]:
     """Rows named "NAME, seed N", together by NAME, in their order. Raises `InputError` for another name."""
     found: dict[str, list[dict]] = {}
     for name, row in rows.items():
-        match = re.fullmatch(r"(.*), seed \d+", name)
+        match = re.fullmatch(rf"(.*), seed \d+|({HELD_OUT})", name)
         if match is None:
             raise InputError(f"--over-seeds: the row is named {name!r}; 'NAME, seed N' is expected")
-        found.setdefault(match[1], []).append(row)
+        found.setdefault(match[1] or match[2], []).append(row)
     return found
 
 
-def table_over_seeds(rows: dict[str, dict], count: int) -> str:
+def table_over_seeds(rows: dict[str, dict], count: int, size: int | None = None) -> str:
     """A Markdown table of means over seeds, each with the standard deviation of one seed."""
     groups = over_seeds(rows)
-    columns, shown = columns_of(rows, count)
-    lines = ["| | seeds | " + " | ".join(shown) + " |", "|---" * (len(columns) + 2) + "|"]
+    columns, heads = columns_of(rows, count, size)
+    lines = ["| | seeds | " + " | ".join(heads) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, group in groups.items():
         cells = [str(len(group))]
         for column in columns:
-            values, digits = [row["figures"][column] for row in group], digits_of(column)
-            spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+            values = [row["figures"][column] for row in group if column in row["figures"]]
+            spread = f" +- {shown(column, statistics.stdev(values))}" if len(values) > 1 else ""
+            cells.append(f"{shown(column, statistics.mean(values))}{spread}" if values else "-")
         lines.append(f"| {name.replace('|', '/')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def suffered(rows: dict[str, dict], together: bool = False, number: int = 3) -> list[str]:
+    """A line a row: the classes whose recall fell most against the first row; without recall, their accuracy.
+
+    ``together``: rows that differ by their seed are one, by the mean.
+    """
+    groups = over_seeds(rows) if together else {name: [row] for name, row in rows.items()}
+    groups = {name: group for name, group in groups.items() if name != HELD_OUT}
+    (first, base), *others = groups.items()
+    which = next((each for each in ("recall", "accuracy") if base[0].get("classes", {}).get(each)), None)
+    before = {} if which is None else by_class(base, which)
+    lines = []
+    for name, group in others if before else ():
+        after = by_class(group, which)
+        change = sorted((after[k] - before[k], k) for k in before.keys() & after.keys())
+        worst = ", ".join(f"{k} ({before[k]:.2f} to {before[k] + d:.2f})" for d, k in change[:number] if d < 0)
+        lines.append(f"{name}: {which} against {first} fell most in class {worst}" if worst else f"{name}: in none")
+    return lines
+
+
+def by_class(group: list[dict], which: str) -> dict[int, float]:
+    """Class -> the mean over the rows of one name."""
+    lists = [row["classes"][which] for row in group]
+    return {k: statistics.mean(v) for k, v in enumerate(zip(*lists, strict=False)) if None not in v}

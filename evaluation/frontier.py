@@ -1,24 +1,24 @@
-"""The quality-diversity table: what guidance and a reward each trade, from one command.
+"""The quality-diversity table: what guidance and rewards each trade, over seeds and in several spaces, by one command.
 
-Trains every row by the recipe's launchers, samples and evaluates all in one feature space, and writes `frontier.md`,
-`frontier.json` and `frontier.png`. Finished rows are kept when it is run again, an interrupted one continues: only if
-they were asked for with the same settings, else the difference is named. The first failure stops all.
+The rows stand in scripts/frontier/RECIPE.toml (evaluation/rows.py says how), or in the file of `--table`. Every row is
+trained by the recipe's launchers, sampled and evaluated; `frontier.md`, `frontier.json` and `frontier.png` are written.
+Run again, it keeps what was made with the same settings from the same files, continues what was interrupted, and makes
+again what is stale, which is moved to `stale/`. The first failure stops all.
 
-`python -m evaluation.frontier --recipe digits --output-dir runs/digits/frontier --base-steps 400`
+`bash scripts/frontier_digits.sh --rows "guidance off" "guidance off + control" --seeds 30`
 """
 
 import argparse
+import functools
 import os
-import shlex
-import signal
-import subprocess
-import threading
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+import sys
 from pathlib import Path
 
-from evaluation.asked import ROOT, folder_sha256, require_reference, require_same, settings_of
-from evaluation.files import METRICS, read_figures, table, write_figures
-from evaluation.rows import SETTINGS, STAGES, TEACHERS, Guidance, folder_name, published_table, row_name
+from evaluation.asked import ROOT, content_sha256, folder_sha256, keep_or_put_aside, plain_settings, settings_of
+from evaluation.comparison import against_controls, domination, means_of
+from evaluation.files import HELD_OUT, read_figures, suffered, table, table_over_seeds, write_figures
+from evaluation.rows import Row, Table, read_table, train_flags, words_of
+from evaluation.work import Job, Processes, run_all
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import require_file, require_folder, sha256
@@ -35,220 +35,235 @@ from train_cc.io.write import (
     write_record,
 )
 
-LAUNCHERS = {
-    "cold_start": "scripts/cold_start_{}.sh",
-    "dmdr": "scripts/dmdr_{}_refl.sh",
-    "evaluate": "scripts/evaluate_{}.sh",
-}
+LAUNCHERS = {"cold_start": "scripts/cold_start_{}.sh", "dmdr": "scripts/dmdr_{}_refl.sh"}
+OUTPUTS = (("frontier.md", "a table"), ("frontier.json", "figures"), ("frontier.png", "a picture"))
 
 
 class Frontier:
-    """Runs the recipe's launchers; every product has its place under ``folder``, and is not made twice."""
+    """Every product has its place under ``folder``; it is made once."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.folder = args, args.output_dir
+    def __init__(self, args: argparse.Namespace, rows: Table):
+        self.args, self.table, self.folder = args, rows, args.output_dir
+        self.processes = Processes()
+        self.inputs = {f"input {path}": content_sha256(path) for path in rows.inputs}
         self.teacher_sha256 = folder_sha256(args.teacher)
-        self._running: set[subprocess.Popen] = set()
-        self._lock, self._stopped = threading.Lock(), False
 
-    def launch(self, script: str, log: Path, words: list[str], **variables: object) -> None:
-        environment = os.environ | {name: str(value) for name, value in variables.items()}
-        log.parent.mkdir(parents=True, exist_ok=True)
-        command = ["bash", LAUNCHERS[script].format(self.args.recipe), *words]
-        with log.open("a", encoding="utf-8") as file:
-            with self._lock:
-                if self._stopped:
-                    raise InputError("stopped")
-                # A session of its own: what the launcher starts is stopped with it.
-                options = {"stdout": file, "stderr": file, "start_new_session": True}
-                process = subprocess.Popen(command, cwd=ROOT, env=environment, **options)
-                self._running.add(process)
-            code = process.wait()
-            with self._lock:
-                self._running.discard(process)
-        if code:
-            told = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-3:]).strip()
-            raise InputError(f"{' '.join(command)} failed with exit code {code}; its log is {log}:\n{told}")
+    def jobs(self) -> list[Job]:
+        jobs = [Job("evaluation can begin", self.check)]
+        for row in self.table.rows:
+            for seed in row.seeds:
+                needs = [self.table.row(row.cold_start).named(seed)] if row.cold_start else []
+                needs.append("evaluation can begin")
+                jobs.append(Job(row.named(seed), functools.partial(self.make, row, seed), needs))
+        for row in self.table.rows:
+            needs = [row.named(seed) for seed in row.seeds]
+            jobs.append(Job(f"figures of {row.name}", functools.partial(self.evaluate, row), needs))
+        return jobs
 
-    def stop(self) -> None:
-        """Ask what is running to end, as a scheduler does: trainings write their checkpoint first."""
-        with self._lock:
-            self._stopped = True
-            for process in self._running:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGTERM)
+    def place(self, kind: str, row: Row, seed: int | None = None) -> Path:
+        return self.folder / (kind if seed is None else f"{kind}/seed-{seed}") / row.folder
 
-    def script(self, name: str) -> Path:
-        return ROOT / LAUNCHERS[name].format(self.args.recipe)
+    def fresh(self, product: Path, settings: dict[str, str]) -> None:
+        """``product`` is not there, or was asked for with ``settings``."""
+        note = self.folder / "asked" / product.relative_to(self.folder).with_name(f"{product.name}.json")
+        keep_or_put_aside(note, settings, product, self.folder / "stale")
 
-    def evaluate(self, name: str, generator: Path, words: list[str]) -> None:
-        row = self.folder / "rows" / folder_name(name)
-        settings = settings_of(self.script("evaluate"), words, generator=folder_sha256(generator))
-        require_same(self.folder / "asked" / "rows" / f"{row.name}.json", settings, row)
-        if not (row / "figures.json").exists():
-            self.launch("evaluate", row / "log.txt", [str(generator), str(row), *words])
-        print(f"row: {name}", flush=True)
+    # What is made ---------------------------------------------------------------------------------------------------
 
-    def teacher(self, guidance: Guidance) -> None:
-        words = ["--sampler", self.args.teacher_sampler, "--num-steps", str(self.args.teacher_steps)]
-        words += guidance.flags("--guidance-scale", "--guidance-interval")
-        self.evaluate(row_name(guidance, "teacher"), self.args.teacher, words)
+    def make(self, row: Row, seed: int) -> bool:
+        """The row's generator, where it has one of its own, and its samples."""
+        made = row.stage != "teacher" and self.train(row, seed)
+        return self.sample(row, seed) or made
 
-    def setting(self, guidance: Guidance) -> None:
-        words = guidance.flags("--real-guidance-scale", "--real-guidance-interval")
-        cold = self.folder / "runs" / folder_name(row_name(guidance, "cold start"))
-        self.train("cold_start", cold, [*words, "--max-train-steps", str(self.args.base_steps)], {})
-        self.evaluate(row_name(guidance, "cold start"), cold / "generator", [])
-        made_of = {"cold start": folder_sha256(cold / "generator")}
-        for stage, flags_of_stage in self.stages(guidance).items():
-            run = self.folder / "runs" / folder_name(row_name(guidance, stage))
-            steps = str(self.args.base_steps + self.args.extra_steps)
-            more = [*words, "--max-train-steps", steps, *flags_of_stage]
-            units = cold / "checkpoints" / "torch_units" / f"step-{self.args.base_steps}.pt"
-            self.train("dmdr", run, more, made_of | self.files_sha256(flags_of_stage), RESUME_CKPT=units)
-            self.evaluate(row_name(guidance, stage), run / "generator", [])
-
-    def stages(self, guidance: Guidance) -> dict[str, list[str]]:
-        """Name -> flags of what is trained from a setting's cold start, with the files that were given."""
-        given = {"{statistics}": self.args.statistics, "{black_box}": self.args.black_box}
-        filled = {
-            stage: [str(given.get(word, word)) for word in STAGES[stage]]
-            for stage in SETTINGS[guidance]
-            if all(given[word] is not None for word in STAGES[stage] if word in given)
-        }
-        return {stage: words for stage, words in filled.items() if not self.args.stages or stage in self.args.stages}
-
-    def files_sha256(self, words: list[str]) -> dict[str, str]:
-        """Of the files among a stage's flags: another content under one name is another row."""
-        paths = (Path(word.rpartition(":")[0] or word) for word in words)
-        return {path.name: sha256(path) for path in paths if path.is_file()}
-
-    def train(self, script: str, run: Path, words: list[str], made_of: dict[str, str], **variables: object) -> None:
-        """``made_of``: hashes of what the run starts from, beside the teacher."""
-        words = [*words, "--keep-checkpoints", "1", *self.args.train_flags]
-        settings = settings_of(self.script(script), words, teacher=self.teacher_sha256, **made_of)
-        require_same(self.folder / "asked" / "runs" / f"{run.name}.json", settings, run)
+    def train(self, row: Row, seed: int) -> bool:
+        run = self.place("runs", row, seed)
+        made_of, variables = dict(self.inputs), {"OUTPUT_DIR": run.resolve(), "TEACHER": self.args.teacher}
+        steps = self.table.base_steps
+        if row.cold_start is not None:
+            cold = self.place("runs", self.table.row(row.cold_start), seed)
+            made_of["cold start"] = folder_sha256(cold / "generator")
+            variables["RESUME_CKPT"] = cold.resolve() / "checkpoints" / "torch_units" / f"step-{steps}.pt"
+            steps += self.table.extra_steps
+        words = [*words_of(self.table, row), "--keep-checkpoints", "1", *self.args.train_flags]
+        words += ["--max-train-steps", str(steps), "--seed", str(seed)]
+        files = (Path(word.rpartition(":")[0] or word) for word in words)
+        made_of |= {path.name: sha256(path) for path in files if path.is_file()}
+        script = LAUNCHERS[row.stage].format(self.args.recipe)
+        self.fresh(run, settings_of(ROOT / script, words, teacher=self.teacher_sha256, **made_of))
         done = run / "generator" / "config.json"
-        if not done.exists():
-            log = self.folder / "logs" / f"{run.name}.txt"
-            self.launch(script, log, words, OUTPUT_DIR=run.resolve(), TEACHER=self.args.teacher, **variables)
+        if done.exists():
+            return False
+        log = self.folder / "logs" / f"seed-{seed}" / f"{row.folder}.txt"
+        self.processes.run(["bash", script, *words], log, **variables)
         if not done.exists():
             raise InputError(f"{run} is not finished: its training was stopped; the same command continues")
+        return True
 
-    def rows(self) -> dict[str, dict]:
-        """All rows in the table's order, each as evaluate.py wrote it."""
-        names = [row_name(guidance, "teacher") for guidance in TEACHERS]
-        names += [row_name(g, stage) for g in SETTINGS for stage in ("cold start", *self.stages(g))]
-        kept, found = ("features", "features_sha256", "reference_sha256"), {}
-        for name in names:
-            path = self.folder / "rows" / folder_name(name) / "figures.json"
+    def generator(self, row: Row, seed: int) -> Path:
+        return self.args.teacher if row.stage == "teacher" else self.place("runs", row, seed) / "generator"
+
+    def samples(self, row: Row, seed: int) -> Path:
+        path = self.place("samples", row, seed)
+        return path.with_name(f"{path.name}.npz")
+
+    def sample(self, row: Row, seed: int) -> bool:
+        generator, output = self.generator(row, seed), self.samples(row, seed)
+        words = words_of(self.table, row) if row.stage == "teacher" else self.table.generate
+        words = [*words, "--seed", str(seed)]
+        self.fresh(output, plain_settings(words, generator=folder_sha256(generator)))
+        if output.exists():
+            return False
+        command = [sys.executable, "-m", "scripts.launch", "evaluation.generate", *words]
+        log = self.folder / "logs" / f"seed-{seed}" / f"{row.folder}.txt"
+        self.processes.run([*command, "--generator", str(generator), "--output", str(output)], log)
+        return True
+
+    def judge(self, samples: list[Path], *more: str) -> list[str]:
+        command = [sys.executable, "-m", "evaluation.evaluate", *map(str, samples), str(self.table.reference)]
+        return [*command, *self.table.evaluate, *self.args.evaluate_flags, *more]
+
+    def check(self) -> bool:
+        """Spaces and reference are what evaluation can use, before anything is trained for it."""
+        if all((self.place("rows", row) / "figures.json").exists() for row in self.table.rows):
+            return False
+        self.processes.run(self.judge([Path("none.npz")], "--check"), self.folder / "logs" / "check.txt")
+        return True
+
+    def evaluate(self, row: Row) -> bool:
+        folder, samples = self.place("rows", row), [self.samples(row, seed) for seed in row.seeds]
+        words = [*self.table.evaluate, *self.args.evaluate_flags]
+        made_of = {f"samples of seed {seed}": sha256(path) for seed, path in zip(row.seeds, samples, strict=True)}
+        made_of |= self.inputs | {"reference": sha256(self.table.reference)}
+        for word in words:
+            path = Path(word.removeprefix("classifier:"))
+            made_of |= {f"content of {word}": content_sha256(path)} if path.exists() else {}
+        self.fresh(folder, plain_settings(words, **made_of))
+        output = folder / "figures.json"
+        if output.exists():
+            return False
+        names = [row.named(seed) for seed in row.seeds]
+        command = self.judge(samples, "--names", *names, "--output", str(output))
+        self.processes.run(command, self.folder / "logs" / "figures" / f"{row.folder}.txt")
+        return True
+
+    # What comes of it -----------------------------------------------------------------------------------------------
+
+    def spaces(self) -> list[dict]:
+        """All rows of each space, as evaluation.evaluate wrote them; last those over all spaces, if any."""
+        found: list[dict] = []
+        for row in self.table.rows:
+            path = self.place("rows", row) / "figures.json"
             content = read_figures(path)
-            (row, *others) = content["rows"].values()
-            if others or set(METRICS[:4]) - row["figures"].keys() or not isinstance(row.get("images"), int):
-                raise InputError(f"{path} holds other figures than those of one row; move it away to make it again")
-            found[name] = row | {key: str(content.get(key)) for key in kept}
-            require_reference(content, path)
-        spaces = {
-            (row["features"], row["features_sha256"], row["reference_sha256"], row["images"]) for row in found.values()
-        }
-        if len(spaces) > 1:
-            raise InputError(f"the rows of {self.folder} are not of one feature space, reference and count: {spaces}")
+            judged = [content, *content.get("more_spaces", [])]
+            if content.get("over_spaces"):
+                judged.append({"features": f"the mean over {len(judged)} spaces", "rows": content["over_spaces"]})
+            if not found:
+                found = [each | {"rows": {}, "set_size": content.get("set_size")} for each in judged]
+            for space, each in zip(found, judged, strict=True):
+                if space["features"] != each["features"]:
+                    raise InputError(
+                        f"{path} is of {each['features']}, other rows of {space['features']}; move it away"
+                    )
+                space["rows"] |= {name: figures for name, figures in each["rows"].items() if name != HELD_OUT}
+                space["real"] = each["rows"].get(HELD_OUT)
+        counts = {r["images"] for space in found for r in space["rows"].values()}
+        if len(counts) > 1:
+            raise InputError(f"the rows of {self.folder} are of {sorted(counts)} images, which do not compare")
+        for space in found:
+            space["rows"] |= {HELD_OUT: space.pop("real")} if space["real"] else {}
         return found
-
-
-def run_all(frontier: Frontier, jobs: int) -> None:
-    """Every row, ``jobs`` at once. The first failure, and a signal, stop all others."""
-
-    def terminated(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, terminated)
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        work: list[Future] = [pool.submit(frontier.setting, guidance) for guidance in SETTINGS]
-        work += [pool.submit(frontier.teacher, guidance) for guidance in TEACHERS]
-        done, _ = wait(work, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-    except BaseException:
-        frontier.stop()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        signal.signal(signal.SIGTERM, before)
-
-
-def train_flags(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"is {text!r}; allowed: flags, quoted as in a shell ({error})") from error
 
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(description=__doc__)
-    parser.add_argument("--recipe", choices=["digits", "sitxl"], required=True, help="whose launchers in scripts/")
+    parser.add_argument("--recipe", choices=["digits", "fashion", "sitxl"], required=True, help="whose launchers")
+    parser.add_argument("--table", type=flags.path, help="the rows' file; without it scripts/frontier/RECIPE.toml")
     parser.add_argument("--output-dir", type=flags.path, required=True)
     parser.add_argument("--teacher", type=flags.path, required=True, help="model folder")
-    parser.add_argument("--base-steps", type=flags.COUNT, required=True, help="generator updates of the cold start")
+    parser.add_argument("--rows", nargs="+", default=[], help="only these, and the cold starts that they need")
+    parser.add_argument("--seeds", nargs="+", type=flags.SEED, help="in place of the file's")
+    parser.add_argument("--train-flags", type=train_flags, default=[], help="more for every training, in one string")
     parser.add_argument(
-        "--extra-steps", type=flags.COUNT, required=True, help="more updates, with the reward or without"
+        "--evaluate-flags", type=train_flags, default=[], help="more for every evaluation, in one string"
     )
-    parser.add_argument("--teacher-sampler", choices=["euler", "heun"], default="euler")
-    parser.add_argument("--teacher-steps", type=flags.STEPS, default=32)
-    parser.add_argument(
-        "--train-flags", type=train_flags, default=[], help="more flags for every training, in one string"
-    )
-    parser.add_argument(
-        "--statistics", type=flags.path, help="for the rows Frechet: a file of evaluation/statistics.py"
-    )
-    parser.add_argument("--black-box", help="for the row tilt: FILE.py:FUNCTION")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, help="only these, beside the cold starts")
-    parser.add_argument("--jobs", type=flags.integer(1, 64), default=1, help="settings trained at once")
+    parser.add_argument("--jobs", type=flags.integer(1, 64), default=1, help="rows made at once")
+    parser.add_argument("--check", action="store_true", help="check the table and end")
     return parser
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """What can be refused before anything is trained."""
+def check_arguments(args: argparse.Namespace) -> Table:
+    """What can be refused before anything is trained. -> the rows that are asked for."""
+    args.output_dir, args.teacher = (Path(os.path.abspath(path)) for path in (args.output_dir, args.teacher))
+    rows = read_table(args.table or ROOT / "scripts" / "frontier" / f"{args.recipe}.toml")
+    rows = rows.only(args.rows, args.seeds and list(dict.fromkeys(args.seeds)))
     require_folder(args.teacher, f"a model folder, with config.json and {WEIGHTS_NAME},", "config.json", WEIGHTS_NAME)
-    if args.statistics is not None:
-        require_file(args.statistics, "a statistics file of evaluation/statistics.py")
-    if args.black_box is not None:
-        require_file(Path(args.black_box.rpartition(":")[0]), "FILE.py:FUNCTION")
+    require_file(rows.reference, "the reference, an .npz of real images,")
+    for path in rows.inputs:
+        if not path.exists():
+            raise InputError(f"{path}, one of the table's inputs, does not exist")
     made = record_of(args.output_dir)
     if made and made["stage"] != "frontier":
         raise InputError(f"--output-dir {args.output_dir} holds a {made['stage']}, not a frontier; choose another")
     check_output_dir(args.output_dir, overwrite=True)
-    for name, kind in (("frontier.md", "a table"), ("frontier.json", "figures"), ("frontier.png", "a picture")):
+    for name, kind in OUTPUTS:
         check_output_file(args.output_dir / name, flag="the output", kind=kind)
+    return rows
 
 
-def write_results(args: argparse.Namespace, rows: dict[str, dict]) -> str:
-    count = next(iter(rows.values()))["images"]
-    text = f"{args.recipe}, {count} images a row:\n\n{table(rows, count)}\n"
-    text += f"\nPublished, ImageNet 256, 50 000 images (arXiv 2511.13649):\n\n{published_table()}\n"
+def text_of(rows: Table, spaces: list[dict], means: list[dict], title: str) -> str:
+    """The Markdown page: per space a table over seeds, the differences from the controls, and who dominates."""
+    against = {row.name: row.against for row in rows.rows if row.against}
+    published = [row.name for row in rows.rows if row.published]
+    parts = [f"# {title}", "Means over seeds +- the standard deviation of one seed."]
+    for space, mean in zip(spaces, means, strict=True):
+        count, size = next(iter(space["rows"].values()))["images"], space.get("set_size")
+        parts += [f"## {space['features']}", table_over_seeds(space["rows"], count, size)]
+        if all(row["seeds"] == 1 for row in mean["rows"].values()):
+            parts[-1] = table(space["rows"], count, size)
+        parts.append(against_controls(mean["rows"], against))
+        parts.append("\n".join(f"- {line}" for line in domination(mean["rows"], published)))
+        parts.append("\n".join(f"- {line}" for line in suffered(space["rows"], together=True)))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def colour_of(row: Row) -> str:
+    from evaluation import scatter
+
+    if row.stage != "dmdr":
+        return scatter.TEACHER if row.stage == "teacher" else scatter.COLD_START
+    return scatter.REWARD if row.against else scatter.CONTROL
+
+
+def write_results(args: argparse.Namespace, rows: Table, spaces: list[dict]) -> str:
+    means = [space | {"rows": means_of(space["rows"])} for space in spaces]
+    text = text_of(rows, spaces, means, f"Frontier of {args.recipe}")
     write_atomically(args.output_dir / "frontier.md", f"{text}\n<!-- {mark_of('a table')} -->\n")
-    write_figures(args.output_dir / "frontier.json", rows)
+    first, *more = means
+    named = {"more_spaces": more, "table": str(args.table or args.recipe)}
+    write_figures(args.output_dir / "frontier.json", first["rows"], features=first["features"], **named)
     from evaluation.scatter import picture  # matplotlib takes a second
 
-    picture(rows, args.output_dir / "frontier.png")
+    drawn = [each for each in means if "Precision" in next(iter(each["rows"].values()))["figures"]]
+    colours = {row.name: colour_of(row) for row in rows.rows}
+    against = {row.name: row.against for row in rows.rows if row.against}
+    picture(drawn, colours, against, args.output_dir / "frontier.png")
     return text
 
 
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    args.output_dir, args.teacher = (Path(os.path.abspath(path)) for path in (args.output_dir, args.teacher))
-    if args.statistics is not None:
-        args.statistics = Path(os.path.abspath(args.statistics))
-    check_arguments(args)
+    rows = check_arguments(args)
+    if args.check:
+        print(f"{len(rows.rows)} rows, {sum(len(row.seeds) for row in rows.rows)} with their seeds: the table is right")
+        return
     share_cores(args.jobs)
     with locked(args.output_dir):
         if not record_of(args.output_dir):
             write_record(args.output_dir, record("frontier", vars(args)))
-        frontier = Frontier(args)
-        run_all(frontier, args.jobs)
-        print(write_results(args, frontier.rows()))
+        frontier = Frontier(args, rows)
+        run_all(frontier.jobs(), frontier.processes, args.jobs)
+        print(write_results(args, rows, frontier.spaces()))
     print(f"written: {args.output_dir}/frontier.{{md,json,png}}")
 
 

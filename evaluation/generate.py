@@ -9,6 +9,8 @@ Runs under `accelerate launch` or `torchrun` too. Finished shards are kept besid
 command continues where it was stopped, and changes nothing where it had finished.
 """
 
+import argparse
+
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
 
@@ -32,6 +34,12 @@ def build_parser() -> flags.Parser:
         "--shard-size", type=flags.BATCH, default=1_000, help="images written at once, and kept on interruption"
     )
     parser.add_argument("--labels", choices=["balanced", "random"], default="balanced")
+    add_sampling_arguments(parser)
+    parser.add_argument("--seed", type=flags.SEED, default=0)
+    return parser
+
+
+def add_sampling_arguments(parser: flags.Parser) -> None:
     parser.add_argument("--sampler", choices=["few-step", "euler", "heun"], default="few-step")
     parser.add_argument(
         "--num-steps",
@@ -54,17 +62,20 @@ def build_parser() -> flags.Parser:
         default="fp32",
         help="of the network; the decoder chooses: fp16 on a GPU where that does not show, else fp32",
     )
-    parser.add_argument("--seed", type=flags.SEED, default=0)
-    return parser
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """Raises `InputError` for a shift where no grid is shifted; sets the number of steps of euler and heun."""
+    if args.sampler != "few-step" and args.timestep_shift is not None:
+        raise InputError(f"--timestep-shift is of the few-step sampler's grid; --sampler {args.sampler} has none")
+    if args.num_steps is None and args.sampler != "few-step":
+        args.num_steps = MULTI_STEPS
 
 
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    if args.sampler != "few-step" and args.timestep_shift is not None:
-        raise InputError(f"--timestep-shift is of the few-step sampler's grid; --sampler {args.sampler} has none")
-    if args.num_steps is None and args.sampler != "few-step":
-        args.num_steps = MULTI_STEPS
+    check_sampling(args)
     from evaluation.sampling import generate  # networks take seconds to import: what is wrong has been said
 
     generate(args)

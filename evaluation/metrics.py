@@ -1,14 +1,16 @@
-"""FID, Inception Score, precision and recall under ADM's protocol. Features are (N, D) tensors, logits (N, classes).
+"""FID, Inception Score, precision, recall, density and coverage under ADM's protocol.
 
-Sources: Heusel et al. (FID), Salimans et al. (IS), Kynkaanniemi et al. (precision and recall, k = 3); ADM's choices.
+Features are (N, D) tensors, logits (N, classes). Sources: Heusel et al. (FID), Salimans et al. (IS), Kynkaanniemi et
+al. (precision and recall, k = 3), Naeem et al. (density and coverage); ADM's choices.
 What cannot be a figure's input is an `InputError`: a NaN never becomes a figure.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_prc import calc_cdist_part
 
 from train_cc.io.errors import InputError
 
@@ -58,40 +60,69 @@ def frechet_distance(
     return distance_of_checked(*generated, *reference)
 
 
-def distance_of_checked(mu_g: np.ndarray, sigma_g: np.ndarray, mu_r: np.ndarray, sigma_r: np.ndarray) -> float:
-    """`frechet_distance` of what `check_statistics` gave, or of our own `statistics`.
+def root_of(sigma: np.ndarray) -> np.ndarray:
+    """The symmetric square root of a covariance (D, D)."""
+    values, vectors = np.linalg.eigh(sigma)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
-    tr (sigma_g sigma_r)^(1/2) is the sum of the roots of the eigenvalues of sigma_g^(1/2) sigma_r sigma_g^(1/2), which
+
+def distance_of_checked(
+    mu_g: np.ndarray, sigma_g: np.ndarray, mu_r: np.ndarray, sigma_r: np.ndarray, root_r: np.ndarray | None = None
+) -> float:
+    """`frechet_distance` of what `check_statistics` gave, or of our own `statistics`. ``root_r``: `root_of` sigma_r.
+
+    tr (sigma_g sigma_r)^(1/2) is the sum of the roots of the eigenvalues of sigma_r^(1/2) sigma_g sigma_r^(1/2), which
     is symmetric: exact also for singular covariances (more features than samples), where a general square root or the
     eigenvalues of the product lose half the digits.
     """
     if mu_g.shape != mu_r.shape:
         raise InputError(f"FID needs statistics of one feature size: mu {mu_g.shape} and {mu_r.shape}")
-    values, vectors = np.linalg.eigh(sigma_g)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    roots = np.sqrt(np.linalg.eigvalsh(root @ sigma_r @ root).clip(min=0))
+    root = root_of(sigma_r) if root_r is None else root_r
+    roots = np.sqrt(np.linalg.eigvalsh(root @ sigma_g @ root).clip(min=0))
     distance = np.sum((mu_g - mu_r) ** 2) + np.trace(sigma_g) + np.trace(sigma_r) - 2 * roots.sum()
     if not np.isfinite(distance):
         raise InputError(f"the FID is {distance}: the statistics are beyond what float64 holds")
     return max(0.0, float(distance))  # rounding alone can make it negative
 
 
-def covered(centres: Tensor, points: Tensor, k: int = 3, batch: int = 2500) -> Tensor:
-    """Which ``points`` lie in a ball around some centre that reaches to that centre's k-th nearest other one. (N,)."""
-    centres, points = centres.float().cpu(), points.float().cpu()
-    radii = torch.cat(
-        [calc_cdist_part(part, centres, batch).kthvalue(k + 1).values for part in centres.split(batch)]
-    )  # k + 1: a centre is its own nearest neighbour
-    if not torch.isfinite(radii).all():
+@dataclass(frozen=True)
+class Neighbours:
+    """Who lies in whose ball, which reaches to its centre's k-th nearest other one. On the boundary counts (<=)."""
+
+    inside: Tensor  # (N,) how many reference balls hold each generated sample
+    found: Tensor  # (M,) whether the ball of some generated sample holds each reference image
+    near: Tensor  # (M,) whether the ball of each reference image holds some generated sample
+    k: int
+
+    def figures(self) -> dict[str, float]:
+        """Precision, recall (Kynkaanniemi et al.), density and coverage (Naeem et al.)."""
+        return {
+            "Recall": self.found.double().mean().item(),
+            "Precision": (self.inside > 0).double().mean().item(),
+            "Density": self.inside.double().mean().item() / self.k,
+            "Coverage": self.near.double().mean().item(),
+        }
+
+
+def radii(centres: Tensor, k: int) -> Tensor:
+    """(N,): the distance of each centre to its k-th nearest other one."""
+    parts = centres.split(rows_at_once(centres))
+    # k + 1: a centre is its own nearest neighbour
+    found = torch.cat([torch.cdist(part, centres).topk(k + 1, largest=False).values[:, k] for part in parts])
+    if not torch.isfinite(found).all():
         raise InputError("the features are too large: their distances overflow in fp32")
-    inside = [(calc_cdist_part(part, centres, batch) <= radii).any(dim=1) for part in points.split(batch)]
-    return torch.cat(inside)
+    return found
 
 
-def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
-    """(precision, recall): the share of generated samples inside a reference sample's ball, and the other way round.
+def rows_at_once(others: Tensor) -> int:
+    """Rows of a block of distances that takes 100 MB."""
+    return max(1, 25_000_000 // len(others))
 
-    On the boundary counts (<=). fp32 distances; ADM rounds them to fp16, up to 0.007 apart. Raises `InputError`.
+
+def neighbours(reference: Tensor, generated: Tensor, k: int = 3) -> Neighbours:
+    """Of (M, D) and (N, D) features, in blocks. fp32 distances; ADM rounds them to fp16, up to 0.007 apart.
+
+    Raises `InputError`.
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise InputError(f"k is {k}; a whole number of at least 1 is expected")
@@ -99,10 +130,26 @@ def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[
     check_features(generated, "generated", k + 1)
     if reference.shape[1] != generated.shape[1]:
         raise InputError(f"the reference has {reference.shape[1]} features, the generated {generated.shape[1]}")
-    return (
-        covered(reference, generated, k).double().mean().item(),
-        covered(generated, reference, k).double().mean().item(),
-    )
+    reference, generated = reference.float().cpu(), generated.float().cpu()
+    of_reference, of_generated = radii(reference, k), radii(generated, k)
+    inside, found, near = [], torch.zeros(len(reference), dtype=bool), torch.zeros(len(reference), dtype=bool)
+    size = rows_at_once(reference)
+    for part, reach in zip(generated.split(size), of_generated.split(size), strict=True):
+        distances = torch.cdist(part, reference)
+        within = distances <= of_reference
+        inside.append(within.sum(dim=1))
+        near |= within.any(dim=0)
+        found |= (distances <= reach[:, None]).any(dim=0)
+    return Neighbours(torch.cat(inside), found, near, k)
+
+
+def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
+    """(precision, recall): the share of generated samples inside a reference sample's ball, and the other way round.
+
+    Raises `InputError`.
+    """
+    found = neighbours(reference, generated, k).figures()
+    return found["Precision"], found["Recall"]
 
 
 def check_features(features: Tensor, name: str, least: int = 2, what: str = "features") -> None:

@@ -65,9 +65,8 @@ def labels_of(indices: range, seed: int, num_classes: int, mode: str) -> Tensor:
 
 
 @torch.no_grad()
-def sample_batch(model: SiT, indices: range, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """-> samples x0 (B, C, h, w), labels (B,) on the CPU."""
-    y = labels_of(indices, args.seed, model.null_class, args.labels)
+def samples_of(model: SiT, indices: range, y: Tensor, args: argparse.Namespace) -> Tensor:
+    """x0 (B, C, h, w): sample i of ``indices``, of the class y[i]."""
     noise, labels = ImageNoise(args.seed, indices, model.sample_shape, model.device), y.to(model.device)
 
     def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -75,14 +74,13 @@ def sample_batch(model: SiT, indices: range, args: argparse.Namespace) -> tuple[
 
     network = guide(network, model.null_class, args.guidance_scale, tuple(args.guidance_interval))
     if args.sampler == "few-step":
-        return few_step_sample(network, noise(), labels, args.num_steps, args.timestep_shift, noise), y
-    return MULTI_STEP[args.sampler](network, noise(), labels, args.num_steps), y
+        return few_step_sample(network, noise(), labels, args.num_steps, args.timestep_shift, noise)
+    return MULTI_STEP[args.sampler](network, noise(), labels, args.num_steps)
 
 
-@torch.no_grad()
-def generate_batch(model: SiT, decode, indices: range, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """-> images uint8 (B, H, W, C), labels (B,)."""
-    x0, y = sample_batch(model, indices, args)
+def images_of_labels(model: SiT, decode, indices: range, y: Tensor, args: argparse.Namespace) -> np.ndarray:
+    """uint8 (B, H, W, C): image i of ``indices``, of the class y[i]. Raises `InputError` where they are not finite."""
+    x0 = samples_of(model, indices, y, args)
     images = decode(x0)
     for what, values in (("samples", x0), ("decoded images", images)):
         if not torch.isfinite(values).all():
@@ -90,7 +88,13 @@ def generate_batch(model: SiT, decode, indices: range, args: argparse.Namespace)
                 f"{what} {indices[0]} to {indices[-1]} hold NaN or infinity: the weights are damaged, the guidance "
                 "scale is too large, or --dtype too narrow; no images are made of them"
             )
-    return images_to_uint8(images).numpy(), y.numpy()
+    return images_to_uint8(images).numpy()
+
+
+def generate_batch(model: SiT, decode, indices: range, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """-> images uint8 (B, H, W, C), labels (B,)."""
+    y = labels_of(indices, args.seed, model.null_class, args.labels)
+    return images_of_labels(model, decode, indices, y, args), y.numpy()
 
 
 # The model, and how it is sampled --------------------------------------------------------------------------------
@@ -108,9 +112,16 @@ class Source:
     latent_space: str | None = None  # SHA-256, as its teacher recorded it
 
     @property
+    def config(self) -> dict:
+        return self.checkpoint.units["model_config"] if self.checkpoint is not None else read_sit_config(self.path)
+
+    @property
     def in_channels(self) -> int:
-        config = self.checkpoint.units["model_config"] if self.checkpoint is not None else read_sit_config(self.path)
-        return config["in_channels"]
+        return self.config["in_channels"]
+
+    @property
+    def num_classes(self) -> int:
+        return self.config["num_classes"]
 
     def load(self) -> SiT:
         """A checkpoint's EMA weights where there are some."""
@@ -176,21 +187,24 @@ def provenance_of_run(args: argparse.Namespace, source: Source) -> dict:
     }
 
 
-def fill_shards(
-    args: argparse.Namespace, folder: Path, provenance: dict, source: Source, accelerator: Accelerator
-) -> None:
-    """Make this process's share of the shards that are missing or damaged. The decoder's precision is noted."""
-    device = accelerator.device
+def load_sampler(args: argparse.Namespace, source: Source, device: torch.device):
+    """-> the network, and its decoder as `decoder_of` chooses it: decode, its precision, (H, W, C) of an image."""
     model = source.load().to(device, DTYPES[args.dtype]).eval()
     choose_attention(model, device, DTYPES[args.dtype])
 
     def first() -> Tensor:
-        return sample_batch(model, range(min(args.num_images, args.batch_size, DECODED_AT_ONCE)), args)[0]
+        indices = range(DECODED_AT_ONCE)
+        return samples_of(model, indices, torch.tensor(indices) % source.num_classes, args)
 
     half = device.type == "cuda"
-    decode, provenance["decoder"], image_shape = decoder_of(
-        args.vae, source.latent_space, model.sample_shape, device, first, half
-    )
+    return model, *decoder_of(args.vae, source.latent_space, model.sample_shape, device, first, half)
+
+
+def fill_shards(
+    args: argparse.Namespace, folder: Path, provenance: dict, source: Source, accelerator: Accelerator
+) -> None:
+    """Make this process's share of the shards that are missing or damaged. The decoder's precision is noted."""
+    model, decode, provenance["decoder"], image_shape = load_sampler(args, source, accelerator.device)
     if accelerator.is_main_process:
         there = sum(path.stat().st_size for path in folder.glob("*.npz"))
         need_space(folder, 2 * args.num_images * math.prod(image_shape) - there)

@@ -1,70 +1,124 @@
-"""The frontier's picture: recall against precision, a labelled point a row."""
+"""The frontier's picture: recall against precision, a panel a space, numbered points with a legend."""
 
 import io
+import itertools
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 
+from evaluation.files import HELD_OUT
 from train_cc.io.write import mark_of, write_atomically
 
-# The kind of a row by a word in its name, and the colour of its point.
-COLOURS = {
-    "teacher": "tab:green",
-    "Frechet": "tab:purple",
-    "tilt": "tab:olive",
-    "RL": "tab:red",
-    "control": "tab:gray",
-    "": "tab:blue",
-}
+TEACHER, COLD_START, CONTROL, REWARD, REAL = "tab:green", "tab:blue", "tab:gray", "tab:red", "black"
 
 
-def picture(rows: dict[str, dict], path: Path) -> None:
-    """Recall against precision, one labelled point a row, an arrow where RL moved it."""
-    figure, axes = plt.subplots(figsize=(10, 7))
-    points = {name: (row["figures"]["Precision"], row["figures"]["Recall"]) for name, row in rows.items()}
-    for name, (precision, recall) in points.items():
-        kind = next(kind for kind in COLOURS if kind in name)
-        axes.scatter(precision, recall, s=45, color=COLOURS[kind], marker="s" if kind == "teacher" else "o", zorder=3)
-    for name, start in points.items():
-        for reward, colour in (("RL", COLOURS["RL"]), ("Frechet", COLOURS["Frechet"])):
-            if f"{name} + {reward}" in points:
-                arrow = {"arrowstyle": "->", "color": colour, "shrinkA": 6, "shrinkB": 6}
-                axes.annotate("", points[f"{name} + {reward}"], start, arrowprops=arrow)
-    axes.set_xlabel("precision (quality)")
-    axes.set_ylabel("recall (diversity)")
-    axes.margins(0.15)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    label_points(figure, axes, points)
+def picture(spaces: list[dict], colours: dict[str, str], against: dict[str, str], path: Path) -> None:
+    """``spaces``: each with "features" and "rows" of means; ``colours``: of the rows, whose order numbers the points.
+
+    Error bars are standard deviations of a seed. An arrow leads from a control to the row that is compared with it.
+    """
+    height = 5.6 + 0.2 * -(-len(colours) // 3)
+    figure, panels = plt.subplots(1, len(spaces), figsize=(5.6 * max(len(spaces), 2), height), squeeze=False)
+    for axes, space in zip(panels[0], spaces, strict=True):
+        panel(axes, space["rows"], colours, against)
+        axes.set_title(space["features"], fontsize=10)
+    panels[0][0].set_ylabel("recall (diversity)")
+    handles = [
+        plt.Line2D(
+            [], [], color=colour, marker=f"${number}$", markersize=5 + 2 * len(str(number)), linestyle="", label=name
+        )
+        for number, (name, colour) in enumerate(colours.items(), 1)
+    ]
+    handles += [plt.Line2D([], [], color=REAL, marker="*", markersize=11, linestyle="", label="real images, held out")]
+    handles += [plt.Line2D([], [], color=TEACHER, linewidth=1, label="the teacher's line, over guidance")]
+    handles += [plt.Line2D([], [], color=REWARD, marker=">", linewidth=1, label="from the control to the reward")]
+    rows = -(-len(handles) // 3)
+    figure.tight_layout(rect=(0, (0.2 * rows + 0.1) / height, 1, 1))
+    figure.legend(handles=handles, loc="lower center", ncols=3, fontsize=8, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": mark_of("a picture")})
     plt.close(figure)
     write_atomically(path, buffer.getvalue())
 
 
-def label_points(figure: plt.Figure, axes: plt.Axes, points: dict[str, tuple[float, float]]) -> None:
-    """Each name at the nearest place beside its point where it covers no other name, no point and no border."""
-    figure.canvas.draw()
-    frame = axes.get_window_extent()
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(list(points.values()))]
-    places = sorted(
-        ((side * 9, step * 6, "left" if side > 0 else "right") for side in (1, -1) for step in range(-20, 21)),
-        key=lambda place: abs(place[1]),
-    )
+def panel(axes: plt.Axes, rows: dict[str, dict], colours: dict[str, str], against: dict[str, str]) -> None:
+    points = {
+        name: (rows[name]["figures"]["Precision"], rows[name]["figures"]["Recall"]) for name in rows if name in colours
+    }
+    numbers = {name: number for number, name in enumerate(colours, 1)}
+    for name, (precision, recall) in points.items():
+        spread = rows[name].get("standard_deviations", {})
+        bars = {"xerr": spread.get("Precision", 0), "yerr": spread.get("Recall", 0)}
+        axes.errorbar(precision, recall, **bars, color=colours[name], elinewidth=1, marker="o", markersize=4, zorder=3)
+    line = sorted(points[name] for name in points if colours[name] == TEACHER)
+    axes.plot(*zip(*line, strict=True), color=TEACHER, linewidth=1, zorder=1) if line else None
+    for name, control in against.items():
+        if name in points and control in points:
+            arrow = {"arrowstyle": "-|>", "color": REWARD, "alpha": 0.45, "shrinkA": 3, "shrinkB": 3, "linewidth": 1}
+            axes.annotate("", points[name], points[control], arrowprops=arrow, zorder=2)
+    real = rows.get(HELD_OUT)
+    if real is not None:
+        axes.plot(real["figures"]["Precision"], real["figures"]["Recall"], "*", color=REAL, markersize=11, zorder=4)
+    axes.set_xlabel("precision (quality)")
+    axes.grid(alpha=0.3)
+    axes.margins(0.08)
+    points = {name: clipped(axes, point, low_of(points), colours[name]) for name, point in points.items()}
+    number_points(axes, points, numbers, colours)
+
+
+def low_of(points: dict[str, tuple[float, float]]) -> float:
+    """The recall below which rows have collapsed: a gap under the others that is wider than all of these together."""
+    values = sorted({recall for _, recall in points.values()}, reverse=True)
+    for upper, lower in itertools.pairwise(values):
+        if upper - lower > max(values[0] - upper, 0.1):
+            return upper
+    return values[-1]
+
+
+def clipped(axes: plt.Axes, point: tuple[float, float], low: float, colour: str) -> tuple[float, float]:
+    """``point``, or where its mark stands on the lower border: a collapsed row would press all others together."""
+    precision, recall = point
+    top = axes.get_ylim()[1]
+    border = low - 0.12 * (top - low)
+    axes.set_ylim(bottom=border)
+    if recall >= low:
+        return point
+    axes.plot(precision, border, "v", color=colour, markersize=8, clip_on=False, zorder=4)
+    beside = {"textcoords": "offset points", "va": "center", "fontsize": 7, "color": colour}
+    axes.annotate(f"recall {recall:.2f}", (precision, border), xytext=(10, 8), **beside)
+    return precision, border
+
+
+def number_points(axes: plt.Axes, points: dict, numbers: dict[str, int], colours: dict[str, str]) -> None:
+    """Each number beside its point, on the free side: where fewest other points and numbers are near."""
+    axes.figure.canvas.draw()
+    taken = list(axes.transData.transform(list(points.values())))
     for name, point in points.items():
-        colour = COLOURS[next(kind for kind in COLOURS if kind in name)]
-        for dx, dy, alignment in places:
-            style = {"textcoords": "offset points", "ha": alignment, "va": "center", "fontsize": 8, "color": colour}
-            leader = {"arrowstyle": "-", "color": "lightgray", "shrinkA": 0, "shrinkB": 3} if abs(dy) > 12 else None
-            text = axes.annotate(name, point, xytext=(dx, dy), arrowprops=leader, **style)
-            text.update_positions(figure.canvas.get_renderer())
-            words = Text.get_window_extent(text)  # without its leader
-            if frame.containsx(words.x0) and frame.containsx(words.x1) and words.count_overlaps(taken) == 0:
-                taken.append(words)
-                break
-            text.remove()
+        x, y = axes.transData.transform(point)
+        places = [(dx * r, dy * r) for r in (10, 16, 22, 30) for dx in (-1, 0, 1) for dy in (-1, 0, 1) if dx or dy]
+
+        def crowded(place: tuple[int, int], x: float = x, y: float = y) -> float:
+            at = (x + place[0], y + place[1])
+            near = sum(abs(at[0] - a) < 13 and abs(at[1] - b) < 11 for a, b in taken)
+            return 100 * near + abs(place[0]) + abs(place[1])
+
+        best = min(places, key=crowded)
+        taken.append((x + best[0], y + best[1]))
+        scale = 72 / axes.figure.dpi
+        leader = {"arrowstyle": "-", "color": colours[name], "alpha": 0.5, "linewidth": 0.6, "shrinkB": 2}
+        axes.annotate(
+            str(numbers[name]),
+            point,
+            xytext=(best[0] * scale, best[1] * scale),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=8,
+            fontweight="bold",
+            color=colours[name],
+            arrowprops=leader if max(map(abs, best)) > 16 else None,
+            zorder=5,
+        )

@@ -16,7 +16,8 @@ for line in open("requirements.txt"):
     line = re.sub("#.*", "", line).strip()
     if line:
         wanted = Requirement(line)
-        if not wanted.specifier.contains(version(wanted.name), prereleases=True):
+        needed = wanted.marker is None or wanted.marker.evaluate()
+        if needed and not wanted.specifier.contains(version(wanted.name), prereleases=True):
             sys.exit(1)
 PYTHON
 }

@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# One row of the ImageNet 256 table by ADM's protocol: 50 000 images, FID, recall, IS, precision in Inception features.
+# One row of the ImageNet 256 table: 50 000 images by ADM's protocol in Inception features, and the same figures in two more
+# spaces, with the row that real images have: one half of ADM's 10 000 against the other.
 # REFERENCE=VIRTUAL_imagenet256_labeled.npz bash scripts/evaluate_sitxl.sh GENERATOR_FOLDER OUTPUT_FOLDER [flags of evaluation.generate]
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 GENERATOR="${1:?the generator folder is missing}" OUTPUT="${2:?the output folder is missing}"
 REFERENCE="${REFERENCE:-VIRTUAL_imagenet256_labeled.npz}"
 
-# INCEPTION: torch-fidelity's weights file, where it cannot be downloaded
+# INCEPTION: torch-fidelity's weights file, where it cannot be downloaded. SPACES: the judges, any of evaluation.evaluate.
 evaluate() {
-    run python -m evaluation.evaluate "$OUTPUT/samples.npz" "$REFERENCE" --inception ${INCEPTION:+"$INCEPTION"} \
+    # shellcheck disable=SC2086
+    run python -m evaluation.evaluate "$OUTPUT/samples.npz" "$REFERENCE" \
+        --space ${SPACES:-inception dinov2 timm:${TIMM_ENCODER:-convnext_base.fb_in22k_ft_in1k}} \
+        --dinov2-backbone "${DINOV2_BACKBONE:-https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth}" \
+        ${INCEPTION:+--inception-weights "$INCEPTION"} \
+        --held-out halves \
+        --adm \
         --output "$OUTPUT/figures.json" "$@"
 }
 evaluate --check # a wrong reference shows before 50 000 images are sampled

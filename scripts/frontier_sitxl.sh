@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The quality-diversity table of SiT-XL/2, ImageNet 256: the published rows and ours. Weeks of one node; finished rows are kept.
+# The quality-diversity table of SiT-XL/2, ImageNet 256: the rows of scripts/frontier/sitxl.toml. Weeks of one node;
+# finished rows are kept. REFERENCE, VAE and TIMM_ENCODER as in evaluate_sitxl.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+export REFERENCE="${REFERENCE:-VIRTUAL_imagenet256_labeled.npz}" VAE="${VAE:-stabilityai/sd-vae-ft-ema}"
+export TIMM_ENCODER="${TIMM_ENCODER:-convnext_base.fb_in22k_ft_in1k}"
 
 exec python -m evaluation.frontier \
     --recipe sitxl \
     --teacher "${TEACHER:-sit_weights/SiT-XL-2}" \
     --output-dir "${OUTPUT_DIR:-runs/sitxl/frontier}" \
-    --base-steps 20000 \
-    --extra-steps 2000 \
-    --teacher-sampler euler \
-    --teacher-steps 250 \
+    --evaluate-flags "${INCEPTION:+--inception-weights $INCEPTION}" \
     --jobs 1 \
     "$@"

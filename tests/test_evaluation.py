@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from evaluation import decoding, evaluate, figures, files, generate, sampling
-from evaluation.metrics import statistics
+from evaluation.distances import equal_sets, sliced_wasserstein
+from evaluation.metrics import neighbours, precision_recall, statistics
+from evaluation.split import hold_out
 from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, run_cold_start, save_unchecked, words
 from train_cc.models.classifier import ImageClassifier
@@ -216,16 +219,56 @@ def test_count_suffix():
     assert [files.count_suffix(n) for n in (50_000, 60_000, 5_000, 1_800)] == ["", "", "-5k", "-1.8k"]
 
 
-def test_bootstrap_interval_holds_the_precision():
+def embedded(features, classes=5, labels=None):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(len(features), classes, generator=generator)
+    return figures.Embedded(features, logits, labels, labels is not None)
+
+
+def test_bootstrap_intervals_hold_every_figure():
     torch.manual_seed(0)
-    real, made = torch.randn(200, 4), torch.randn(200, 4) * 1.2
-    reference = figures.Reference.__new__(figures.Reference)
-    reference.features, reference.statistics = real, statistics(real)
-    row = figures.figures(made, torch.randn(200, 5), None, reference)
-    intervals = figures.bootstrap(made, torch.randn(200, 5), reference, rounds=100)
-    for name in ("Precision", "Recall"):
-        low, high = intervals[name]
-        assert low < row[name] < high and high - low < 0.25
+    labels = np.arange(200) % 5
+    real = figures.Reference(embedded(torch.randn(200, 4), labels=labels))
+    made = embedded(torch.randn(200, 4) * 1.2, labels=labels)
+    row = figures.row_of(made, real, 200, 30, {"FD": 0.1, "SW": 0.05})
+    assert set(row["intervals"]) == set(row["figures"]) == set(files.METRICS) - {"ADM recall", "ADM precision"}
+    for name, (low, high) in row["intervals"].items():
+        assert low < row["figures"][name] < high, name
+        if name in ("Precision", "Recall", "accuracy"):
+            assert high - low < 0.25
+    assert row["figures"]["FDr"] == pytest.approx(row["figures"]["FID"] / 0.1)  # one set of all: the same distance
+
+
+def test_figures_of_sets_are_means_over_equal_counts():
+    """70 samples against 30 images: two sets of 30, each as a table of its own would have it."""
+    torch.manual_seed(0)
+    real, made = torch.randn(30, 3), torch.randn(70, 3) * 1.1
+    row = figures.row_of(embedded(made), figures.Reference(embedded(real)), 30)["figures"]
+    sets = equal_sets(70, 30, 30)
+    assert len(sets) == 2
+    parts = [neighbours(real[b], made[a]).figures() for a, b in sets]
+    for name in ("Precision", "Recall", "Density", "Coverage"):
+        assert row[name] == pytest.approx(np.mean([part[name] for part in parts])) and parts[0][name] != parts[1][name]
+    apart = [sliced_wasserstein(made[a], real[b]) for a, b in sets]
+    assert row["SW"] == pytest.approx(np.mean(apart)) and "FDr" not in row
+
+
+def test_recall_and_accuracy_of_a_class(capsys):
+    """Samples that are the real ones, but for class 1, which is far away and taken for class 0."""
+    torch.manual_seed(0)
+    labels = np.arange(60) % 3
+    real = torch.randn(60, 2) + 10 * torch.from_numpy(labels)[:, None]
+    made = real + 100 * torch.from_numpy(labels == 1)[:, None]
+    logits = torch.nn.functional.one_hot(torch.from_numpy(np.where(labels == 1, 0, labels)), 3).float()
+    reference = figures.Reference(figures.Embedded(real, logits, labels, True))
+    good, bad = (figures.row_of(figures.Embedded(x, logits, labels, True), reference, 60) for x in (real, made))
+    assert good["classes"] == {"recall": [1, 1, 1], "accuracy": [1, 0, 1]}
+    assert bad["classes"]["recall"][1] < 0.9
+    (line,) = files.suffered({"first": good, "second": bad})
+    assert line.startswith("second: recall against first fell most in class 1 (1.00 to 0.")
+    unknown = files.suffered({"a": {"classes": {"recall": None}}, "b": {"classes": {"recall": None}}})
+    assert unknown == []
+    assert files.suffered({"a": good, "b": good}) == ["b: in none"]
 
 
 def test_rows_of_several_seeds_have_a_mean_and_a_spread(digits, classifier, capsys):
@@ -250,6 +293,7 @@ BAD_SAMPLES = {
     "cut": "is damaged or something else",
     "missing": "does not exist",
     "labels": "labels of shape",
+    "negative": "labels from -1 to 5",
 }
 
 
@@ -264,6 +308,7 @@ def test_bad_samples_are_refused(digits, classifier, tmp_path, capsys, how):
         "nothing": {"images": images},
         "objects": {"arr_0": np.array([{}], dtype=object)},
         "labels": {"arr_0": images, "arr_1": np.zeros(3)},
+        "negative": {"arr_0": images[:7], "arr_1": np.arange(-1, 6)},
     }
     if how in content:
         np.savez(path, **content[how])
@@ -305,3 +350,139 @@ def test_features_that_are_not_finite_are_refused(digits, classifier, tmp_path, 
     save_unchecked(model, tmp_path / "nan")
     message = refused(evaluate.main, words(digits, digits, "--classifier", tmp_path / "nan"), capsys=capsys)
     assert "not finite" in message
+
+
+# Several spaces, and what is held out
+
+
+@pytest.fixture
+def two_classifiers(classifier, reward_folder):
+    return [f"classifier:{classifier}", f"classifier:{reward_folder}"]
+
+
+def test_a_fresh_real_draw_scores_one_and_noise_more(digits, two_classifiers, tmp_path, capsys):
+    """Thirds of the real digits: held out, reference, and a third as samples; and noise."""
+    content = dict(np.load(digits))
+    order = np.random.default_rng(0).permutation(1797)
+    parts = np.split(order, 3)
+    for name, rows in zip(("held", "reference", "fresh"), parts, strict=True):
+        np.savez(tmp_path / f"{name}.npz", arr_0=content["arr_0"][rows], arr_1=content["arr_1"][rows])
+    noise = np.random.default_rng(1).integers(0, 256, (599, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "noise.npz", arr_0=noise, arr_1=np.arange(599) % 10)
+    files_ = [tmp_path / f"{name}.npz" for name in ("fresh", "noise", "reference")]
+    more = ["--held-out", tmp_path / "held.npz", "--output", tmp_path / "o.json"]
+    evaluate.main(words(*files_, "--space", *two_classifiers, "pixels", *more))
+    record = json.loads((tmp_path / "o.json").read_text())
+    means = record["over_spaces"]
+    for name in ("FDr", "SWr"):
+        assert means["held-out real"]["figures"][name] == 1
+        assert 0.7 < means["fresh"]["figures"][name] < 1.4
+        assert means["noise"]["figures"][name] > 2
+    spaces = [record, *record["more_spaces"]]
+    assert [each["features"] for each in spaces] == [*two_classifiers, "pixels"]
+    assert means["noise"]["figures"]["SWr"] == pytest.approx(
+        np.mean([each["rows"]["noise"]["figures"]["SWr"] for each in spaces])
+    )
+    real = spaces[2]["rows"]["held-out real"]["figures"]
+    assert real["Precision"] > 0.5 and {"IS", "accuracy"}.isdisjoint(real) and "FID" in real
+    assert len(spaces[0]["rows"]["noise"]["classes"]["accuracy"]) == 10
+    printed = capsys.readouterr().out
+    assert "sets of 599 images" in printed and "the mean over 3 spaces" in printed
+    assert "noise: recall against fresh fell most in class" in printed
+    assert "KID" in printed and " +- " in printed and "draws" not in record["rows"]["noise"]
+    assert files.read_figures(tmp_path / "o.json")["set_size"] == 599
+
+
+def test_pixels_are_the_images_themselves(digits):
+    images = np.load(digits)["arr_0"][:5]
+    space = load_space("pixels", image_shape=(8, 8, 1))
+    features, logits = space.of(images, 2)
+    assert logits is None and torch.equal(features * 255, torch.from_numpy(images).reshape(5, 64).float())
+    assert space.size == 64
+
+
+def test_halves_are_disjoint_and_keep_their_labels(digits, tmp_path):
+    held = hold_out(digits, "halves")
+    content = np.load(digits)
+    parts = [(part["arr_0"].reshape(898, -1), part["arr_1"]) for part in (held.reference, held.out)]
+    known = {image.tobytes(): label for image, label in zip(content["arr_0"], content["arr_1"], strict=True)}
+    for images, labels in parts:
+        assert all(known[image.tobytes()] == label for image, label in zip(images, labels, strict=True))
+    images = [image.tobytes() for images, _ in parts for image in images]
+    assert len(set(images)) == len({image.tobytes() for image in content["arr_0"]}) - 1  # 1797 is odd
+    assert "provenance" in held.reference and np.bincount(held.out["arr_1"]).min() > 60
+
+
+def test_a_ceiling_of_another_count_has_no_fid(digits, two_classifiers, tmp_path, capsys):
+    content = np.load(digits)
+    np.savez(tmp_path / "s.npz", arr_0=content["arr_0"][:1000])
+    more = ["--held-out", "halves", "--output", tmp_path / "o.json", "--bootstrap", 3, "--adm"]
+    evaluate.main(words(tmp_path / "s.npz", digits, "--space", *two_classifiers, *more))
+    record = json.loads((tmp_path / "o.json").read_text())
+    ceiling = record["rows"]["held-out real"]["figures"]
+    assert {"FID", "IS"}.isdisjoint(ceiling) and ceiling["FDr"] == 1 and record["set_size"] == 898
+    printed = capsys.readouterr().out
+    assert "| FID-1k | Recall-0.898k | IS-1k |" in printed and "| held-out real | - |" in printed
+    space = load_space(two_classifiers[0])
+    adm = precision_recall(*(space.of(images, 500)[0] for images in (content["arr_0"], content["arr_0"][:1000])))
+    figures_ = record["rows"]["s"]["figures"]
+    # One image of the 1797 is in neither half
+    assert (figures_["ADM precision"], figures_["ADM recall"]) == pytest.approx(adm, abs=2e-3)
+    assert abs(figures_["Recall"] - adm[1]) > 0.01
+    low, high = record["over_spaces"]["s"]["intervals"]["FDr"]
+    assert low < record["over_spaces"]["s"]["figures"]["FDr"] < high
+
+
+def test_spaces_and_held_out_files_that_cannot_be(digits, two_classifiers, tmp_path, capsys):
+    def told(reference, *more):
+        return refused(evaluate.main, words(digits, reference, *more), capsys=capsys)
+
+    first, second = two_classifiers
+    assert f"--space names {first} twice" in told(digits, "--space", first, second, first)
+    folder = first.removeprefix("classifier:")
+    assert "are one space" in told(digits, "--space", first, f"classifier:{folder}/../{Path(folder).name}")
+    assert "is no feature space here; allowed: classifier:FOLDER" in told(digits, "--space", first, "vgg")
+    assert "pixels" in told(digits, "--space", "vgg")
+    assert "--dinov2-backbone" in told(digits, "--space", "dinov2")
+    assert "not allowed with" in told(digits, "--space", first, "--classifier", folder)
+    assert "does not exist" in told(digits, "--space", first, "--held-out", tmp_path / "no.npz")
+    shutil.copy(digits, tmp_path / "same.npz")
+    assert "nothing is held out" in told(digits, "--space", first, "--held-out", tmp_path / "same.npz")
+    images = np.load(digits)["arr_0"]
+    np.savez(tmp_path / "other.npz", arr_0=images[::-1][:900])
+    assert "900 of the 900 images" in told(digits, "--space", first, "--held-out", tmp_path / "other.npz")
+    np.savez(tmp_path / "wide.npz", arr_0=images.repeat(2, 2))
+    assert "holds images (8, 16, 1)" in told(digits, "--space", first, "--held-out", tmp_path / "wide.npz")
+    named = told(digits, "--space", first, "--names", "held-out real")
+    assert "no row of samples can be named held-out real" in named
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((5, 80, 80, 1), np.uint8))
+    large = tmp_path / "large.npz"
+    message = refused(evaluate.main, words(large, large, "--space", "pixels"), capsys=capsys)
+    assert "at most 4096 numbers, these have 80 x 80 x 1" in message
+    np.savez(tmp_path / "few.npz", arr_0=images[:5])
+    assert "two halves need 8" in told(tmp_path / "few.npz", "--space", first, "--held-out", "halves")
+
+
+def test_stored_statistics_find_their_space(digits, two_classifiers, tmp_path, capsys):
+    """By the hash where the file names a space, else by the number of features, and only where that is one space's."""
+    images, (first, second) = np.load(digits)["arr_0"], two_classifiers
+    spaces = [load_space(text) for text in two_classifiers]
+    sizes = [space.size for space in spaces]
+    assert sizes[0] != sizes[1]
+    stored = {"mu": np.full(sizes[1], 7.0), "sigma": np.eye(sizes[1])}
+    np.savez(tmp_path / "r.npz", arr_0=images, **stored)
+    evaluate.main(words(digits, tmp_path / "r.npz", "--space", first, second, "--output", tmp_path / "o.json"))
+    record = json.loads((tmp_path / "o.json").read_text())
+    assert "computed" in record["fid_reference"] and "stored" in record["more_spaces"][0]["fid_reference"]
+    assert "halves" not in str(record["arguments"]["held_out"])
+    for space, expected in ((spaces[1], None), (spaces[0], "by both hashes none of the spaces here")):
+        told = np.array(json.dumps(space.describe() | {"images": 1797, "source": {}}))
+        np.savez(tmp_path / "named.npz", arr_0=images, space=told, **stored)
+        arguments = words(digits, tmp_path / "named.npz", "--space", second)
+        if expected:
+            assert expected in refused(evaluate.main, arguments, capsys=capsys)
+        else:
+            evaluate.main(arguments)
+    np.savez(tmp_path / "w.npz", arr_0=images, mu=np.zeros(33), sigma=np.eye(33))
+    message = refused(evaluate.main, words(digits, tmp_path / "w.npz", "--space", first, second), capsys=capsys)
+    assert f"stores mu (33,), but {first} has {sizes[0]}, {second} has {sizes[1]} features" in message

@@ -1,127 +1,368 @@
-"""evaluation/frontier.py: which rows there are, what is kept, and what stops it."""
+"""evaluation/frontier.py: its file of rows, what is kept and what is made again, and what stops it."""
 
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from evaluation import frontier, rows
-from evaluation.scatter import picture
+from evaluation import comparison, frontier, scatter, work
+from evaluation.asked import ROOT
+from evaluation.rows import read_table, words_of
 from tests.conftest import refused, tree, words
+from train_cc.io.errors import InputError
 
+TABLE = """
+seeds = [1, 2]
+base_steps = 4
+extra_steps = 2
+reference = "$HERE/reference.npz"
+inputs = ["$HERE/input"]
+train = "--batch-size 4"
+generate = "--num-images 8"
+evaluate = "--space pixels"
 
-def test_rows_have_their_names_folders_and_picture(tmp_path):
-    names = [rows.row_name(g, "teacher") for g in rows.TEACHERS]
-    names += [rows.row_name(g, s) for g, stages in rows.SETTINGS.items() for s in ("cold start", *stages)]
-    assert len(names) == len(set(names)) == len({rows.folder_name(name) for name in names}) == 21
-    assert set(rows.PUBLISHED) <= set(names)
-    figures = {
-        name: {"figures": {"FID": 1.0, "Recall": 0.1 * i, "IS": 9.0, "Precision": 0.5}} for i, name in enumerate(names)
-    }
-    picture(figures, tmp_path / "p.png")
-    assert (tmp_path / "p.png").stat().st_size > 1000
+[[row]]
+name = "teacher"
+stage = "teacher"
+flags = "--sampler euler --num-steps 2"
+
+[[row]]
+name = "base"
+stage = "cold_start"
+published = true
+flags = "--real-guidance-scale 1.5"
+
+[[row]]
+name = "base + control"
+stage = "dmdr"
+from = "base"
+flags = "--encoder-type none"
+
+[[row]]
+name = "base + reward"
+stage = "dmdr"
+from = "base"
+against = "base + control"
+flags = "--reward-weight 0.5"
+"""
 
 
 @pytest.fixture
-def frontier_of(teacher, tmp_path, monkeypatch):
-    """A frontier whose launchers write what the real ones would. -> a function of flags, and what was launched."""
-    launched = []
+def table(tmp_path, monkeypatch):
+    """The file of rows, in a folder of its own."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.setenv("HERE", str(folder))
+    np.savez(folder / "reference.npz", arr_0=np.zeros((8, 4, 4, 1), np.uint8))
+    (folder / "input").write_text("a")
+    (folder / "table.toml").write_text(TABLE)
+    return folder / "table.toml"
 
-    def launch(self, script, log, more, **variables):
-        launched.append((script, *more))
-        if script == "evaluate":
-            row = Path(more[1])
-            row.mkdir(parents=True, exist_ok=True)
-            figures = {"FID": 1.0, "Recall": 0.5, "IS": 9.0, "Precision": 0.5}
-            content = {"rows": {"s": {"figures": figures, "images": 1800}}, "features": "f", "reference_sha256": "r"}
-            (row / "figures.json").write_text(json.dumps(content))
-        else:
+
+@pytest.fixture
+def run(table, teacher, tmp_path, monkeypatch):
+    """A frontier whose commands write what the real ones would. -> a function of flags; `run.made`: commands."""
+    made, lock = [], threading.Lock()
+
+    def launch(self, command, log, **variables):
+        with lock:
+            made.append(command)
+        value = 0.1 * len(command[0]) + 0.01 * len(str(log))
+        if command[0] == "bash":
             folder = Path(variables["OUTPUT_DIR"]) / "generator"
             folder.mkdir(parents=True)
-            (folder / "config.json").write_text("{}")
+            (folder / "config.json").write_text(json.dumps([command, sorted(map(str, variables.items()))]))
+        elif "evaluation.generate" in command:
+            output = Path(command[command.index("--output") + 1])
+            output.parent.mkdir(parents=True, exist_ok=True)
+            generator = Path(command[command.index("--generator") + 1]) / "config.json"
+            output.write_text(str(command) + generator.read_text())
+        elif "--check" not in command:
+            output = Path(command[command.index("--output") + 1])
+            output.parent.mkdir(parents=True, exist_ok=True)
+            names = command[command.index("--names") + 1 : command.index("--output")]
+            figures = {"FID": value, "Recall": 0.5, "Precision": value / 10}
+            each = {name: {"figures": figures, "images": 8} for name in names}
+            content = {"rows": each, "features": "f", "more_spaces": [{"features": "g", "rows": each}], "set_size": 8}
+            output.write_text(json.dumps(content))
 
-    monkeypatch.setattr(frontier.Frontier, "launch", launch)
-    base = {"--recipe": "digits", "--output-dir": tmp_path / "f", "--teacher": teacher}
-    base |= {"--base-steps": 4, "--extra-steps": 2}
+    monkeypatch.setattr(work.Processes, "run", launch)
+    monkeypatch.setattr(scatter, "picture", lambda *given: given[-1].write_bytes(b"made by DMDR: a picture"))
+    base = {"--recipe": "digits", "--output-dir": tmp_path / "f", "--teacher": teacher, "--table": table}
 
-    def run(**changed):
+    def start(*more, **changed):
+        made.clear()
         given = base | {f"--{name.replace('_', '-')}": value for name, value in changed.items()}
-        frontier.main(words(*(word for pair in given.items() for word in pair)))
+        frontier.main(words(*(word for pair in given.items() for word in pair), *more))
+        return made
 
-    return run, launched
+    start.made = made
+    return start
 
 
-def test_finished_rows_are_kept(frontier_of, tmp_path):
-    run, launched = frontier_of
+def kinds(made) -> list[int]:
+    """How many trainings, samplings, evaluations were started."""
+    trained = sum(command[0] == "bash" for command in made)
+    sampled = sum("evaluation.generate" in command for command in made)
+    return [trained, sampled, sum("--names" in command for command in made)]
+
+
+def test_every_row_is_made_once_and_kept(run, tmp_path, capsys):
+    made = list(run())
+    assert kinds(made) == [6, 8, 4]
+    assert "--check" in made[0] and made[0][0] != "bash"  # before anything is trained
+    capsys.readouterr()
+    assert kinds(run()) == [0, 0, 0]
+    printed = capsys.readouterr().out
+    assert "[13/13]" in printed and "base + control, seed 2: kept" in printed
+    text = (tmp_path / "f" / "frontier.md").read_text()
+    assert "| base + reward | 2 |" in text and "## g" in text and "| base + reward | base + control |" in text
+    record = json.loads((tmp_path / "f" / "frontier.json").read_text())
+    assert record["rows"]["base"]["seeds"] == 2 and "standard_deviations" in record["rows"]["base"]
+    assert (tmp_path / "f" / "frontier.png").exists()
+
+
+def test_a_dmdr_row_has_its_cold_starts_flags_state_and_seed(run, teacher, tmp_path):
+    made = [command for command in run() if command[0] == "bash"]
+    (found,) = [c for c in made if "dmdr" in c[1] and "--reward-weight" in c and c[-1] == "2"]
+    assert found[1] == "scripts/dmdr_digits_refl.sh"
+    words = found[2:]
+    assert words[:6] == ["--batch-size", "4", "--real-guidance-scale", "1.5", "--reward-weight", "0.5"]
+    assert words[words.index("--max-train-steps") + 1] == "6" and words[words.index("--seed") + 1] == "2"
+    config = (tmp_path / "f" / "runs" / "seed-2" / "base_and_reward" / "generator" / "config.json").read_text()
+    assert f"{tmp_path}/f/runs/seed-2/base/checkpoints/torch_units/step-4.pt" in config and str(teacher) in config
+    assert all(c[c.index("--max-train-steps") + 1] == "4" for c in made if "cold" in c[1]) and len(made) == 6
+
+
+def test_a_choice_of_rows_and_seeds(run, capsys):
+    assert kinds(run("--rows", "base + control", "--seeds", "7")) == [2, 2, 2]
+    assert "--rows 'control' is not in the table" in refused(lambda: run("--rows", "control"), capsys=capsys)
+
+
+def test_what_is_stale_is_made_again_and_put_aside(run, table, teacher, tmp_path, capsys):
     run()
-    scripts = [script for script, *_ in launched]
-    assert scripts.count("evaluate") == 15 and scripts.count("cold_start") == 6 and scripts.count("dmdr") == 7
-    assert "guidance 1.5 + RL" in (tmp_path / "f" / "frontier.md").read_text()
-    launched.clear()
-    run()
-    assert not launched
-
-
-def test_a_teacher_that_is_not_there_is_refused(frontier_of, tmp_path, capsys):
-    run, launched = frontier_of
-    assert "does not exist" in refused(lambda: run(teacher=tmp_path / "no"), capsys=capsys)
-    assert not launched
-
-
-def test_rows_of_other_settings_are_not_taken(frontier_of, tmp_path, capsys, monkeypatch):
-    run, launched = frontier_of
-    monkeypatch.setenv("SEED", "30")
-    run()
-    before, count = tree(tmp_path / "f"), len(launched)
-    run()
-    assert len(launched) == count
-    other = shutil.copytree(Path(run.__closure__[0].cell_contents["--teacher"]), tmp_path / "other_teacher")
+    other = shutil.copytree(teacher, tmp_path / "other_teacher")
     state = load_file(other / "diffusion_pytorch_model.safetensors")
     save_file({name: value + 1 for name, value in state.items()}, other / "diffusion_pytorch_model.safetensors")
-    for changed, told in (
-        ({"base_steps": 5}, "--max-train-steps 4, asked 5"),
-        ({"teacher_steps": 3}, "--num-steps 32, asked 3"),
-        ({"train_flags": "--batch-size 3"}, "--batch-size not given, asked 3"),
-        ({"teacher": other}, "teacher"),
-    ):
-        assert told in refused(lambda changed=changed: run(**changed), capsys=capsys), changed
-    monkeypatch.setenv("SEED", "31")
-    assert "SEED 30, asked 31" in refused(run, capsys=capsys)
-    assert len(launched) == count
-    assert {name: content for name, content in tree(tmp_path / "f").items() if name in before} == before
+    for change, expected, told in (
+        (lambda: table.write_text(TABLE.replace('"--reward-weight 0.5"', '"--reward-weight 0.6"')), [2, 2, 1],
+         "--reward-weight 0.5, asked 0.6"),
+        (lambda: table.write_text(TABLE.replace("euler --num-steps 2", "euler --num-steps 3")), [2, 4, 2],
+         "--num-steps 2, asked 3"),  # the reward's weight goes back, too
+        (lambda: table.write_text(TABLE.replace("--space pixels", "--space pixels --bootstrap 5")), [0, 2, 4],
+         "--bootstrap not given, asked 5"),
+        (lambda: (table.parent / "input").write_text("b"), [6, 0, 4], "input "),  # the same generators came of it
+        (lambda: np.savez(table.parent / "reference.npz", arr_0=np.ones((8, 4, 4, 1), np.uint8)), [0, 0, 4],
+         "reference "),
+    ):  # fmt: skip
+        change()
+        capsys.readouterr()
+        assert kinds(run()) == expected, told
+        printed = capsys.readouterr().out
+        assert "stale: " in printed and told in printed
+        assert kinds(run()) == [0, 0, 0]
+    capsys.readouterr()
+    assert kinds(run(teacher=other)) == [6, 8, 4]
+    aside = sorted(path.name for path in (tmp_path / "f" / "stale").iterdir())
+    assert {"base-1", "base-2", "base_and_reward-1", "teacher-1"} <= set(aside)
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"rows": {"s": {"figures": {"FID": NaN}}}}', "\0", "[" * 100_000,
-                                     '{"rows": {"s": {"figures": {"FID": 1}, "images": 3}}}'])  # fmt: skip
-def test_a_damaged_row_of_the_frontier_is_refused(frontier_of, tmp_path, capsys, content):
-    run, _ = frontier_of
+def test_a_comment_in_a_launcher_makes_nothing_stale(run, tmp_path, monkeypatch):
+    copy = shutil.copytree(ROOT / "scripts", tmp_path / "root" / "scripts").parent
+    monkeypatch.setattr(frontier, "ROOT", copy)
+    assert kinds(run()) == [6, 8, 4]
+    script = copy / "scripts" / "cold_start_digits.sh"
+    script.write_text(script.read_text() + "\n# a remark\n")
+    assert kinds(run()) == [0, 0, 0]
+    script.write_text(script.read_text().replace("--ratio-update 5", "--ratio-update 6"))
+    assert kinds(run())[0] == 2  # the cold starts; they came out the same, so that the rest is kept
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "\0", "[" * 100_000])
+def test_a_damaged_note_makes_its_product_stale(run, tmp_path, content):
     run()
-    for name in ("rows/teacher/figures.json", "asked/rows/teacher.json"):
-        kept = (tmp_path / "f" / name).read_bytes()
-        (tmp_path / "f" / name).write_text(content)
-        assert "teacher" in refused(run, capsys=capsys)
-        (tmp_path / "f" / name).write_bytes(kept)
+    (tmp_path / "f" / "asked" / "rows" / "teacher.json").write_text(content)
+    assert kinds(run()) == [0, 0, 1]
 
 
-def test_the_frontier_stops_at_the_first_failure(teacher, tmp_path, capsys, monkeypatch):
+def test_damaged_figures_and_products_of_others_are_refused(run, tmp_path, capsys):
+    run()
+    figures = tmp_path / "f" / "rows" / "teacher" / "figures.json"
+    kept = figures.read_text()
+    for content in ("{}", '{"rows": {"s": {"figures": {"FID": NaN}}}}', "[" * 100_000, kept.replace('"f"', '"h"')):
+        figures.write_text(content)
+        assert "/figures.json" in refused(run, capsys=capsys)
+    figures.write_text(kept)
+    (tmp_path / "f" / "asked" / "runs" / "seed-1" / "base.json").unlink()
+    before = tree(tmp_path / "f" / "runs")
+    assert "which says how it was made, is not: move it away" in refused(run, capsys=capsys)
+    assert tree(tmp_path / "f" / "runs") == before
+
+
+WRONG = {
+    "no TOML": ("seeds = [", "a TOML file"),
+    "a twice": ('name = "base + control"', 'name = "base"', "two rows are named 'base' and 'base'"),
+    "a folder twice": ('name = "base + control"', 'name = "base and reward"', "they cannot be told apart"),
+    "an unknown flag": ("--encoder-type none", "--encoder none", "unrecognized arguments: --encoder none"),
+    "a wrong value": ("--real-guidance-scale 1.5", "--real-guidance-scale much", "--real-guidance-scale is much"),
+    "the frontier's flag": ("--encoder-type none", "--seed 3", "--seed is the frontier's to set"),
+    "an unknown key": ("published = true", "publish = true", "has unknown publish"),
+    "a missing key": ("base_steps = 4", "", "lacks base_steps"),
+    "an unknown stage": ('stage = "cold_start"', 'stage = "warm"', "stage is 'warm'"),
+    "from nowhere": ('from = "base"', 'from = "bass"', "from is 'bass', which is no cold_start row"),
+    "no from": ('from = "base"\n', "", "starts from a cold start: from = NAME"),
+    "against nothing": ('against = "base + control"', 'against = "x"', "against is 'x', which is no row"),
+    "a teacher's flag": ("--sampler euler", "--sampler rk4", "--sampler"),
+    "an evaluation's flag": ("--space pixels", "--spaces pixels", "evaluate: "),
+    "no steps": ("extra_steps = 2", "extra_steps = 0", "extra_steps is 0"),
+    "a seed twice": ("seeds = [1, 2]", "seeds = [1, 1]", "each seed once"),
+    "no seed": ("seeds = [1, 2]", "seeds = []", "a list of whole numbers"),
+    "a variable": ("$HERE/input", "$NOWHERE/input", "the variable NOWHERE is not set"),
+    "an input": ("$HERE/input", "$HERE/no", "does not exist"),
+    "a reward's file": ("--reward-weight 0.5", "--reward python 1 no.py:f", "no.py does not exist"),
+    "an odd name": ('name = "teacher"', 'name = "a, seed 3"', "a name is one line"),
+    "quotes": ("--encoder-type none", "--encoder-type 'none", "quoted as in a shell"),
+    "rows that are none": ('\n[[row]]\nname = "teacher"', '\n[row]\nname = "teacher"', "TOML"),
+    "more seeds": ('name = "base + control"', 'name = "base + control"\nseeds = [5]', "cold start has no seed [5]"),
+    "help": ("--encoder-type none", "--help", "ask for help"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_table_is_refused_before_anything_is_trained(what, run, table, tmp_path, capsys):
+    *change, told = WRONG[what]
+    table.write_text(TABLE.replace(*change) if len(change) == 2 else change[0])
+    assert table.read_text() != TABLE
+    assert told in refused(run, capsys=capsys)
+    assert not run.made and not (tmp_path / "f").exists()
+
+
+def test_a_teacher_that_is_not_there_is_refused(run, tmp_path, capsys):
+    assert "does not exist" in refused(lambda: run(teacher=tmp_path / "no"), capsys=capsys)
+    assert not run.made
+
+
+def test_the_frontier_stops_at_the_first_failure(table, teacher, tmp_path, capsys, monkeypatch):
     """One launcher fails while another sleeps: the message comes at once, and nothing is left running."""
     fails = tmp_path / "fails.sh"
     fails.write_text(
-        f'echo $$ >> {tmp_path}/pids\necho "the reason" >&2\ncase "$*" in *"4.0"*) exit 3;; esac\nsleep 60\n'
+        f'echo $$ >> {tmp_path}/pids\necho "the reason" >&2\n'
+        'case "$*" in *"--seed 2"*) sleep 1; exit 3;; esac\nsleep 60\n'
     )
-    monkeypatch.setattr(frontier, "LAUNCHERS", dict.fromkeys(("cold_start", "dmdr", "evaluate"), str(fails)))
-    arguments = words("--recipe", "digits", "--output-dir", tmp_path / "f", "--teacher", teacher, "--base-steps", 4)
+    monkeypatch.setattr(frontier, "LAUNCHERS", dict.fromkeys(("cold_start", "dmdr"), str(fails)))
+    monkeypatch.setattr(frontier.Frontier, "check", lambda self: False)
+    monkeypatch.setattr(frontier.Frontier, "sample", lambda self, row, seed: False)
+    arguments = words("--recipe", "digits", "--output-dir", tmp_path / "f", "--teacher", teacher, "--table", table)
     began = time.monotonic()
     with pytest.raises(SystemExit) as stopped:
-        frontier.main([*arguments, *words("--extra-steps", 2, "--jobs", 3)])
+        frontier.main([*arguments, "--jobs", "3", "--rows", "base"])
     assert stopped.value.code == 2 and time.monotonic() - began < 30
     message = capsys.readouterr().err
     assert "exit code 3" in message and "the reason" in message
     for pid in (tmp_path / "pids").read_text().split():
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid), 0)
-    assert "--jobs is 0" in refused(frontier.main, [*arguments, "--extra-steps", "2", "--jobs", "0"], capsys=capsys)
+    assert "--jobs is 0" in refused(frontier.main, [*arguments, "--jobs", "0"], capsys=capsys)
+
+
+# Jobs
+
+
+def test_jobs_wait_for_what_they_need():
+    done = []
+    jobs = [
+        work.Job("c", lambda: done.append("c") or True, ["a", "b"]),
+        work.Job("a", lambda: time.sleep(0.1) or done.append("a") or True),
+        work.Job("b", lambda: done.append("b") or False),
+    ]
+    work.run_all(jobs, work.Processes(), 3)
+    assert done == ["b", "a", "c"]
+    with pytest.raises(InputError, match="waits for x, which nobody makes"):
+        work.run_all([work.Job("d", lambda: True, ["x"])], work.Processes(), 1)
+
+
+def test_the_time_left_is_that_of_what_had_to_be_made():
+    assert work.remaining([], 5, 1) == "" == work.remaining([60.0], 0, 1)
+    assert work.remaining([60.0, 180.0], 6, 2) == "; about 6 min left"
+    assert work.remaining([3600.0], 10, 2) == "; about 5.0 h left"
+    assert work.remaining([120.0], 1, 4) == "; about 2 min left"
+
+
+# What comes of the rows
+
+
+def row(fid, recall, precision, spread=0.01, seeds=3):
+    figures = {"FID": fid, "Recall": recall, "Precision": precision}
+    return {"figures": figures, "standard_deviations": dict.fromkeys(figures, spread), "seeds": seeds, "images": 8}
+
+
+def test_a_difference_and_its_standard_error():
+    """Spreads of .03 and .04 over four seeds: an error of .05 / 2."""
+    value, error = comparison.difference(row(1, 0.5, 0.6, 0.03, 4), row(1, 0.4, 0.6, 0.04, 4), "Recall")
+    assert value == pytest.approx(0.1) and error == pytest.approx(0.025)
+    text = comparison.against_controls({"a": row(2, 0.5, 0.6), "b": row(1, 0.4, 0.6)}, {"a": "b", "b": "gone"})
+    assert "| a | b | +1.00 (122.5 s.e.) | +0.100 (12.2 s.e.) | +0.000 (0.0 s.e.) |" in text and "gone" not in text
+
+
+def test_who_dominates_whom():
+    published = row(1.0, 0.5, 0.6)
+    far = 0.01 * (2 / 3) ** 0.5 * 4  # four standard errors
+    rows = {
+        "better": row(1 - far, 0.5 + far, 0.6),
+        "traded": row(1 - far, 0.5 + far, 0.6 - far),
+        "worse FID": row(1 + far, 0.5 + far, 0.6 + far),
+        "near": row(1 - far / 2, 0.5 + far / 2, 0.6),
+        "published": published,
+    }
+    (line,) = comparison.domination(rows, ["published"])
+    assert line == "better dominates published: FID -4.0, recall +4.0, precision +0.0 s.e."
+    single = row(0.1, 0.9, 0.9) | {"standard_deviations": {}}
+    assert comparison.beyond(single, published) is None
+
+
+def test_means_over_seeds():
+    rows = {f"a, seed {k}": {"figures": {"FID": float(k)}, "images": 8} for k in (1, 2, 3)}
+    found = comparison.means_of(rows | {"held-out real": {"figures": {"FDr": 1.0}, "images": 4}})
+    assert found["a"]["figures"]["FID"] == 2 and found["a"]["standard_deviations"]["FID"] == 1
+    assert found["held-out real"]["seeds"] == 1 and found["held-out real"]["standard_deviations"] == {}
+
+
+def test_the_tables_of_the_recipes_are_right(tmp_path, monkeypatch):
+    """Every recipe's rows have flags that the stages take, and each reward its control."""
+    for name in ("DIGITS", "FASHION"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for name in ("REFERENCE", "VAE", "TIMM_ENCODER"):
+        monkeypatch.setenv(name, "x")
+    (tmp_path / "statistics.npz").touch()
+    monkeypatch.chdir(ROOT)
+    for recipe, count in (("digits", 24), ("fashion", 23), ("sitxl", 13)):
+        found = read_table(ROOT / "scripts" / "frontier" / f"{recipe}.toml")
+        assert len(found.rows) == count
+        for each in found.rows:
+            if each.stage == "dmdr":
+                control = "--encoder-type none" in " ".join(each.flags) and "--reward " not in " ".join(each.flags)
+                control &= "--tilt" not in each.flags
+                assert (each.against is None) == control, each.name
+                assert each.against is None or found.row(each.against).cold_start == each.cold_start
+                assert words_of(found, each)[-len(each.flags) :] == each.flags
+
+
+def test_the_picture_shows_every_row(tmp_path):
+    rows = {f"row {k}": row(1, 0.1 * k, 0.5 + 0.01 * k) for k in range(9)} | {"held-out real": row(0, 1, 1)}
+    spaces = [{"features": "a", "rows": rows}, {"features": "b", "rows": rows}]
+    colours = {name: "tab:blue" for name in rows if name != "held-out real"}
+    scatter.picture(spaces, colours, {"row 1": "row 0"}, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_a_collapsed_row_does_not_press_the_others_together():
+    points = {"a": (0.5, 0.8), "b": (0.6, 0.6), "c": (0.7, 0.45)}
+    assert scatter.low_of(points) == 0.45
+    assert scatter.low_of(points | {"d": (0.7, 0.01)}) == 0.45
+    assert scatter.low_of({"a": (0.5, 0.8)}) == 0.8

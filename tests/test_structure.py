@@ -80,6 +80,7 @@ COMMANDS = [
     "evaluation.evaluate",
     "evaluation.statistics",
     "evaluation.frontier",
+    "evaluation.sample",
     "evaluation.report",
 ]
 

@@ -91,6 +91,13 @@ def test_a_damaged_download_of_inception_is_not_used(tmp_path, monkeypatch):
     assert asked == [features.INCEPTION_SHA256] and len(asked[0]) == 64
 
 
+def frontier_words(folder: Path, teacher: Path, reference: Path) -> list:
+    """Flags of a frontier of one row."""
+    rows = f'seeds = [1]\nbase_steps = 1\nextra_steps = 1\nreference = "{reference}"\nevaluate = "--space pixels"\n'
+    (folder / "table.toml").write_text(rows + '[[row]]\nname = "a"\nstage = "cold_start"\n')
+    return ["--recipe", "digits", "--teacher", teacher, "--table", folder / "table.toml"]
+
+
 FOREIGN = {
     "generate --output": lambda f: (generate, sampled(f.teacher, f.file, "--overwrite")),
     "generate --png-dir": lambda f: (generate, sampled(f.teacher, f.new, "--png-dir", f.folder, "--overwrite")),
@@ -117,7 +124,7 @@ def test_what_a_command_did_not_write_is_left_alone(
         of_shards, run = tmp_path / "s.npz", shutil.copytree(finished_run, tmp_path / "run")
         picture = run / "samples" / "step-3" / "grid.png"
         pair = (reference, reference, "--classifier", classifier)
-        frontier = ("--recipe", "digits", "--teacher", teacher, "--base-steps", 1, "--extra-steps", 1)
+        frontier = frontier_words(tmp_path, teacher, reference)
 
     Files.teacher = teacher
     Files.file.write_text("mine")
@@ -171,7 +178,7 @@ def test_odd_output_paths_are_refused_before_the_work(
     kind, teacher, classifier, reference, finished_run, tmp_path, capsys, monkeypatch
 ):
     path = odd_paths(tmp_path)[kind]
-    pair = words(reference, reference, "--classifier", classifier)
+    pair, table = words(reference, reference, "--classifier", classifier), frontier_words(tmp_path, teacher, reference)
     before = tree(tmp_path)
     monkeypatch.setattr(ImageClassifier, "from_pretrained", lambda *_: pytest.fail("refused only after loading"))
     monkeypatch.setattr(sampling.Source, "load", lambda *_: pytest.fail("refused only after loading"))
@@ -182,9 +189,8 @@ def test_odd_output_paths_are_refused_before_the_work(
         (evaluate.main, [*pair, "--picture", str(path)]),
         (report.main, words(finished_run, "--output", path)),
         (report.main, words(finished_run, "--output", tmp_path / "r.html", "--curves", path)),
-        (frontier.main, words("--recipe", "digits", "--teacher", teacher, "--base-steps", 1, "--extra-steps", 1,
-                              "--output-dir", path)),
-    ):  # fmt: skip
+        (frontier.main, words(*table, "--output-dir", path)),
+    ):
         refused(main, arguments, capsys=capsys)
         assert tree(tmp_path) == before
 
@@ -199,8 +205,8 @@ def test_every_number_has_its_range(module, tmp_path, capsys):
     """No number is taken that the command could not work with: whole numbers and finite ones alone, in a range."""
     parser = module.build_parser()
     numeric = [a for a in parser._actions if isinstance(a.default, int | float) and not isinstance(a.default, bool)]
-    numeric += [a for a in parser._actions if a.dest in ("num_steps", "timestep_shift", "base_steps", "extra_steps")]
-    assert len(numeric) >= 3
+    numeric += [a for a in parser._actions if a.dest in ("num_steps", "timestep_shift")]
+    assert len(numeric) >= (1 if module is frontier else 3)
     for action in numeric:
         for text in ODD_NUMBERS:
             try:

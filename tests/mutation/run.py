@@ -115,7 +115,8 @@ MODULES = {
     ],
     "train_cc/run/session.py": ["test_distill", "test_processes"],
     "train_cc/pretrain/teacher.py": ["test_teacher", "test_pretrain"],
-    "evaluation/metrics.py": ["test_metrics"],
+    "evaluation/metrics.py": ["test_metrics", "test_distances"],
+    "evaluation/distances.py": ["test_distances"],
     "convert_weight/pipeline.py": [
         "test_sampling",
         "test_trust_inputs::test_the_pipeline_samples_as_its_generator_was_trained",

@@ -10,6 +10,7 @@ from pathlib import Path
 from train_cc.io.errors import InputError
 
 FEATURE_SPACES = "classifier:FOLDER, dinov2, inception, timm:NAME"  # the notation of models/features.py
+JUDGING_SPACES = f"{FEATURE_SPACES}, pixels"  # pixels, whose size is that of the images, judge alone
 
 
 class Parser(argparse.ArgumentParser):

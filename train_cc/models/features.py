@@ -6,6 +6,7 @@
 | `dinov2` | class token of the last block, normed, of an official backbone | none |
 | `inception` | torch-fidelity's inception-v3-compat, 2048 | 1008, unbiased |
 | `timm:NAME` | pre-logits of a timm model with its published weights | of its own classes, if it has any |
+| `pixels` | the image itself, in [0, 1], flattened; to judge small images alone | none |
 
 Greyscale images are repeated to three channels for a space that takes three; any other mismatch is refused. Inception
 takes uint8: images are rounded to 1/255 there, and the gradient passes the rounding unchanged. An image that came from
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from train_cc.io.errors import InputError
-from train_cc.io.flags import FEATURE_SPACES
+from train_cc.io.flags import FEATURE_SPACES, JUDGING_SPACES
 from train_cc.io.read import first_line, read_torch, require_file, sha256
 from train_cc.io.weights import require_finite
 from train_cc.models.classifier import WEIGHTS_NAME, ImageClassifier
@@ -34,6 +35,7 @@ from train_cc.models.dinov2 import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, offi
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
+MOST_PIXELS = 4096  # a covariance of more would take minutes
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of this file
 
 
@@ -127,6 +129,15 @@ class DINOv2Features(nn.Module):
         self.backbone.set_grad_checkpointing(True)
 
 
+class Pixels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.nothing = nn.Parameter(torch.empty(0))  # the device of a space is that of its parameters
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, None]:
+        return images.flatten(1), None
+
+
 class InceptionFeatures(nn.Module):
     """torch-fidelity's network with a path for gradients: its own forward takes uint8 alone. Always fp32."""
 
@@ -166,10 +177,12 @@ def load_space(
     dinov2_backbone: str | Path | None = None,
     inception_weights: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
+    image_shape: tuple[int, int, int] | None = None,
 ) -> FeatureSpace:
     """The space that ``text`` names, frozen, on ``device`` with weights in ``dtype``. Raises `InputError`.
 
     ``dinov2_backbone``: official file or its URL; ``inception_weights``: torch-fidelity's file, None: downloaded.
+    ``image_shape``: (H, W, C), where the space may be `pixels`.
     """
     kind, _, source = text.partition(":")
     if kind == "classifier" and source:
@@ -182,8 +195,11 @@ def load_space(
         space = dinov2_space(dinov2_backbone)
     elif text == "inception":
         space = inception_space(inception_weights)
+    elif text == "pixels" and image_shape is not None:
+        space = pixel_space(*image_shape)
     else:
-        raise InputError(f"{text[:200]!r} is no feature space; allowed: {FEATURE_SPACES}")
+        allowed = FEATURE_SPACES if image_shape is None else JUDGING_SPACES
+        raise InputError(f"{text[:200]!r} is no feature space here; allowed: {allowed}")
     return space.to(device, dtype)
 
 
@@ -226,6 +242,17 @@ def dinov2_space(source: str | Path) -> FeatureSpace:
         "std": list(IMAGENET_STD),
     }
     return FeatureSpace("dinov2", DINOv2Features(backbone), 3, preprocessing, sha256(file))
+
+
+def pixel_space(height: int, width: int, channels: int) -> FeatureSpace:
+    size = height * width * channels
+    if height != width or size > MOST_PIXELS:
+        raise InputError(
+            f"the space pixels is for square images of at most {MOST_PIXELS} numbers, these have "
+            f"{height} x {width} x {channels}; choose another space"
+        )
+    preprocessing = {"image_size": height, "channels": channels, "scale": "x / 255"}
+    return FeatureSpace("pixels", Pixels(), channels, preprocessing, "")
 
 
 def inception_space(source: str | Path | None) -> FeatureSpace:

@@ -15,6 +15,16 @@ def save_grid(rows: list[np.ndarray], path: Path, names: list[str] | None = None
 
     ``names``: what is written to the left of each row.
     """
+    picture = grid(rows, cell, gap)
+    if names:
+        pitch = (picture.height - gap) // len(rows)
+        picture = beside(picture, names, pitch, gap)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, png_bytes(picture))
+
+
+def grid(rows: list[np.ndarray], cell: int = 64, gap: int = 4) -> Image.Image:
+    """``rows``: each (N, H, W, C) uint8, drawn with ``gap`` white pixels between images of about ``cell``."""
     factor = max(1, cell // rows[0].shape[1])
     rows = [row.repeat(factor, axis=1).repeat(factor, axis=2) for row in rows]
     count, side = max(len(row) for row in rows), rows[0].shape[1]
@@ -25,11 +35,7 @@ def save_grid(rows: list[np.ndarray], path: Path, names: list[str] | None = None
         for j, image in enumerate(row):
             top, left = gap + i * pitch, gap + j * pitch
             canvas[top : top + side, left : left + side] = image
-    picture = Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
-    if names:
-        picture = beside(picture, names, pitch, gap)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, png_bytes(picture))
+    return Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
 
 
 def png_bytes(picture: Image.Image) -> bytes:

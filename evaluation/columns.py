@@ -1,0 +1,75 @@
+"""The picture of evaluation/sample.py: images of chosen classes, and their names above."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from evaluation.sample import class_of, names_of
+from evaluation.sampling import Source, images_of_labels, load_sampler, open_source, resolve_sampling
+from train_cc.io.write import record_of, write_atomically
+from train_cc.models.vae import require_decoder
+from train_cc.run.pictures import grid, png_bytes
+
+GAP = 4
+
+
+def data_of(source: Source) -> str | None:
+    """The data set that the generator's teacher was trained on, as far as records lead there."""
+    folder = source.path if source.path.is_dir() else source.path.parents[2]  # of checkpoints/torch_units/step-N.pt
+    for _ in range(3):  # the generator's folder, its run's, its teacher's
+        arguments = record_of(folder).get("arguments", {})
+        if isinstance(arguments.get("dataset"), str):
+            return arguments["dataset"]
+        folder = Path(str(arguments["teacher"])) if arguments.get("teacher") else folder.parent
+    return None
+
+
+def sample(args: argparse.Namespace) -> None:
+    """The command, its flags checked. Raises `InputError`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = open_source(args.generator)
+    require_decoder(source.in_channels, args.vae, args.generator)
+    resolve_sampling(args, source.sampling)
+    names = names_of(args.names, data_of(source), source.num_classes)
+    classes = [class_of(text, names, source.num_classes) for text in args.classes]
+    model, decode, *_ = load_sampler(args, source, device)
+    columns = []
+    for k in classes:
+        indices = range(k * args.per_class, (k + 1) * args.per_class)
+        columns.append(images_of_labels(model, decode, indices, torch.full((args.per_class,), k), args))
+    told = [str(k) if names is None else names[k].split(",")[0] for k in classes]
+    picture = above(grid(list(np.stack(columns, axis=1))), told)
+    args.grid.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.grid, png_bytes(picture))
+    print(f"{len(columns)} classes ({json.dumps(told, ensure_ascii=False)}), {args.per_class} images each: {args.grid}")
+
+
+def above(picture: Image.Image, names: list[str]) -> Image.Image:
+    """``picture`` with a name above each column of images; what is too long for a column is broken, then cut."""
+    font, pitch = ImageFont.load_default(size=13), (picture.width - GAP) // len(names)
+    texts = [lines_of(name, font, pitch - GAP) for name in names]
+    height = 16 * max(map(len, texts)) + 6
+    tall = Image.new(picture.mode, (picture.width, picture.height + height), "white")
+    tall.paste(picture, (0, height))
+    draw = ImageDraw.Draw(tall)
+    for i, lines in enumerate(texts):
+        for j, line in enumerate(lines):
+            draw.text((GAP + i * pitch + (pitch - GAP) // 2, 4 + 16 * j), line, fill="black", font=font, anchor="ma")
+    return tall
+
+
+def lines_of(name: str, font: ImageFont.ImageFont, width: int, most: int = 4) -> list[str]:
+    """``name`` in lines of at most ``width`` pixels."""
+    lines: list[str] = []
+    for word in name.split() or [""]:
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        while font.getlength(word) > width and len(word) > 2:
+            word = word[:-2] + "."
+        lines.append(word)
+    return lines[:most]

@@ -1,0 +1,101 @@
+"""A picture of what a generator makes: a column a class, its name above.
+
+`python -m evaluation.sample --generator runs/sitxl/dmdr/generator --vae stabilityai/sd-vae-ft-ema \\
+    --classes 207 "golden retriever" tench --grid classes.png`
+
+A class is its number or its name, as timm's ImageNetInfo has it for 1000 classes (one of its words is enough, if it is
+no other class's), and as the data set of the generator's teacher has it for digits and Fashion-MNIST; or by a file of
+`--names`, a name a line. Row r of a column is a function of the seed, r and the class alone.
+"""
+
+from pathlib import Path
+
+from evaluation.generate import add_sampling_arguments, check_sampling
+from train_cc.io import flags
+from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.write import check_output_file
+
+MOST_NAMES = 100_000
+
+
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(description=__doc__)
+    parser.add_argument(
+        "--generator",
+        type=flags.path,
+        required=True,
+        help="a run's generator/, a teacher folder, or a torch_units/step-N.pt",
+    )
+    parser.add_argument("--classes", nargs="+", required=True, help="numbers or names")
+    parser.add_argument("--grid", type=flags.path, required=True, help="the PNG to write")
+    parser.add_argument("--per-class", type=flags.integer(1, 1000), default=4, help="images of each class")
+    parser.add_argument("--names", type=flags.path, help="a file with the classes' names, a line each")
+    add_sampling_arguments(parser)
+    parser.add_argument("--seed", type=flags.SEED, default=0)
+    return parser
+
+
+def names_in(path: Path, count: int) -> list[str]:
+    """Raises `InputError` where the file has not one name for each class."""
+    from train_cc.io.read import parsing, require_file
+
+    with parsing(require_file(path, "a file of class names, a line each"), "text in UTF-8"):
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    if len(names) != count:
+        raise InputError(
+            f"--names {path} has {len(names)} lines, the generator {count} classes; one name each is needed"
+        )
+    return names
+
+
+def names_of(path: Path | None, data: str | None, count: int) -> list[str] | None:
+    """The names of the ``count`` classes; None where nobody knows them."""
+    from train_cc.pretrain.data import CLASS_NAMES
+
+    if path is not None:
+        return names_in(path, count)
+    if data in CLASS_NAMES:
+        return list(CLASS_NAMES[data])
+    if count == 1000:
+        from timm.data import ImageNetInfo
+
+        return ImageNetInfo().label_descriptions()
+    return None
+
+
+def class_of(text: str, names: list[str] | None, count: int) -> int:
+    """The class that ``text`` names: by its number, its name, or one of its name's parts. Raises `InputError`."""
+    if text.isdecimal() and text.isascii() and (names is None or text not in names):
+        if len(text) > 9 or int(text) >= count:
+            raise InputError(f"--classes {text[:80]}: the generator has the classes 0 to {count - 1}")
+        return int(text)
+    if names is None:
+        raise InputError(
+            f"--classes {text[:80]!r}: nobody told the names of this generator's {count} classes; give "
+            f"numbers from 0 to {count - 1}, or their names in a file by --names"
+        )
+    wanted = text.casefold().strip()
+    whole = [k for k, name in enumerate(names) if wanted == name.casefold()]
+    parts = [k for k, name in enumerate(names) if wanted in [part.strip() for part in name.casefold().split(",")]]
+    within = [k for k, name in enumerate(names) if wanted and wanted in name.casefold()]
+    found = whole or parts
+    if len(found) == 1:
+        return found[0]
+    near = ", ".join(f"{k} ({names[k]})" for k in (found or within)[:8])
+    told = "several classes have that name" if found else "no class has that name"
+    told += f", such as {near}" if near else ""
+    raise InputError(f"--classes {text[:80]!r}: {told}; give a number from 0 to {count - 1} or another name")
+
+
+@exits_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    check_sampling(args)
+    check_output_file(args.grid, flag="--grid", kind="a picture")
+    from evaluation.columns import sample  # networks take seconds to import: what is wrong has been said
+
+    sample(args)
+
+
+if __name__ == "__main__":
+    main()
