@@ -19,6 +19,7 @@ from evaluation.files import apart, image_shape, over_seeds, printable, table, t
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import sha256
+from train_cc.io.saying import saying
 from train_cc.io.write import check_output_file, library_versions
 
 if TYPE_CHECKING:
@@ -51,13 +52,13 @@ def build_parser() -> flags.Parser:
     parser.add_argument(
         "--over-seeds", action="store_true", help="rows named 'NAME, seed N': also their means and standard deviations"
     )
-    parser.add_argument("--batch-size", type=flags.BATCH, default=250)
+    parser.add_argument("--batch-size", type=flags.BATCH, default=250, help="images through the features at once")
     parser.add_argument(
         "--bootstrap", type=flags.integer(0, 100_000), default=0, metavar="N", help="95 %% intervals from N resamplings"
     )
     parser.add_argument("--output", type=flags.path, help="the JSON file to write")
     parser.add_argument("--picture", type=flags.path, help="the PNG to write")
-    parser.add_argument("--picture-columns", type=flags.integer(1, 1000), default=20)
+    parser.add_argument("--picture-columns", type=flags.integer(1, 1000), default=20, help="images a row of --picture")
     parser.add_argument(
         "--check", action="store_true", help="check the reference, the features and the outputs; samples need not exist"
     )
@@ -105,11 +106,12 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     names = check_arguments(args)
     # Networks take seconds to import: what is wrong with the command line has been said.
-    import torch
+    with saying("loading libraries"):
+        import torch
 
-    from evaluation.figures import Reference, check_reference, evaluate
-    from train_cc.models.features import load_space
-    from train_cc.run.pictures import save_grid
+        from evaluation.figures import Reference, check_reference, evaluate
+        from train_cc.models.features import load_space
+        from train_cc.run.pictures import save_grid
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.classifier:

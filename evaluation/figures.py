@@ -18,6 +18,7 @@ from evaluation.metrics import (
 )
 from train_cc.draws import rng_of
 from train_cc.io.errors import InputError
+from train_cc.io.saying import saying
 from train_cc.models.features import FeatureSpace
 
 
@@ -97,7 +98,9 @@ def evaluate(
         raise InputError(
             f"{samples} has labels from {labels.min()} to {labels.max()}, {space.name} knows 0 to {logits.shape[1] - 1}"
         )
-    row = {"figures": figures(features, logits, labels, reference), "images": len(images), "generation": provenance}
+    with saying("FID, recall, IS and precision"):
+        found = figures(features, logits, labels, reference)
+    row = {"figures": found, "images": len(images), "generation": provenance}
     if rounds:
         row["intervals"] = bootstrap(features, logits, reference, rounds)
     return row, images

@@ -4,7 +4,7 @@ Trains every row by the recipe's launchers, samples and evaluates all in one fea
 `frontier.json` and `frontier.png`. Finished rows are kept when it is run again, an interrupted one continues: only if
 they were asked for with the same settings, else the difference is named. The first failure stops all.
 
-`python -m evaluation.frontier --recipe digits --output-dir runs/digits/frontier --base-steps 400`
+`python -m evaluation.frontier --recipe digits --teacher TEACHER --output-dir OUTPUT --base-steps 400 --extra-steps 100`
 """
 
 import argparse
@@ -187,14 +187,16 @@ def train_flags(text: str) -> list[str]:
 def build_parser() -> flags.Parser:
     parser = flags.Parser(description=__doc__)
     parser.add_argument("--recipe", choices=["digits", "sitxl"], required=True, help="whose launchers in scripts/")
-    parser.add_argument("--output-dir", type=flags.path, required=True)
+    parser.add_argument("--output-dir", type=flags.path, required=True, help="folder of all rows and of the table")
     parser.add_argument("--teacher", type=flags.path, required=True, help="model folder")
     parser.add_argument("--base-steps", type=flags.COUNT, required=True, help="generator updates of the cold start")
     parser.add_argument(
         "--extra-steps", type=flags.COUNT, required=True, help="more updates, with the reward or without"
     )
-    parser.add_argument("--teacher-sampler", choices=["euler", "heun"], default="euler")
-    parser.add_argument("--teacher-steps", type=flags.STEPS, default=32)
+    parser.add_argument(
+        "--teacher-sampler", choices=["euler", "heun"], default="euler", help="solver of the rows teacher"
+    )
+    parser.add_argument("--teacher-steps", type=flags.STEPS, default=32, help="steps of that solver")
     parser.add_argument(
         "--train-flags", type=train_flags, default=[], help="more flags for every training, in one string"
     )
