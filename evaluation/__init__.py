@@ -1,0 +1,1 @@
+from train_cc.io import threads as threads

@@ -151,7 +151,7 @@ def test_the_bar_is_the_main_processs_and_moves_while_an_update_lasts(teacher, t
 
     def kept(**options):
         bars.append((options, tqdm(**options)))
-        monkeypatch.setattr(bars[0][1], "refresh", lambda: moved.append(bars[0][1].n))
+        monkeypatch.setattr(bars[0][1], "refresh", lambda **options: moved.append(bars[0][1].n))
         return bars[0][1]
 
     def long(*args):

@@ -1,6 +1,7 @@
 """The rooms: a module imports only from lower levels, and rooms of one level do not know each other."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,23 @@ for name in {COMMANDS}:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("usage:") == len(COMMANDS)
+
+
+@pytest.mark.parametrize("package", ["train_cc.cold_start", "evaluation.metrics", "convert_weight.denoising"])
+@pytest.mark.parametrize("given,expected", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_that_wait_sleep_before_torch_is_there(package, given, expected):
+    """Spinning threads take a busy machine's cores; who sets the variable is obeyed."""
+    code = f"""
+import os, sys
+class Watch:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            os._exit(0)
+sys.meta_path.insert(0, Watch())
+import {package}
+print(os.environ.get("OMP_WAIT_POLICY"))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr[-1000:]
