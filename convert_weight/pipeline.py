@@ -1,99 +1,113 @@
-"""The generator as a diffusers pipeline, with its VAE inside.
+"""A one-step or few-step SiT generator as a diffusers pipeline: class labels in, images out.
 
-pipeline = DMDRPipeline.from_pretrained(folder)
-images = pipeline(class_labels=[207], num_inference_steps=1).images
+pipeline = DiffusionPipeline.from_pretrained(FOLDER_OR_HUB_NAME, trust_remote_code=True)
+images = pipeline(class_labels=["golden retriever", 207]).images
+
+This file needs torch, diffusers and pillow alone: a pipeline that is shared holds a copy of it.
 """
 
-import os
+import difflib
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from train_cc.io.read import check_numbers, read_json
-from train_cc.io.write import copy_mode
-from train_cc.models.generator import SAMPLING
-from train_cc.models.sit import SiT
-from train_cc.models.vae import images_to_uint8, load_vae, pixels_to_images, unscaled
-from train_cc.samplers import few_step_sample
-
-INDEX = "model_index.json"
+MOST_STEPS = 1000
 
 
 class DMDRPipeline(DiffusionPipeline):
-    """Class labels to images. ``vae``: None for a generator of pixels."""
+    """``generator``: the velocity network v(x, t, y). ``vae``: None for a generator of pixels.
+
+    ``num_inference_steps`` and ``timestep_shift``: what ``generator`` was trained for. ``id2label``: a class's number,
+    as text, to its names, separated by ", ".
+    """
 
     _optional_components = ["vae"]  # noqa: RUF012  (diffusers reads it)
     model_cpu_offload_seq = "generator->vae"
 
     def __init__(
         self,
-        generator: SiT,
+        generator: ModelMixin,
         vae: AutoencoderKL | None = None,
         timestep_shift: float = 1.0,
         num_inference_steps: int = 1,
+        id2label: dict[str, str] | None = None,
     ):
-        """``timestep_shift`` and ``num_inference_steps``: what ``generator`` was trained for."""
         super().__init__()
         self.register_modules(generator=generator, vae=vae)
-        self.register_to_config(timestep_shift=timestep_shift, num_inference_steps=num_inference_steps)
-
-    def save_pretrained(self, folder: str | os.PathLike, **options) -> None:
-        super().save_pretrained(folder, **options)
-        for path in Path(folder).rglob("*.safetensors"):
-            copy_mode(Path(folder) / INDEX, path)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, torch_dtype: torch.dtype | None = None) -> "DMDRPipeline":
-        """Read what `save_pretrained` wrote: config, shapes and values checked, nothing run. Raises `InputError`."""
-        folder = Path(folder)
-        index = read_json(folder / INDEX, "a DMDR pipeline's folder")
-        check_numbers(index, SAMPLING, folder / INDEX)
-        generator = SiT.from_pretrained(folder / "generator")
-        vae = load_vae(str((folder / "vae").absolute())) if (folder / "vae").is_dir() else None
-        pipeline = cls(generator, vae, **{name: index[name] for name in SAMPLING if name in index})
-        return pipeline if torch_dtype is None else pipeline.to(torch_dtype)
+        self.register_to_config(
+            timestep_shift=timestep_shift, num_inference_steps=num_inference_steps, id2label=id2label
+        )
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int],
+        class_labels: int | str | Sequence[int | str],
         num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """``num_inference_steps``: as trained, unless given. ``generator``: torch's random one, of all noise.
+        """``class_labels``: a number or a name of `id2label`, or several. ``num_inference_steps``: as trained, if None.
 
-        ``output_type``: "pil" or "np".
+        ``generator``: torch's random one, of all noise. ``output_type``: "pil", or "np" for uint8 (B, H, W, C). Raises
+        `ValueError` for what is not allowed.
         """
-        classes = self.generator.config.num_classes
-        if not class_labels or not all(0 <= label < classes for label in class_labels):
-            raise ValueError(
-                f"class_labels is {list(class_labels)}; one label or more of 0 to {classes - 1} are allowed"
-            )
+        labels = self.label_ids(class_labels)
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
+            raise ValueError(f"num_inference_steps is {steps!r}; allowed: a whole number, 1 to {MOST_STEPS}")
         if output_type not in ("pil", "np"):
             raise ValueError(f"output_type is {output_type!r}; allowed: 'pil', 'np'")
-        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        check_numbers({"num_inference_steps": steps}, SAMPLING, "the call")
-        y = torch.tensor(list(class_labels), device=self._execution_device)
-        shape = (len(y), *self.generator.sample_shape)
-
-        def noise(like: torch.Tensor | None = None) -> torch.Tensor:
-            return randn_tensor(shape, generator=generator, device=y.device)
-
-        x0 = few_step_sample(self._velocity, noise(), y, steps, self.config.timestep_shift, noise)
-        images = images_to_uint8(self._decode(x0)).numpy()
+        images = self._decode(self._sample(torch.tensor(labels, device=self._execution_device), steps, generator))
+        images = (images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "pil":
             images = [Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image) for image in images]
         return ImagePipelineOutput(images=images)
 
-    def _velocity(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.generator(x, t, y).float()
+    def label_ids(self, class_labels: int | str | Sequence[int | str]) -> list[int]:
+        """Numbers of classes that are given as numbers or names. Raises `ValueError`."""
+        given = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        classes = self.generator.config.num_classes
+        labels = [self._id_of(each) if isinstance(each, str) else int(each) for each in given]
+        if not labels or not all(0 <= label < classes for label in labels):
+            raise ValueError(f"class_labels is {given}; one label or more of 0 to {classes - 1} are allowed")
+        return labels
+
+    def _id_of(self, name: str) -> int:
+        if not self.config.id2label:
+            raise ValueError(f"class_labels has {name!r}, but this pipeline has no names of classes: give numbers")
+        ids: dict[str, list[int]] = {}
+        for number, names in self.config.id2label.items():
+            for each in {names.lower(), *names.lower().split(", ")}:
+                ids.setdefault(each, []).append(int(number))
+        found = ids.get(name.lower(), [])
+        if len(found) != 1:
+            near = ", ".join(difflib.get_close_matches(name.lower(), ids, 5))
+            told = f"is the name of classes {found}: give a number" if found else "is no name of a class"
+            raise ValueError(f"class_labels has {name!r}, which {told}{f'. Near: {near}' if near else ''}")
+        return found[0]
+
+    def _sample(self, y: torch.Tensor, steps: int, generator: torch.Generator | list[torch.Generator] | None):
+        """x0_hat = x_t - t v from t = 1, then re-noised to the next time: t <- s t / (1 + (s - 1) t). (B, C, H, W)."""
+        size, shift = self.generator.config.input_size, self.config.timestep_shift
+        shape = (len(y), self.generator.config.in_channels, size, size)
+        x_t = randn_tensor(shape, generator=generator, device=y.device)
+        for step in range(steps):
+            time, ahead = (1 - i / steps for i in (step, step + 1))
+            t = x_t.new_full((len(y),), shift * time / (1 + (shift - 1) * time))
+            x0 = x_t - t.view(-1, 1, 1, 1) * self.generator(x_t, t, y).float()
+            if step + 1 < steps:
+                noise = randn_tensor(shape, generator=generator, device=y.device)
+                t = torch.full_like(t, shift * ahead / (1 + (shift - 1) * ahead)).view(-1, 1, 1, 1)
+                x_t = (1 - t) * x0 + t * noise
+        return x0
 
     def _decode(self, x0: torch.Tensor) -> torch.Tensor:
-        if self.vae is None:
-            return pixels_to_images(x0)
-        return pixels_to_images(self.vae.decode(unscaled(x0, self.vae.config).to(self.vae.dtype)).sample)
+        """-> images in [0, 1], (B, C, H, W)."""
+        if self.vae is not None:
+            latents = x0 / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+            x0 = self.vae.decode(latents.to(self.vae.dtype)).sample
+        return ((x0 + 1) / 2).clamp(0, 1)

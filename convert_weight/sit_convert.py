@@ -17,6 +17,7 @@ from train_cc.io import flags
 from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import read_torch, sha256
+from train_cc.io.saying import saying
 from train_cc.io.weights import WEIGHTS_NAME, fit, load_weights
 from train_cc.io.whole import check_whole_folder, is_there, was_interrupted, whole_folder
 from train_cc.io.write import check_parent, need_space, record, write_atomically
@@ -84,7 +85,12 @@ def plain_name(text: str) -> str:
 def build_parser() -> flags.Parser:
     parser = flags.Parser(description=__doc__)
     parser.add_argument("--input", type=flags.path, help="a local checkpoint; without it REPA's SiT-XL/2 is downloaded")
-    parser.add_argument("--save-dir", type=flags.path, default=Path(__file__).resolve().parents[1] / "sit_weights")
+    parser.add_argument(
+        "--save-dir",
+        type=flags.path,
+        default=Path(__file__).resolve().parents[1] / "sit_weights",
+        help="folder in which the model folder is made",
+    )
     parser.add_argument(
         "--name", type=plain_name, help="of the model folder in --save-dir; without it the size's, such as SiT-XL-2"
     )
@@ -107,7 +113,8 @@ def load_source(args: argparse.Namespace) -> "tuple[SiT, list[str], Path]":
     if args.input is None:
         download(REPA_URL, source, least=REPA_BYTES, problem=whole_archive, hint="--input takes a local file")
     try:
-        return *convert(read_checkpoint(source), args.num_heads, args.encoder_depth), source
+        with saying(f"reading {source}"):
+            return *convert(read_checkpoint(source), args.num_heads, args.encoder_depth), source
     except InputError as error:
         again = "" if args.input else f"; delete {source}, and the same command downloads it again"
         raise InputError(f"{error}{again}") from error
@@ -162,7 +169,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.check:
         from convert_weight.denoising import require_denoising
 
-        require_denoising(model)
+        with saying("sampling and denoising in four ways"):
+            require_denoising(model)
 
     target = target_of(args, model.config)
     if is_made(args, target, content):
@@ -173,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     origin = {"source": str(args.input or REPA_URL), "notes": told}
     if source.is_file():
         origin |= {"bytes": source.stat().st_size, "sha256": content["inputs"]["source"]}
-    with whole_folder(target, content, WRITTEN, overwrite) as folder:
+    with saying(f"writing {target}"), whole_folder(target, content, WRITTEN, overwrite) as folder:
         model.save_pretrained(folder)
         write_atomically(folder / "source.json", json.dumps(origin, indent=2) + "\n")
     print(f"model folder: {target}")

@@ -34,6 +34,7 @@ from evaluation.files import (
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import sha256
+from train_cc.io.saying import saying
 from train_cc.io.write import check_output_file, library_versions
 
 
@@ -70,13 +71,13 @@ def build_parser() -> flags.Parser:
     parser.add_argument(
         "--adm", action="store_true", help="also precision and recall as ADM has them: of all images, not of equal sets"
     )
-    parser.add_argument("--batch-size", type=flags.BATCH, default=250)
+    parser.add_argument("--batch-size", type=flags.BATCH, default=250, help="images through the features at once")
     parser.add_argument(
         "--bootstrap", type=flags.integer(0, 100_000), default=0, metavar="N", help="95 %% intervals from N resamplings"
     )
     parser.add_argument("--output", type=flags.path, help="the JSON file to write")
     parser.add_argument("--picture", type=flags.path, help="the PNG to write")
-    parser.add_argument("--picture-columns", type=flags.integer(1, 1000), default=20)
+    parser.add_argument("--picture-columns", type=flags.integer(1, 1000), default=20, help="images a row of --picture")
     parser.add_argument(
         "--check", action="store_true", help="check the reference, the features and the outputs; samples need not exist"
     )
@@ -154,10 +155,11 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     names = check_arguments(args)
     # Networks take seconds to import: what is wrong with the command line has been said.
-    import torch
+    with saying("loading libraries"):
+        import torch
 
-    from evaluation.spaces import check_reference, judge, load_spaces, over_spaces, set_size, stored_by_space
-    from evaluation.split import hold_out
+        from evaluation.spaces import check_reference, judge, load_spaces, over_spaces, set_size, stored_by_space
+        from evaluation.split import hold_out
 
     spaces = load_spaces(args, image_shape(args.reference)[1:], "cuda" if torch.cuda.is_available() else "cpu")
     if args.check:

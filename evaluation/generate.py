@@ -13,6 +13,7 @@ import argparse
 
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.saying import saying
 
 MULTI_STEPS = 50  # of euler and heun, unless told otherwise: a teacher in one step is not what they are for
 
@@ -23,24 +24,31 @@ def build_parser() -> flags.Parser:
         "--generator",
         type=flags.path,
         required=True,
-        help="a run's generator/, a teacher folder, or a torch_units/step-N.pt",
+        help="a run's generator/, a teacher folder, a torch_units/step-N.pt, or org/name[@revision] on the hub",
     )
     parser.add_argument("--output", type=flags.path, required=True, help="the .npz to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an --output and --png-dir of this command")
     parser.add_argument("--png-dir", type=flags.path, help="also write the images as PNG files there")
-    parser.add_argument("--num-images", type=flags.COUNT, default=50_000)
-    parser.add_argument("--batch-size", type=flags.BATCH, default=250, help="per process")
+    parser.add_argument("--num-images", type=flags.COUNT, default=50_000, help="images in all")
+    parser.add_argument("--batch-size", type=flags.BATCH, default=250, help="images at once, per process")
     parser.add_argument(
         "--shard-size", type=flags.BATCH, default=1_000, help="images written at once, and kept on interruption"
     )
-    parser.add_argument("--labels", choices=["balanced", "random"], default="balanced")
+    parser.add_argument(
+        "--labels", choices=["balanced", "random"], default="balanced", help="equal numbers per class, or drawn"
+    )
     add_sampling_arguments(parser)
-    parser.add_argument("--seed", type=flags.SEED, default=0)
+    parser.add_argument("--seed", type=flags.SEED, default=0, help="of noise and labels")
     return parser
 
 
 def add_sampling_arguments(parser: flags.Parser) -> None:
-    parser.add_argument("--sampler", choices=["few-step", "euler", "heun"], default="few-step")
+    parser.add_argument(
+        "--sampler",
+        choices=["few-step", "euler", "heun"],
+        default="few-step",
+        help="the generator's, or a teacher's solver",
+    )
     parser.add_argument(
         "--num-steps",
         type=flags.STEPS,
@@ -53,7 +61,12 @@ def add_sampling_arguments(parser: flags.Parser) -> None:
     )
     parser.add_argument("--guidance-scale", type=flags.GUIDANCE, default=1.0, help="at most 1 is off")
     parser.add_argument(
-        "--guidance-interval", action=flags.TimeInterval, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH")
+        "--guidance-interval",
+        action=flags.TimeInterval,
+        nargs=2,
+        default=[0.0, 1.0],
+        metavar=("LOW", "HIGH"),
+        help="times guided, of 0 (data) to 1 (noise)",
     )
     parser.add_argument("--vae", default="none", help="decoder of latent models: hub name or folder; none: pixel space")
     parser.add_argument(
@@ -76,7 +89,8 @@ def check_sampling(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     check_sampling(args)
-    from evaluation.sampling import generate  # networks take seconds to import: what is wrong has been said
+    with saying("loading libraries"):
+        from evaluation.sampling import generate  # networks take seconds to import: what is wrong has been said
 
     generate(args)
 

@@ -30,6 +30,7 @@ from evaluation.shards import (
 from train_cc.distillation.state import generator_from
 from train_cc.draws import Draws
 from train_cc.io.errors import InputError
+from train_cc.io.hub import model_folder, pinned
 from train_cc.io.read import check_numbers, read_npz, require_file, require_folder, sha256
 from train_cc.io.write import check_output_file, library_versions, mark_of, need_space, record
 from train_cc.models.generator import SAMPLING, read_rewards, read_sampling
@@ -138,6 +139,7 @@ def open_source(path: Path) -> Source:
         return Source(path, checkpoint, sha256(weights), recorded_sampling(checkpoint), rewards, latents)
     if path.is_file():
         raise InputError(f"{path} is a file; a model folder or a checkpoints/torch_units/step-N.pt is expected")
+    path = model_folder(path)
     require_folder(path, f"a model folder, with config.json and {WEIGHTS_NAME},", "config.json", WEIGHTS_NAME)
     own = sha256(path / WEIGHTS_NAME), read_sampling(path), read_rewards(path), read_latent_space(path)
     return Source(path, None, *own)
@@ -239,6 +241,7 @@ def generate(args: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if accelerator.is_main_process:
         check_outputs(args)
+    args.generator = pinned(args.generator)
     source = open_source(args.generator)
     require_decoder(source.in_channels, args.vae, args.generator)
     resolve_sampling(args, source.sampling)

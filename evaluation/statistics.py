@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from train_cc.io import flags
 from train_cc.io.errors import exits_on_input_error
+from train_cc.io.saying import saying
 from train_cc.io.write import check_output_file
 
 
@@ -43,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     check_output_file(args.output)
-    from evaluation.gathering import gather  # networks take seconds to import: what is wrong has been said
+    with saying("loading libraries"):
+        from evaluation.gathering import gather  # networks take seconds to import: what is wrong has been said
 
     gather(args)
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from torch.nn import functional as F
 
 from convert_weight import denoising, export_generator, sit_convert
+from convert_weight.exports import save_pipeline
 from convert_weight.pipeline import DMDRPipeline
 from convert_weight.state_dicts import reverse_time
 from evaluation.standins import authors_state, repa_state, sit_shapes, write_dinov2, write_vae
@@ -562,14 +564,27 @@ def test_an_older_folder_comes_back_after_a_kill_or_an_error_between_the_renames
 # The pipeline
 
 
+@pytest.fixture(autouse=True)
+def own_modules(tmp_path_factory, monkeypatch):
+    """diffusers copies a pipeline's code into a folder of the user."""
+    monkeypatch.setattr(
+        "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
+    )
+
+
+def read_pipeline(folder):
+    return DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+
+
 @pytest.mark.parametrize("pixels", [True, False])
 def test_pipeline_round_trip_is_bit_identical(tmp_path, pixels):
     from tests.conftest import random_sit
 
     vae = None if pixels else load_vae(str(write_vae(tmp_path / "vae")))
     pipeline = DMDRPipeline(random_sit(in_channels=1 if pixels else 4), vae, timestep_shift=2.0)
-    pipeline.save_pretrained(tmp_path / "pipeline")
-    other = DMDRPipeline.from_pretrained(tmp_path / "pipeline")
+    sampling = {"num_inference_steps": 1, "timestep_shift": 2.0}
+    save_pipeline(pipeline.generator, vae, sampling, None, {}, tmp_path / "pipeline")
+    other = read_pipeline(tmp_path / "pipeline")
     images = [
         p([2, 7], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
         for p in (pipeline, other)
@@ -604,7 +619,7 @@ def test_a_checkpoint_becomes_a_generator_and_a_pipeline_that_know_their_steps(r
         "teacher_sha256": units["teacher_sha256"],
         "rewards_sha256": [],
     }
-    pipeline = DMDRPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline = read_pipeline(tmp_path / "pipeline")
     assert (pipeline.config.num_inference_steps, pipeline.config.timestep_shift) == (2, 1.5)
     assert pipeline(class_labels=[3]).images[0].size == (8, 8)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["generator", "pipeline"]
@@ -633,7 +648,7 @@ def test_an_export_killed_between_its_two_folders_continues(run, tmp_path, monke
     export(run, *folders)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["generator", "pipeline"]
     SiT.from_pretrained(tmp_path / "generator")
-    DMDRPipeline.from_pretrained(tmp_path / "pipeline")
+    read_pipeline(tmp_path / "pipeline")
 
 
 def test_a_finished_export_is_left_as_it_is_unless_the_checkpoint_is_another(run, tmp_path, capsys):

@@ -1,11 +1,13 @@
 """The parts of the loop by themselves: what is fetched, counted, written, told and shown, and an optimizer's update."""
 
+import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.conftest import logged, run_cold_start
+from tests.conftest import run_cold_start
 from train_cc.distillation import loop
 from train_cc.run.checkpoint import complete_steps
 from train_cc.schedules import annealing
@@ -48,23 +50,25 @@ def test_rows_are_numbered_over_the_run():
 
 @pytest.mark.parametrize("sampled,main", [(True, True), (True, False), (False, True)])
 def test_what_is_told_of_a_row(monkeypatch, sampled, main):
-    """Trackers get all that there is, the bar the losses, the log and the pictures those of a sample step."""
+    """Trackers get all that there is; the bar and a sample step's one line what tells at a glance how a run does."""
     trackers, bar, pictures, said = [], [], [], []
     accelerator = SimpleNamespace(log=lambda row, step: trackers.append((row, step)))
     run = SimpleNamespace(step=7, session=SimpleNamespace(generator_accelerator=accelerator, is_main=main))
     progress = SimpleNamespace(
-        set_postfix=lambda row, refresh: bar.append((row, refresh)), update=lambda: bar.append(1)
+        set_postfix_str=lambda text, refresh: bar.append((text, refresh)), update=lambda: bar.append(1)
     )
     monkeypatch.setattr(loop, "picture_path", lambda run, step: f"grid of {step}")
     monkeypatch.setattr(loop, "show_picture", lambda accelerator, path, step: pictures.append((path, step)))
-    monkeypatch.setattr(loop.logger, "info", said.append)
-    row = {"step": 7, "loss_dmd": 0.123456, "empty": None, "loss_reward_x": -2.0, "other": 1.0}
-    loop.tell(run, progress, {"loss_fake": 3.0, "grad_norm_estimator": 4.0}, row, sampled)
+    monkeypatch.setattr(loop.logger, "info", lambda text, *values: said.append(text % values))
+    row = {"step": 7, "loss_dmd": 0.123456, "empty": None, "loss_reward_x": -2.0, "score_gap": 0.12345}
+    row |= {"loss_reward_c": 1.5, "accuracy_reward_c": 0.75}
+    loop.tell(run, progress, row, sampled)
     assert trackers == [({name: value for name, value in row.items() if value is not None}, 7)]
-    assert bar == [({"loss_dmd": "0.1235", "loss_reward_x": "-2.0000", "loss_fake": "3.0000"}, False), 1]
+    words = "score gap 0.123, accuracy c 0.75, loss x -2"
+    assert bar == [(words, False), 1]
     shown = sampled and main
     assert pictures == [("grid of 7", 7)] * shown
-    assert said == ["step 7, loss_dmd 0.12346, loss_reward_x -2, other 1"] * shown
+    assert said == [f"step 7: {words}, preview grid of 7"] * shown
 
 
 def test_an_update_is_counted_with_the_scale_that_its_turns_used():
@@ -142,11 +146,23 @@ def test_a_run_that_is_asked_to_stop_saves_and_exports_nothing_unless_it_has_end
     assert ("stopped at step 2 as asked" in (run / "log.txt").read_text()) == (at == 1)
 
 
-def test_the_bar_is_the_main_processs_and_shows_the_last_estimator_turn(teacher, tmp_path, monkeypatch):
-    told, bars, tell, tqdm = [], [], loop.tell, loop.tqdm
-    monkeypatch.setattr(loop, "tell", lambda run, bar, last, *more: told.append(last) or tell(run, bar, last, *more))
-    monkeypatch.setattr(loop, "tqdm", lambda **options: bars.append(options) or tqdm(**options))
-    more = ("--ratio-update", 3, "--num-previews", 0, "--max-train-steps", 1)
-    run = run_cold_start(teacher, tmp_path / "run", *more)
-    assert told[0]["loss_fake"] == logged(run, "gui")[2]["loss_fake"] != logged(run, "gui")[1]["loss_fake"]
-    assert [(bar["disable"], bar["initial"], bar["total"]) for bar in bars] == [(False, 0, 1)]
+def test_the_bar_is_the_main_processs_and_moves_while_an_update_lasts(teacher, tmp_path, monkeypatch):
+    bars, tqdm, cycle = [], loop.tqdm, loop.cycle
+
+    def kept(**options):
+        bars.append((options, tqdm(**options)))
+        monkeypatch.setattr(bars[0][1], "refresh", lambda **options: moved.append(bars[0][1].n))
+        return bars[0][1]
+
+    def long(*args):
+        time.sleep(0.3)
+        return cycle(*args)
+
+    moved: list[int] = []
+    monkeypatch.setattr(loop, "tqdm", kept)
+    monkeypatch.setattr(loop, "cycle", long)
+    monkeypatch.setattr(loop, "beating", partial(loop.beating, first=0.1, every=10))
+    run_cold_start(teacher, tmp_path / "run", "--num-previews", 0, "--max-train-steps", 1)
+    ((options, _),) = bars
+    assert (options["disable"], options["initial"], options["total"]) == (False, 0, 1)
+    assert moved[0] == 0

@@ -14,7 +14,8 @@ from train_cc.io.errors import InputError
 from train_cc.models import SIT_SIZES, ScoreEstimator, SiT
 from train_cc.models.generator import assemble_generator, build_generator, generator_lora_rank, read_sampling
 from train_cc.models.lora import ADAPTER, lora_layers
-from train_cc.models.sit import modulated_norm, position_embedding, read_sit_config, sinusoidal_embedding
+from train_cc.models.network import modulated_norm, position_embedding, sinusoidal_embedding
+from train_cc.models.sit import read_sit_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -1,7 +1,5 @@
 """Who samples a few-step generator takes the steps and the shift that it is asked for: the pipeline, and generate."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,6 @@ from convert_weight.pipeline import DMDRPipeline
 from evaluation import generate
 from tests.conftest import random_sit
 from train_cc.models import SiT
-from train_cc.models.generator import SAMPLING
 
 
 def two_steps(model, noise, fresh, y, shift):
@@ -58,20 +55,6 @@ def test_the_pipeline_keeps_no_graph(monkeypatch):
     monkeypatch.setattr(SiT, "forward", lambda *args: asked.append(torch.is_grad_enabled()) or forward(*args))
     DMDRPipeline(random_sit())([1], num_inference_steps=2)
     assert asked == [False, False]
-
-
-def test_a_pipeline_without_what_it_was_trained_for_takes_one_step_and_any_dtype(tmp_path):
-    DMDRPipeline(random_sit(), timestep_shift=2.0, num_inference_steps=3).save_pretrained(tmp_path / "p")
-    found = DMDRPipeline.from_pretrained(tmp_path / "p", torch.bfloat16)
-    assert (found.config.num_inference_steps, found.config.timestep_shift) == (3, 2.0)
-    assert found.generator.dtype == torch.bfloat16 and found.vae is None
-    assert found([1], output_type="np").images.std() > 0
-    assert DMDRPipeline.from_pretrained(tmp_path / "p").generator.dtype == torch.float32
-    index = tmp_path / "p" / "model_index.json"
-    content = json.loads(index.read_text())
-    index.write_text(json.dumps({name: value for name, value in content.items() if name not in SAMPLING}))
-    found = DMDRPipeline.from_pretrained(tmp_path / "p")
-    assert (found.config.num_inference_steps, found.config.timestep_shift) == (1, 1.0)
 
 
 def test_generate_samples_at_the_shift_it_is_given(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ Run by `scripts/cold_start_sitxl.sh` and `scripts/cold_start_digits.sh`; the def
 import argparse
 
 from train_cc.io.errors import exits_on_input_error
+from train_cc.io.saying import saying
 from train_cc.setup.arguments import build_parser, validate
 
 
@@ -17,7 +18,8 @@ def stage_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = stage_parser().parse_args(argv)
     notes = validate(args)
-    from train_cc.setup.stage import run_stage  # torch takes seconds: a wrong flag is told before
+    with saying("loading libraries"):
+        from train_cc.setup.stage import run_stage  # torch takes seconds: a wrong flag is told before
 
     run_stage("cold_start", args, notes)
 

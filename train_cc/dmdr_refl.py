@@ -6,6 +6,7 @@ Run by `scripts/dmdr_sitxl_refl.sh` and `scripts/dmdr_digits_refl.sh`; the defau
 import argparse
 
 from train_cc.io.errors import exits_on_input_error
+from train_cc.io.saying import saying
 from train_cc.setup.arguments import build_parser, validate
 
 
@@ -29,7 +30,8 @@ def stage_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = stage_parser().parse_args(argv)
     notes = validate(args)
-    from train_cc.setup.stage import run_stage  # torch takes seconds: a wrong flag is told before
+    with saying("loading libraries"):
+        from train_cc.setup.stage import run_stage  # torch takes seconds: a wrong flag is told before
 
     run_stage("dmdr_refl", args, notes)
 

@@ -22,6 +22,7 @@ from train_cc.distillation.turns import (
     observe_batches,
 )
 from train_cc.io.errors import InputError
+from train_cc.io.saying import beating, saying
 from train_cc.run.checkpoint import kept
 from train_cc.run.diagnostics import UpdateSize, gathered
 from train_cc.run.logbook import BY_BAND, JsonLines, columns, logger, not_finite
@@ -31,6 +32,7 @@ from train_cc.run.trackers import show_picture, tracking
 from train_cc.schedules import annealing, dynamic_guidance_scale
 
 Row = dict[str, float | None]
+BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} left{postfix}"
 MOST_OVERFLOWS = 50  # in a row: a scaler that starts at 2^16 has been halved to 2^-34
 
 
@@ -45,8 +47,10 @@ def train(run: Run) -> None:
         initial=run.step,
         disable=not session.is_main,
         mininterval=2,
+        bar_format=BAR,
     )
-    with tracking(session.generator_accelerator, run.arguments), progress, StopSignal() as stop:
+    moving = beating(lambda _: progress.refresh())  # where an update takes long, the time goes on
+    with tracking(session.generator_accelerator, run.arguments), progress, moving, StopSignal() as stop:
         for step in range(run.step, output.max_train_steps):
             began = time.monotonic()
             with stop.update():
@@ -59,7 +63,7 @@ def train(run: Run) -> None:
             if sampled:
                 row |= show(run, step)
             write_rows(run, logs, estimator_rows, row, seconds)
-            tell(run, progress, estimator_rows[-1], row, sampled)
+            tell(run, progress, row, sampled)
             if last or stopping or run.step % output.checkpoint_steps == 0:
                 path = save(run)
             if stopping and not last:
@@ -69,7 +73,8 @@ def train(run: Run) -> None:
                     path,
                 )
                 return
-    export(run)
+    with saying(f"writing {output.output_dir / 'generator'}"):
+        export(run)
 
 
 # A cycle ----------------------------------------------------------------------------------------------------------
@@ -172,18 +177,27 @@ def write_rows(run: Run, logs: list[JsonLines], estimator_rows: list[Row], row: 
     )
 
 
-def tell(run: Run, progress: tqdm, of_estimator: Row, row: Row, sampled: bool) -> None:
-    """A row for people: in the log where there are pictures, to the trackers, and at the bar."""
+def tell(run: Run, progress: tqdm, row: Row, sampled: bool) -> None:
+    """A row for people: one line in the log where there are pictures, to the trackers, and at the bar."""
     accelerator = run.session.generator_accelerator
     there = {name: value for name, value in row.items() if value is not None}
+    progress.set_postfix_str(in_words(there), refresh=False)
     if sampled and run.session.is_main:
-        show_picture(accelerator, picture_path(run, run.step), run.step)
-        logger.info(", ".join(f"{name} {value:.5g}" for name, value in there.items()))
+        picture = picture_path(run, run.step)
+        show_picture(accelerator, picture, run.step)
+        logger.info("step %d: %s, preview %s", run.step, in_words(there), picture)
     accelerator.log(there, step=run.step)
-    losses = row | of_estimator
-    shown = [name for name in losses if name in ("loss_dmd", "loss_fake") or name.startswith("loss_reward_")]
-    progress.set_postfix({name: f"{losses[name]:.4f}" for name in shown}, refresh=False)
     progress.update()
+
+
+def in_words(row: Row) -> str:
+    """The figures that tell at a glance how a run does: the score gap, and how well each reward is met."""
+    words = [f"score gap {row['score_gap']:.3g}"]
+    for name in sorted(row):
+        what, _, reward = name.partition("_reward_")
+        if what == "accuracy" or (what == "loss" and reward and f"accuracy_reward_{reward}" not in row):
+            words.append(f"{what} {reward} {row[name]:.3g}")
+    return ", ".join(words)
 
 
 def stop_unless_finite(run: Run, rows: list[Row]) -> None:

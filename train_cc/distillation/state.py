@@ -10,6 +10,7 @@ from torch import Tensor
 
 from train_cc.distillation.settings import Run, trainable
 from train_cc.io.errors import InputError
+from train_cc.io.hub import model_folder
 from train_cc.io.read import Number, check_numbers, sha256
 from train_cc.io.write import need_space, plain_mode
 from train_cc.models.estimator import ScoreEstimator
@@ -171,7 +172,7 @@ def export(run: Run) -> None:
 def write_generator(run: Run, state: dict[str, Tensor]) -> None:
     """On the main process alone. Raises `InputError` where a LoRA's teacher is no longer what it was."""
     folder, rank = run.output.output_dir, run.lora_rank_generator
-    if rank is not None and sha256(run.teacher / WEIGHTS_NAME) != run.hashes["teacher"]:
+    if rank is not None and sha256(model_folder(run.teacher) / WEIGHTS_NAME) != run.hashes["teacher"]:
         raise InputError(
             f"{run.teacher} has changed since the run began, so that its LoRA cannot be merged: "
             f"{checkpoints.kept(run.output.checkpoints)}; put the teacher back and give the same command again"
@@ -241,7 +242,7 @@ def generator_from(checkpoint: Checkpoint, weights: str, teacher: Path | None = 
     lora_rank = generator_lora_rank(recorded["use_lora_gen"], recorded["lora_rank"])
     base = Path(teacher or recorded["teacher"])
     if lora_rank is not None:
-        weights_file = base / WEIGHTS_NAME
+        weights_file = model_folder(base) / WEIGHTS_NAME
         if not weights_file.is_file() or sha256(weights_file) != checkpoint.units["teacher_sha256"]:
             raise InputError(f"{base} is not the teacher that this LoRA generator was trained on; give it by --teacher")
     return assemble_generator(checkpoint.units["model_config"], state, base, lora_rank)

@@ -10,12 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
 from tqdm import tqdm
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import first_line
 from train_cc.io.write import check_parent, need_space
 
 LOCAL = "give a local file by --input"
@@ -115,30 +112,3 @@ def _copy(response: http.client.HTTPResponse, file, name: str, have: int, total:
         while block := response.read(1 << 20):
             file.write(block)
             progress.update(len(block))
-
-
-# The Hugging Face hub: single files, kept in its cache; what is read of them is ours to say ---------------------------
-
-
-def hub_file(repository: str, name: str, what: str, revision: str | None = None) -> Path | None:
-    """File ``name`` of ``repository``, downloaded where the cache lacks it; None where the repository has no such file.
-
-    Raises `InputError`; ``what`` is its name.
-    """
-    try:
-        return Path(hf_hub_download(repository, name, revision=revision))
-    except (OSError, ValueError, EntryNotFoundError) as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):
-            return None
-        raise InputError(
-            f"cannot load {what}: no folder has this name, and the hub says: {first_line(error)}"
-        ) from error
-
-
-def cached_hub_file(repository: str, name: str, revision: str | None = None) -> Path | None:
-    """The file where the cache has it; nothing is downloaded."""
-    try:
-        found = try_to_load_from_cache(repository, name, revision=revision)
-    except ValueError as error:
-        raise InputError(f"{repository!r} is no folder and no name on the hub: {first_line(error)}") from error
-    return Path(found) if isinstance(found, str) else None

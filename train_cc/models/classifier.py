@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train_cc.io.download import hub_file
 from train_cc.io.errors import InputError
+from train_cc.io.hub import hub_file
 from train_cc.io.read import (
     Number,
     check_numbers,

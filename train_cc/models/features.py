@@ -103,7 +103,7 @@ class FeatureSpace(nn.Module):
         """uint8 (N, H, W, C) -> features (N, size) and logits (N, num_logits) or None, on the CPU."""
         device = next(self.parameters()).device
         parts = torch.from_numpy(images).split(batch)
-        shown = tqdm(parts, desc=self.name, mininterval=2, disable=len(parts) < 20)
+        shown = tqdm(parts, desc=self.name, mininterval=2, delay=5)
         with without_tf32():
             outputs = [self.features_and_logits(part.permute(0, 3, 1, 2).to(device) / 255) for part in shown]
         features, logits = zip(*outputs, strict=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from train_cc.io.download import cached_hub_file, hub_file
 from train_cc.io.errors import InputError
+from train_cc.io.hub import cached_hub_file, hub_file
 from train_cc.io.read import (
     Number,
     check_numbers,

@@ -8,11 +8,9 @@ from pathlib import Path
 from train_cc.io import flags
 from train_cc.io.errors import InputError
 from train_cc.io.flags import Parser
-from train_cc.rewards.spec import KINDS, TILT_KINDS, RewardSpec, require_sense
+from train_cc.rewards.spec import RewardSpec, require_sense
+from train_cc.setup.reward_arguments import add_reward_arguments
 
-DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/"
-DINOV2_BACKBONE = DINOV2_URL + "dinov2_vitl14_pretrain.pth"
-DINOV2_HEAD = DINOV2_URL + "dinov2_vitl14_linear4_head.pth"
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 
 
@@ -53,11 +51,14 @@ def build_parser(description: str) -> Parser:
         choices=["none", "tensorboard", "wandb"],
         help="tracker beside the jsonl logs; tensorboard: into the folder dmdr of the output folder.",
     )
-    run.add_argument("--seed", type=flags.SEED, default=30)
+    run.add_argument("--seed", type=flags.SEED, default=30, help="of every draw: noise, labels, times, first LoRA")
 
     model = parser.add_argument_group("models")
     model.add_argument(
-        "--teacher", type=flags.path, required=True, help="model folder, see convert_weight/sit_convert.py"
+        "--teacher",
+        type=flags.path,
+        required=True,
+        help="model folder (convert_weight/sit_convert.py makes one), or org/name[@revision] on the hub",
     )
     model.add_argument(
         "--num-classes", type=flags.COUNT, help="checked against the teacher's; without it, the teacher's"
@@ -110,22 +111,41 @@ def build_parser(description: str) -> Parser:
     )
 
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--batch-size", type=flags.BATCH, default=64, help="per process")
-    optimisation.add_argument("--gradient-accumulation-steps", type=flags.integer(1, 2**16), default=1)
-    optimisation.add_argument("--learning-rate-generator", type=flags.LEARNING_RATE, default=2e-5)
-    optimisation.add_argument("--learning-rate-estimator", type=flags.LEARNING_RATE, default=2e-5)
+    optimisation.add_argument("--batch-size", type=flags.BATCH, default=64, help="samples per process and turn")
+    optimisation.add_argument(
+        "--gradient-accumulation-steps",
+        type=flags.integer(1, 2**16),
+        default=1,
+        help="batches a turn, of --batch-size each",
+    )
+    optimisation.add_argument("--learning-rate-generator", type=flags.LEARNING_RATE, default=2e-5, help="constant")
+    optimisation.add_argument(
+        "--learning-rate-estimator", type=flags.LEARNING_RATE, default=2e-5, help="constant; the most sensitive setting"
+    )
     optimisation.add_argument(
         "--optimizer",
         default="adamw",
         choices=["adamw", "adamw8bit"],
         help="adamw8bit: torchao's, both moments in 8 bits",
     )
-    optimisation.add_argument("--adam-beta1", type=flags.DECAY, default=0.9)
-    optimisation.add_argument("--adam-beta2", type=flags.DECAY, default=0.999)
-    optimisation.add_argument("--adam-epsilon", type=flags.number(1e-30, 1), default=1e-8)
-    optimisation.add_argument("--weight-decay-generator", type=flags.WEIGHT_DECAY, default=0.01)
-    optimisation.add_argument("--weight-decay-estimator", type=flags.WEIGHT_DECAY, default=0.0)
-    optimisation.add_argument("--max-grad-norm", type=flags.number(1e-30, 1e30), default=1.0)
+    optimisation.add_argument(
+        "--adam-beta1", type=flags.DECAY, default=0.9, help="decay of the first moment, both networks"
+    )
+    optimisation.add_argument(
+        "--adam-beta2", type=flags.DECAY, default=0.999, help="decay of the second moment, both networks"
+    )
+    optimisation.add_argument(
+        "--adam-epsilon", type=flags.number(1e-30, 1), default=1e-8, help="of AdamW's denominator"
+    )
+    optimisation.add_argument(
+        "--weight-decay-generator", type=flags.WEIGHT_DECAY, default=0.01, help="of AdamW, times the learning rate"
+    )
+    optimisation.add_argument(
+        "--weight-decay-estimator", type=flags.WEIGHT_DECAY, default=0.0, help="of AdamW, times the learning rate"
+    )
+    optimisation.add_argument(
+        "--max-grad-norm", type=flags.number(1e-30, 1e30), default=1.0, help="norm at which gradients are clipped"
+    )
     optimisation.add_argument("--ema-decay", type=flags.DECAY, default=0.0, help="of the generator's average; 0 is off")
 
     add_reward_arguments(parser)
@@ -151,100 +171,6 @@ def build_parser(description: str) -> Parser:
         help="torch.compile of both networks' blocks; auto: on CUDA, where a compiler is found",
     )
     return parser
-
-
-class EncoderType(argparse.Action):
-    """none sets aside every reward named before it, so that an override at the end of a launcher's flags rules."""
-
-    def __call__(self, parser, namespace, value: str, option_string=None) -> None:
-        namespace.encoder_type = value
-        if value == "none":
-            namespace.reward = []
-
-
-class RewardFlag(argparse.Action):
-    """KIND NUMBER [SOURCE], repeatable; the number is a weight or a tilt's beta."""
-
-    def __init__(self, *args, kinds: tuple[str, ...] = tuple(KINDS), number=None, **kwargs):
-        super().__init__(*args, nargs="+", **kwargs)
-        self.kinds, self.number = kinds, number
-
-    def __call__(self, parser, namespace, values: list[str], option_string=None) -> None:
-        words = values if self.dest == "reward" else [*values[1:2], *values[:1], *values[2:]]
-        kind, told = words[0] if words else "", " ".join(values)
-        if kind not in self.kinds:
-            parser.error(f"{option_string} {told}: the kind is {kind!r}; allowed: {', '.join(self.kinds)}")
-        expected = [kind, "NUMBER", *(["SOURCE"] if KINDS[kind] else [])]
-        if len(words) != len(expected):
-            what = f", SOURCE being {KINDS[kind]}" if KINDS[kind] else ""
-            parser.error(f"{option_string} {told}: expected are {' '.join(expected)}{what}")
-        try:
-            number = self.number(words[1])
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"{option_string} {told}: the number {error}")
-        if kind == "python" and not (words[2].rpartition(":")[0] and words[2].rpartition(":")[2].isidentifier()):
-            parser.error(f"{option_string} {told}: the source is {words[2]}; {KINDS['python']} is expected")
-        spec = RewardSpec(kind, number, *words[2:])
-        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), spec])
-
-
-def add_reward_arguments(parser: Parser) -> None:
-    reward = parser.add_argument_group("reward")
-    reward.add_argument(
-        "--encoder-type",
-        action=EncoderType,
-        default="none",
-        type=lambda name: name.lower(),
-        choices=["dinov2", "classifier", "none"],
-        help="the classifier that rewards, at --reward-weight; none sets aside every reward given before it",
-    )
-    reward.add_argument(
-        "--reward",
-        action=RewardFlag,
-        number=flags.number(0, 1e6),
-        default=[],
-        metavar="KIND WEIGHT [SOURCE]",
-        help="repeatable: dinov2, classifier FOLDER_OR_TIMM_NAME, frechet STATISTICS.npz, python FILE.py:FUNCTION; "
-        "of frechet, weight 1 begins as strong as matching",
-    )
-    reward.add_argument(
-        "--tilt",
-        action=RewardFlag,
-        kinds=TILT_KINDS,
-        number=flags.number(0, 1e3, low_open=True),
-        default=[],
-        metavar="BETA KIND [SOURCE]",
-        help="experimental: a reward without gradient tilts the fake score by exp(-BETA r)",
-    )
-    reward.add_argument(
-        "--frechet-window", type=flags.integer(1, 2**40), default=50_000, help="samples of the decayed statistics"
-    )
-    reward.add_argument(
-        "--frechet-unconditional", action="store_true", help="one mean and covariance, though the file has class means"
-    )
-    reward.add_argument(
-        "--frechet-observe", type=flags.integer(0, 10_000), default=0, help="estimator turns a cycle that enter; 0: all"
-    )
-    reward.add_argument(
-        "--reward-weight", type=flags.number(0, 1e6), default=0.05, help="of the reward loss, beside the DMD loss"
-    )
-    reward.add_argument("--dinov2-backbone", default=DINOV2_BACKBONE, help="official .pth, file or URL")
-    reward.add_argument("--dinov2-head", default=DINOV2_HEAD, help="official linear head .pth, file or URL")
-    reward.add_argument(
-        "--reward-classifier", help="for --encoder-type classifier: a folder of pretrain/classifier.py, or a timm name"
-    )
-    reward.add_argument(
-        "--reward-micro-batch",
-        type=flags.integer(0, 2**20),
-        default=0,
-        help="samples decoded at once; 0: the whole batch",
-    )
-    reward.add_argument(
-        "--reward-checkpointing", action="store_true", help="recompute decoder and classifier activations in backward"
-    )
-    reward.add_argument(
-        "--holdout-classifier", help="scores the previews and never rewards: shows reward hacking; folder or timm name"
-    )
 
 
 def validate(args: argparse.Namespace) -> list[str]:

@@ -9,6 +9,8 @@ from train_cc.distillation.loop import train
 from train_cc.distillation.settings import Run, trainable
 from train_cc.distillation.state import AVERAGE, restore
 from train_cc.io.errors import InputError
+from train_cc.io.hub import model_folder, pinned
+from train_cc.io.saying import saying
 from train_cc.io.write import locked
 from train_cc.models.sit import WEIGHTS_NAME
 from train_cc.run.checkpoint import Checkpoint
@@ -25,7 +27,9 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
     """One stage from a validated command line: nothing is written before every input has been read."""
     if args.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
-            print("\n".join([plan(name, args, int(os.environ.get("WORLD_SIZE", 1))), *notes]))
+            with saying("planning"):
+                told = plan(name, args, int(os.environ.get("WORLD_SIZE", 1)))
+            print("\n".join([told, *notes]))
         return
     session = open_session(args.mixed_precision, args.report_to, args.output_dir, args.shard_over)
     with contextlib.ExitStack() as lock:
@@ -35,6 +39,7 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
             lock.enter_context(locked(args.output_dir))
             return find_start(name, args, room_for(args))
 
+        args.teacher = on_main(session, lambda: pinned(args.teacher))  # what a record names is one state of the files
         start = on_main(session, search)
         if start.finished:
             if session.is_main:
@@ -43,9 +48,10 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
             return
         if not session.agree(int(start.checkpoint is None or start.checkpoint.complete())):
             raise InputError(f"{start.checkpoint.path} is not complete for all processes: is it shared by all?")
-        run = build(args, session)
-        if start.checkpoint is not None:
-            restore(run, start.checkpoint)
+        with saying("reading the networks"):
+            run = build(args, session)
+            if start.checkpoint is not None:
+                restore(run, start.checkpoint)
         on_main(session, lambda: begin(name, args, run, start, [*notes, *session.notes]))
         train(run)
     session.leave_at_exit()
@@ -53,7 +59,7 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
 
 def room_for(args: argparse.Namespace) -> int:
     """Bytes that the export needs, and where the whole generator is trained one checkpoint of it; 0: not known yet."""
-    weights = args.teacher / WEIGHTS_NAME
+    weights = model_folder(args.teacher) / WEIGHTS_NAME
     size = weights.stat().st_size if weights.is_file() else 0
     return size if args.use_lora_gen else size * (4 + bool(args.ema_decay))
 

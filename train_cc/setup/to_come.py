@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from train_cc.io.errors import InputError
+from train_cc.io.hub import model_folder
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.dinov2 import IMAGE_SIZE, PATCH_SIZE, DINOv2Classifier, official_file
 from train_cc.models.features import FeatureSpace, load_space
@@ -40,7 +41,7 @@ class NetworksToCome(Networks):
         config = named_size(folder)
         if config is None:
             config = read_sit_config(folder)
-            if not (folder / WEIGHTS_NAME).exists():
+            if not (model_folder(folder) / WEIGHTS_NAME).exists():
                 self.say(f"{folder / WEIGHTS_NAME} does not exist yet: a run needs it")
         else:
             self.say(f"--teacher {folder} is the name of a size: a run needs a model folder")

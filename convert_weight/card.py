@@ -1,0 +1,106 @@
+"""The model card of a pipeline that is shared: what it is, how it is loaded, how it was made and judged."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from train_cc.io.errors import InputError
+from train_cc.io.read import Number, check_numbers, read_json
+
+METRICS = {"FID": "FID ↓", "Recall": "Recall ↑", "IS": "IS ↑", "Precision": "Precision ↑", "accuracy": "accuracy ↑"}
+FIGURES = "the figures that evaluation.evaluate or evaluation.frontier writes"
+# The flags that make a recipe. No path is among them: it would say something of a machine.
+RECIPE = (
+    *("max_train_steps", "batch_size", "gradient_accumulation_steps", "ratio_update", "dynamic_steps"),
+    *("num_steps", "timestep_shift", "lora_rank", "use_lora_gen", "lora_scale_fake", "lora_scale_real"),
+    *("real_guidance_scale", "real_guidance_interval", "learning_rate_generator", "learning_rate_estimator"),
+    *("weight_decay_generator", "ema_decay", "encoder_type", "reward_weight", "mixed_precision", "seed"),
+)
+USE = """\
+---
+library_name: diffusers
+tags: [dmdr, sit, class-conditional, distillation]
+---
+
+# {name}
+
+A class-conditional SiT generator of {size} x {size} {kind}, {classes} classes. It makes an image in {steps}.
+It was distilled from a flow model by distribution matching ([DMDR](https://arxiv.org/abs/2511.13649)).
+
+## Use
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+image = pipeline(class_labels={example}).images[0]
+```
+
+`class_labels` takes a number from 0 to {last}{named}, or a list of them.
+`trust_remote_code=True` runs `pipeline.py` and `generator/sit.py` of this repository. They need torch, timm, diffusers
+and pillow.
+"""
+
+
+def table(head: list[str], rows: list[list[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    cells = ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def model_card(
+    name: str,
+    config: Mapping,
+    names: list[str] | None,
+    recorded: Mapping,
+    hashes: Mapping[str, str],
+    figures: Mapping | None,
+) -> str:
+    """Markdown. ``name``: on the hub, or the folder's. ``config``: the generator's. ``recorded``: the run's arguments.
+
+    ``hashes``: what -> SHA-256. ``figures``: what `read_results` gave.
+    """
+    steps, classes = recorded["num_steps"], config["num_classes"]
+    label = classes // 5
+    use = USE.format(
+        name=name,
+        size=config["input_size"],
+        kind="pixels" if config["in_channels"] in (1, 3) else "latents",
+        classes=classes,
+        steps="one step" if steps == 1 else f"{steps} steps",
+        example=f'"{names[label].split(", ")[0]}"' if names else label,
+        last=classes - 1,
+        named=", or a name of a class" if names else "",
+    )
+    rewards = [f"{kind}, weight {weight:g}" for kind, weight, *_ in recorded.get("reward") or []]
+    recipe = [[f"`--{key.replace('_', '-')}`", recorded[key]] for key in RECIPE if recorded.get(key) is not None]
+    recipe += [["`--reward`", "; ".join(rewards)]] if rewards else []
+    parts = [use, "## Recipe\n", table(["flag", "value"], recipe)]
+    parts += ["## Origin\n", table(["file", "SHA-256"], [[what, f"`{sha}`"] for what, sha in hashes.items()])]
+    if figures is not None:
+        parts += ["## Figures\n", figures_table(figures)]
+    return "\n".join(parts)
+
+
+def figures_table(results: Mapping) -> str:
+    """Of the rows of a results.json."""
+    rows = results["rows"]
+    columns = [metric for metric in METRICS if any(metric in row["figures"] for row in rows.values())]
+    lines = [
+        [name, row.get("images", ""), *(f"{row['figures'][c]:.3g}" if c in row["figures"] else "" for c in columns)]
+        for name, row in rows.items()
+    ]
+    told = f"Features: {str(results['features'])[:80]}.\n\n" if "features" in results else ""
+    return told + table(["", "images", *(METRICS[column] for column in columns)], lines)
+
+
+def read_results(path: Path) -> dict:
+    """A results.json. Raises `InputError`."""
+    content = read_json(path, FIGURES)
+    rows = content.get("rows")
+    if not isinstance(rows, dict) or not rows:
+        raise InputError(f"{path} has no rows; {FIGURES} are expected")
+    for name, row in rows.items():
+        if not isinstance(row, dict) or not isinstance(row.get("figures"), dict):
+            raise InputError(f"{path}: row {name[:80]!r} has no figures; {FIGURES} are expected")
+        check_numbers(row["figures"], dict.fromkeys(METRICS, Number(float, -1e100, 1e100)), f"{path}, {name[:80]}")
+    return content

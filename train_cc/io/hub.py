@@ -1,0 +1,120 @@
+"""The Hugging Face hub: what is read from it lies in its cache, and is checked where it is used, as any file.
+
+Importing this module, and naming a folder that is there, asks no network.
+"""
+
+import functools
+import re
+from pathlib import Path
+
+from train_cc.io.errors import InputError
+from train_cc.io.read import first_line
+from train_cc.io.weights import WEIGHTS_NAME
+from train_cc.io.write import RECORD
+
+HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")  # org/name or org/name@revision
+# What begins a path of ours, or the name of a size: never an organisation.
+OURS = ("runs", "sit_weights", "SiT-S", "SiT-B", "SiT-L", "SiT-XL")
+MODEL_FILES = ("config.json", WEIGHTS_NAME, "generation_config.json")
+PLACES = ("", "generator/")  # of a model in its repository: at the root, or in a pipeline that was shared
+HOW_TO_MAKE = "`bash scripts/pretrain_digits.sh` makes digits' teacher, `python convert_weight/sit_convert.py` SiT-XL/2"
+
+
+# A model folder: here, or on the hub -----------------------------------------------------------------------------
+
+
+def hub_name(source: Path | str) -> tuple[str, str | None] | None:
+    """(repository, revision or None) where ``source`` names one; None for a path."""
+    path, match = Path(source), HUB_NAME.fullmatch(str(source))
+    if match is None or path.parts[0] in OURS or path.exists() or path.parent.exists():
+        return None
+    return match[1], match[2]
+
+
+def model_folder(source: Path | str) -> Path:
+    """The folder with a model's config.json: ``source`` itself, or the hub's cache. Raises `InputError`."""
+    path = Path(source)
+    if (name := hub_name(path)) is not None:
+        root = _snapshot(*name)
+        found = next((root / place for place in PLACES if (root / place / "config.json").is_file()), None)
+        if found is None:
+            raise InputError(f"{source} on the hub has neither config.json nor generator/config.json: it is no SiT")
+        return found
+    if not path.exists():
+        raise InputError(
+            f"{path} does not exist; a model folder, or org/name on the hub, is expected. To make one: {HOW_TO_MAKE}"
+        )
+    return path
+
+
+def pinned(source: Path) -> Path:
+    """``source`` for a record: a name on the hub as org/name@commit, a path as it is. Raises `InputError`."""
+    if (name := hub_name(source)) is None:
+        return source
+    return Path(f"{name[0]}@{_snapshot(*name).name}")
+
+
+@functools.cache
+def _snapshot(repository: str, revision: str | None) -> Path:
+    """The folder of a model's files in the hub's cache, which has the commit's name."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    files = [place + name for place in PLACES for name in MODEL_FILES]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        told = f"no folder {repository} is here, and the hub says: {first_line(error)}"
+        raise InputError(
+            f"{told}. A model folder, or org/name[@revision], is expected. To make one: {HOW_TO_MAKE}"
+        ) from error
+
+
+def push_folder(folder: Path, repository: str) -> str:
+    """``folder`` as a model repository on the hub, made where it is missing. -> its address. Raises `InputError`."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repository, exist_ok=True)
+        # The record of the command names paths of this machine.
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, ignore_patterns=[RECORD])
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(
+            f"--push-to-hub {repository}: {first_line(error)}. {folder} is whole; log in by `hf auth login`, and give "
+            "the same command again"
+        ) from error
+    return str(url)
+
+
+# Single files ----------------------------------------------------------------------------------------------------
+
+
+def hub_file(repository: str, name: str, what: str, revision: str | None = None) -> Path | None:
+    """File ``name`` of ``repository``, downloaded where the cache lacks it; None where the repository has no such file.
+
+    Raises `InputError`; ``what`` is its name.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):
+            return None
+        raise InputError(
+            f"cannot load {what}: no folder has this name, and the hub says: {first_line(error)}"
+        ) from error
+
+
+def cached_hub_file(repository: str, name: str, revision: str | None = None) -> Path | None:
+    """The file where the cache has it; nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(repository, name, revision=revision)
+    except ValueError as error:
+        raise InputError(f"{repository!r} is no folder and no name on the hub: {first_line(error)}") from error
+    return Path(found) if isinstance(found, str) else None
