@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from evaluation.report import page as report
+from evaluation.report import previews
 from evaluation.report.curves import present
 from evaluation.report.runs import read_run
 from tests.conftest import flags, refused, run_cold_start
@@ -35,7 +36,8 @@ def test_a_page_shows_arguments_curves_pictures_and_nothing_from_outside(run, tm
         json.dumps({"rows": {"cold <start>": {"figures": dict.fromkeys(report.METRICS, 0.5)}}})
     )
     text = made(tmp_path, run)
-    assert text.count("<svg") > 8 and text.count("data:image/png;base64,") == 2
+    assert text.count("<svg") > 8 and text.count("data:image/png;base64,") == 5  # teacher, 2 x generator, real, fake
+    assert text.count('alt="teacher, 2 steps"') == 1 and "<span>9</span>" not in text and "<span>2</span>" in text
     assert "--learning-rate-generator" in text and "cold &lt;start&gt;" in text
     assert not re.search(r'(?:src|href)="(?!data:|#)', text)
     assert "report: " in capsys.readouterr().out
@@ -53,7 +55,8 @@ def test_every_chart_finds_its_columns_in_the_log_of_a_run_with_a_reward(run, te
         assert all(present(panel, [log]) for panel in chart.panels) != (chart.title in absent), chart.title
     assert all(series.has(name) for name in HEALTHY)
     text = made(tmp_path, tmp_path / "run")
-    assert text.count("<svg") == len(report.CHARTS) - len(absent) and "Fake loss by band of t" in text
+    panels = sum(len(chart.panels) for chart in report.CHARTS if chart.title not in absent)
+    assert text.count("<svg") == panels and "Fake loss by band of t" in text
 
 
 def test_several_runs_lie_over_one_another(run, tmp_path):
@@ -107,7 +110,7 @@ def test_a_run_of_20_000_updates_is_a_small_page(long_run, tmp_path):
     began = time.monotonic()
     text = made(tmp_path, long_run)
     print(f"built in {time.monotonic() - began:.1f} s, {len(text) / 1e6:.2f} MB")
-    assert len(text) <= 5e6 and text.count("<figure>") == report.PICTURES
+    assert len(text) <= 5e6 and text.count("<figure>") == previews.PICTURES
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
