@@ -49,8 +49,9 @@ CHARTS = (
         CLOSER,
         "Normaliser",
         (("normaliser",),),
-        "How far the teacher would move a sample: the mean of |v_real - (noise - x0)|. Healthy: level, or a slow "
-        "change while the times become uniform. Unhealthy: a steep rise; the samples have left what the teacher knows.",
+        "How far the teacher would move a sample: the mean of |v_real - (noise - x0)|. Healthy: rises while the "
+        "times become uniform (the dynamic phase), then is level. Unhealthy: keeps rising; the samples have left what "
+        "the teacher knows.",
     ),
     Chart(
         CLOSER,

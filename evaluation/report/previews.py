@@ -126,11 +126,13 @@ def rows_of(picture: Image.Image, run: RunLog) -> list[Image.Image]:
 def classes_of(run: RunLog) -> list[str]:
     """The names of the columns: of the data set where it is a known one, else numbers."""
     columns = run.arguments["num_previews"]
-    try:
-        config = read_json(run.folder / "generator" / "config.json", "a model's config")
-    except (InputError, OSError):
-        config = {}
-    count = config.get("num_classes", run.arguments.get("num_classes"))
+    count = run.arguments.get("num_classes")
+    for folder in (run.folder / "generator", Path(str(run.arguments.get("teacher", "")))):
+        try:
+            count = read_json(folder / "config.json", "a model's config")["num_classes"]
+            break
+        except (InputError, OSError, KeyError):
+            continue
     if type(count) is not int or count < 1:
         return [""] * columns
     names = names_of(run, count)

@@ -122,8 +122,6 @@ def read_run(folder: Path) -> RunLog:
     generator = folder / "generator"
     if (generator / "config.json").is_file() and (generator / WEIGHTS_NAME).is_file():
         run.generator_sha256 = sha256(generator / WEIGHTS_NAME)
-    else:
-        run.problems.append("there is no generator/: the run is not finished (still running, stopped or killed)")
     return run
 
 
