@@ -54,7 +54,7 @@ def test_healthy_runs_are_told_from_their_figures(runs):
     found, text = said(runs, table())
     assert found.title == "It worked" and [each.state for each in found.runs] == ["good"] * 3
     assert "One step keeps 88% of the teacher's recall (0.757 of 0.860)" in text
-    assert "FID is 0.81 against 0.55 (a classifier, 1,800 images)" in text
+    assert "FID is 0.81 against 0.55 (1,800 images, a classifier)" in text
     assert "The reward buys 0.14 of precision for 0.13 of recall, against the control" in text
 
 

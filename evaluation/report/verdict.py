@@ -65,15 +65,14 @@ def judge(run: RunLog, runs: list[RunLog], tables: list[Table]) -> OfRun:
     if run.updates < LEAST_UPDATES:
         told.say(f"{progress(run)} Below {LEAST_UPDATES} updates neither curves nor samples say anything.", "short")
         return told
-    told.say(progress(run), "good" if run.finished else "unfinished")
     warnings = warnings_of(run.series)
     for text in warnings:
         told.say(f"{text[0].upper()}{text[1:]}.", "bad")
-    if not warnings and not run.stopped:
-        told.say("No rule found anything wrong in its log.")
     measured = [(table, name) for table in tables if (name := row_of(run.generator_sha256, table))]
     for table, name in measured[:2]:
         say_figures(told, run, runs, table, name)
+    fine = " No rule found anything wrong in its log." if not warnings and not run.stopped else ""
+    told.say(progress(run) + fine, "good" if run.finished else "unfinished")
     if run.finished and not measured:
         told.say("Its samples were not measured: see docs/evaluation.md, or look at them below.", "unmeasured")
     return told
@@ -101,7 +100,8 @@ def row_of(digest: str, table: Table, multi_step: bool = False) -> str:
 
 
 def say_figures(told: OfRun, run: RunLog, runs: list[RunLog], table: Table, name: str) -> None:
-    figures, where = table.rows[name], f" ({table.space}, {table.count:,} images)" if table.space else ""
+    space = table.space.rpartition("/")[2] or "space not recorded"
+    figures, where = table.rows[name], f" ({table.count:,} images, {space})"
     hashes = run.record.get("sha256")
     teacher = row_of(hashes.get("teacher", ""), table, multi_step=True) if isinstance(hashes, dict) else ""
     if teacher and not rewarded(run):
