@@ -51,10 +51,19 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
+def indented(page: str) -> list[str]:
+    """Blocks of lines that are indented by four spaces and look like commands."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"(?<=\n\n)((?:    .*\n)+)", text)
+    return [
+        block for block in found if re.match(r"    ([A-Z_]+=\S+ )*(bash|python3?|sbatch|accelerate|pip|uv|hf) ", block)
+    ]
+
+
 def commands(page: str) -> list[Command]:
-    """The commands of all ```bash blocks: one for each line, after lines that end in a backslash are joined."""
+    """The commands of all ```bash and indented blocks, one for each line; a backslash at its end joins the next."""
     found = []
-    for block in blocks(page, "bash"):
+    for block in blocks(page, "bash") + indented(page):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             variables = {}

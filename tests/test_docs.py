@@ -87,7 +87,8 @@ def shown(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
         return "required"
     if value is None or value is False or value == argparse.SUPPRESS:
         return "off" if value is False else "-"
-    return f"`{' '.join(map(str, value)) if isinstance(value, list) else value}`" if value != [] else "-"
+    told = " ".join(map(str, value)) if isinstance(value, list) else str(value).replace(f"{ROOT}/", "")
+    return f"`{told}`" if told else "-"
 
 
 def page_of_flags() -> str:
@@ -137,14 +138,14 @@ def test_every_page_is_reached_from_the_readme():
 # Commands and code ------------------------------------------------------------------------------------------------
 
 ALL = [command for page in PAGES for command in commands(page)]
-OUTSIDE = ("git", "cd", "source", "python3", "pip", "uv", "conda", "tensorboard", "ruff", "cp")
+OUTSIDE = ("git", "cd", "source", "python3", "pip", "uv", "conda", "tensorboard", "ruff", "cp", "hf")
 
 
 def check(command: Command) -> None:
     """The script or module is there and its parser takes the flags."""
     words = command.words
     if words[0] in OUTSIDE:
-        assert words[0] != "python3" or words[1:3] == ["-m", "venv"]
+        assert words[0] != "python3" or words[1:3] == ["-m", "venv"], command.text
         return
     if words[0] == "sbatch":
         at = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
