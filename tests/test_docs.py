@@ -218,7 +218,8 @@ def test_python_blocks_import_what_is_there(page):
 # What makes a command another machine's, or another test's.
 NOT_HERE = re.compile(
     r"sitxl|sit_convert|sbatch|fashion|ACCELERATE_CONFIG|NUM_PROCESSES|NUM_NODES|venv|pip |uv |conda |git |\bcd\b|ruff|"
-    r"test\.sh|tests\.|tensorboard --|rewards_digits|frontier_digits|benchmark|SEED=31|you/|hf auth|RUN/|dry-run|sit_weights|\bmine\b"
+    r"test\.sh|tests\.|tensorboard --|rewards_digits|frontier_digits|benchmark|SEED=31|you/|hf auth|RUN/|dry-run|"
+    r"sit_weights|\bmine\b"
 )
 # Numbers of the digits recipe -> of its miniature, in scripts and commands alike.
 SMALLER = (
