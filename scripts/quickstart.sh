@@ -44,7 +44,8 @@ run python -m evaluation.evaluate \
     "control: 100 more updates" "DMDR: 100 more updates with reward" \
     --classifier "$DIGITS/classifier_evaluation" \
     --output "$DIGITS/results.json" \
-    --picture "$DIGITS/results.png"
+    --picture "$DIGITS/results.png" \
+    --picture-columns 10
 run python -m evaluation.report "$DIGITS"/{cold_start,control,dmdr} --output "$DIGITS/report.html"
 echo "did it work, and how: open $DIGITS/report.html in a browser"
 echo "quickstart with seed $SEED: $((SECONDS - began)) s"

@@ -11,11 +11,16 @@ import pytest
 from PIL import Image
 
 from evaluation.report import page as report
+from evaluation.report import previews
 from evaluation.report.curves import present
-from evaluation.report.runs import read_run
+from evaluation.report.previews import classes_of
+from evaluation.report.runs import RunLog, read_run
+from evaluation.report.tables import what_differs, what_was_run
 from tests.conftest import flags, refused, run_cold_start
 from tests.test_rules import HEALTHY
 from train_cc import dmdr_refl
+from train_cc.io.write import commit
+from train_cc.run.pictures import save_grid
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +36,15 @@ def made(tmp_path, *runs):
 
 
 def test_a_page_shows_arguments_curves_pictures_and_nothing_from_outside(run, tmp_path, capsys):
-    (run.parent / "results.json").write_text(
-        json.dumps({"rows": {"cold <start>": {"figures": dict.fromkeys(report.METRICS, 0.5)}}})
-    )
+    row = {"figures": dict.fromkeys(report.METRICS, 0.5), "images": 1800}
+    (run.parent / "results.json").write_text(json.dumps({"rows": {"cold <start>": row}, "features": "a <space>"}))
+    save_grid([np.zeros((4, 8, 8, 1), np.uint8)], run.parent / "results.png", ["row"])
     text = made(tmp_path, run)
-    assert text.count("<svg") > 8 and text.count("data:image/png;base64,") == 2
+    assert "<th>FID-1.8k ↓</th>" in text and "<th>accuracy ↑</th>" in text
+    assert "1,800 images for each row, a &lt;space&gt;" in text and "Too short to judge" in text
+    assert text.count("<svg") > 8 and text.count("data:image/png;base64,") == 6
+    # results.png, teacher, 2 x generator, real, fake
+    assert text.count('alt="teacher, 2 steps"') == 1 and "<span>9</span>" not in text and "<span>2</span>" in text
     assert "--learning-rate-generator" in text and "cold &lt;start&gt;" in text
     assert not re.search(r'(?:src|href)="(?!data:|#)', text)
     assert "report: " in capsys.readouterr().out
@@ -53,7 +62,8 @@ def test_every_chart_finds_its_columns_in_the_log_of_a_run_with_a_reward(run, te
         assert all(present(panel, [log]) for panel in chart.panels) != (chart.title in absent), chart.title
     assert all(series.has(name) for name in HEALTHY)
     text = made(tmp_path, tmp_path / "run")
-    assert text.count("<svg") == len(report.CHARTS) - len(absent) and "Fake loss by band of t" in text
+    panels = sum(len(chart.panels) for chart in report.CHARTS if chart.title not in absent)
+    assert text.count("<svg") == panels and "Fake loss by band of t" in text
 
 
 def test_several_runs_lie_over_one_another(run, tmp_path):
@@ -62,6 +72,40 @@ def test_several_runs_lie_over_one_another(run, tmp_path):
     assert "other/cold_start" in text
     svg = (tmp_path / "curves" / "score_gap.svg").read_text()
     assert "other/cold_start" in svg and svg.count("#ff7f0e") >= 1
+    assert text.count('alt="teacher, 2 steps"') == 1 and text.count('alt="generator, update 3"') == 2
+    assert "What differs" not in text
+
+
+def test_what_differs_between_runs_stands_apart(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    record = json.loads((other / "args.json").read_text())
+    record["arguments"] |= {"lora_rank": 77, "output_dir": "elsewhere", "weight_decay_generator": 0.5}
+    (other / "args.json").write_text(json.dumps(record))
+    runs = [read_run(folder) for folder in (run, other)]
+    differs = what_differs(runs)
+    assert [row[0] for row in differs["other"]] == ["--lora-rank", "--weight-decay-generator"]
+    assert differs["other"][0][1:] == ["4", "77"] and ["--seed", "30", "30"] in differs["same"]
+    text = made(tmp_path, run, other)
+    assert "<td>--lora-rank</td><td>4</td><td>77</td>" in text and "elsewhere" not in text
+
+
+def test_a_run_says_when_where_and_with_what_it_was(run):
+    facts = dict(what_was_run([read_run(run)]))
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d", facts["began"]) and facts["device"] == "1 x cpu, precision no"
+    assert (
+        re.fullmatch(r"\d:\d\d:\d\d \([\d.e-]+ s an update\)", facts["training took"]) and "torch" in facts["versions"]
+    )
+    assert facts["commit"] == (commit() or "not recorded")
+
+
+def test_columns_are_named_by_the_classes_of_the_data_set(run, tmp_path, teacher):
+    record = {"arguments": {"teacher": str(tmp_path / "teacher"), "num_previews": 5}}
+    log = RunLog("a", tmp_path / "a", record)
+    assert classes_of(log) == [""] * 5
+    shutil.copytree(teacher, tmp_path / "teacher")
+    assert classes_of(log) == ["0", "2", "4", "6", "8"]
+    (tmp_path / "teacher" / "args.json").write_text('{"arguments": {"dataset": "fashion-mnist"}}')
+    assert classes_of(log) == ["T-shirt", "pullover", "coat", "shirt", "bag"]
 
 
 def test_what_cannot_be_read_is_told_and_the_rest_shown(run, tmp_path):
@@ -107,7 +151,7 @@ def test_a_run_of_20_000_updates_is_a_small_page(long_run, tmp_path):
     began = time.monotonic()
     text = made(tmp_path, long_run)
     print(f"built in {time.monotonic() - began:.1f} s, {len(text) / 1e6:.2f} MB")
-    assert len(text) <= 5e6 and text.count("<figure>") == report.PICTURES
+    assert len(text) <= 5e6 and text.count("<figure>") == previews.PICTURES
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")

@@ -189,7 +189,9 @@ def test_a_row_is_compared_with_what_it_started_from_alone():
         assert collapsed_recall({name: bad, base: good}) == []
 
 
-def test_warnings_are_those_of_all_logs_and_results():
-    logs = {"run": series(**HEALTHY | {"update_ratio_generator": level(5e-3)})}
-    told = warnings_of(logs, {"results": {"control": figures(0.6, 0.8), "DMDR": figures(0.9, 0.1)}})
-    assert [text.split(":")[0] for text in told] == ["run", "DMDR"]
+def test_warnings_are_those_of_all_rules():
+    told = warnings_of(
+        series(**HEALTHY | {"update_ratio_generator": level(5e-3), "preview_coverage_holdout": level(0.6)})
+    )
+    assert ["updates are" in text for text in told] == [True, False] and "collapsed" in told[1]
+    assert warnings_of(series(**HEALTHY)) == []

@@ -1,148 +1,93 @@
-"""One self-contained page about one run or several: what was run, warnings, curves, pictures, results.
+"""One self-contained page about one run or several: a verdict, what was run, figures, previews, curves.
 
 `python -m evaluation.report runs/digits/cold_start runs/digits/dmdr --output report.html`
 
 No network, no server: open the file in a browser. Several runs are laid over one another. What cannot be read of a run
-(a torn line, a missing file) is told on the page, and the rest shown. `results.json` and `frontier/frontier.{json,png}`
-beside a run are shown too.
+(a torn line, a missing file) is told on the page, and the rest shown. `results.{json,png}` and
+`frontier/frontier.{json,png}` beside a run, and `figures.json` in its subfolders, are shown too.
 """
 
-import base64
-import io
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import jinja2
-import numpy as np
-from PIL import Image
 
-from evaluation.files import METRICS, apart, printable
+from evaluation.files import METRICS, apart, count_suffix, digits_of, printable
 from evaluation.report.charts import CHARTS, Chart, curve_path
-from evaluation.report.rules import warnings_of
-from evaluation.report.runs import RunLog, find_results, name_apart, read_run
+from evaluation.report.previews import all_previews, strip_of
+from evaluation.report.rules import collapsed_recall
+from evaluation.report.runs import RunLog, Table, find_tables, name_apart, read_run
+from evaluation.report.tables import what_differs, what_was_run
+from evaluation.report.verdict import Verdict, verdict
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.read import first_line, parsing, require_folder
+from train_cc.io.read import require_folder
 from train_cc.io.write import check_output_file, check_parent, mark_of, write_atomically
 
-PICTURES = 8  # steps shown of a run
-PICTURE_BYTES = 3_000_000  # of all pictures together
-# Arguments that say what was run, in the page's table.
-TOLD = (
-    "max_train_steps",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate_generator",
-    "learning_rate_estimator",
-    "ratio_update",
-    "lora_rank",
-    "use_lora_gen",
-    "num_steps",
-    "dynamic_steps",
-    "real_guidance_scale",
-    "real_guidance_interval",
-    "encoder_type",
-    "reward_weight",
-    "ema_decay",
-    "seed",
-)
+ARROWS = {"FID": "↓", "Recall": "↑", "IS": "↑", "Precision": "↑", "accuracy": "↑"}  # where better is
 
 
-def embed(path: Path, budget: int) -> str:
-    """A PNG as a data URL of at most ``budget`` bytes; smaller and coarser until it fits. Raises `InputError`."""
-    data, kind = path.read_bytes(), "png"
-    with parsing(path, "a PNG picture"):
-        picture = Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGB")
-    if len(data) > budget:
-        kind = "webp"
-        for quality, width in ((85, 1600), (75, 1400), (65, 1200), (50, 1000), (40, 800), (30, 600)):
-            shrunk = picture.copy()
-            shrunk.thumbnail((width, 10 * width))
-            buffer = io.BytesIO()
-            shrunk.save(buffer, "WEBP", quality=quality)
-            data = buffer.getvalue()
-            if len(data) <= budget:
-                break
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def figure_of(path: Path, caption: str, budget: int) -> dict[str, str]:
-    """A picture with its caption, or ``problem``: what is wrong with it."""
-    try:
-        return {"caption": caption, "source": embed(path, budget)}
-    except (InputError, OSError) as error:
-        problem = str(error) if isinstance(error, InputError) else f"{path}: {first_line(error)}"
-        return {"caption": caption, "problem": printable(problem)}
-
-
-def chosen_steps(steps: list[int]) -> list[int]:
-    """At most `PICTURES` of ``steps``, evenly, the first and the last among them."""
-    if len(steps) <= PICTURES:
-        return steps
-    return [steps[round(i)] for i in np.linspace(0, len(steps) - 1, PICTURES)]
-
-
-def shown(value: object) -> str:
-    """An argument as the page shows it: a value, or a short list of values; whatever else there is, its type."""
-    if isinstance(value, list):
-        simple = len(value) <= 8 and not any(isinstance(each, list | dict) for each in value)
-        return f"[{', '.join(map(shown, value))}]" if simple else "a list"
-    return "an object" if isinstance(value, dict) else printable(str(value)[:200])
-
-
-def what_was_run(runs: list[RunLog]) -> list[list[str]]:
-    """The rows of the table of arguments, a column a run."""
-    rows = [
-        ["stage", *(shown(run.record.get("stage", "?")) for run in runs)],
-        ["updates logged", *(str(len(run.series.steps)) for run in runs)],
+def pictures_beside(runs: list[RunLog]) -> list:
+    """The results' picture and the frontier's, where they are there."""
+    parents = dict.fromkeys(run.folder.resolve().parent for run in runs)
+    named = (("results.png", "the same noise and label in each column"), ("frontier/frontier.png", "the frontier"))
+    paths = [(parent / name, told) for parent in parents for name, told in named]
+    return [
+        strip_of(path, f"{path.parent.name}/{path.name}: {told}", 400_000) for path, told in paths if path.is_file()
     ]
-    for name in TOLD:
-        values = (run.record.get("arguments", {}).get(name, "") for run in runs)
-        rows.append([f"--{name.replace('_', '-')}", *map(shown, values)])
-    return rows
 
 
-def pictures_of(runs: list[RunLog]) -> tuple[list[dict], list[dict]]:
-    """-> the frontiers beside the runs, and the runs' previews."""
-    frontiers = [parent / "frontier" / "frontier.png" for parent in parents_of(runs)]
-    chosen = [(run, step) for run in runs for step in chosen_steps(sorted(run.pictures))]
-    return (
-        [figure_of(path, "recall against precision", 300_000) for path in frontiers if path.is_file()],
-        [
-            figure_of(run.pictures[step], f"{run.name}, step {step}", PICTURE_BYTES // len(chosen))
-            for run, step in chosen
-        ],
-    )
-
-
-def parents_of(runs: list[RunLog]) -> list[Path]:
-    return list(dict.fromkeys(run.folder.resolve().parent for run in runs))
+def shown_table(table: Table) -> dict:
+    """A table as the page shows it: heads with counts and arrows, cells as text."""
+    metrics = [name for name in METRICS if any(name in figures for figures in table.rows.values())]
+    suffix = count_suffix(table.count) if table.count else ""
+    heads = [name + ("" if name == "accuracy" else suffix) + f" {ARROWS[name]}" for name in metrics]
+    rows = {
+        name: [f"{figures[metric]:.{digits_of(metric)}f}" if metric in figures else "" for metric in metrics]
+        for name, figures in table.rows.items()
+    }
+    space = table.space or "a feature space that the file does not name"
+    images = f"{table.count:,} images for each row" if table.count else "number of images not recorded"
+    warnings = [f"{text[0].upper()}{text[1:]}." for text in collapsed_recall(table.rows)]
+    return {"title": table.title, "heads": heads, "rows": rows, "told": f"{images}, {space}", "warnings": warnings}
 
 
 def page(
     runs: list[RunLog],
-    results: dict[str, dict],
-    warnings: list[str],
-    charts: dict[Chart, str],
+    tables: list[Table],
+    said: Verdict,
+    charts: dict[Chart, list[str]],
     problems: list[str],
 ) -> str:
     """``charts``: those that something can be drawn of, as inline SVG. ``problems``: of what is beside the runs."""
     from evaluation.report.curves import colour_of
 
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    frontiers, samples = pictures_of(runs)
+    groups = [(group, list(each)) for group, each in groupby(charts.items(), lambda item: item[0].group)]
     return templates.get_template("page.html.j2").render(
         mark=mark_of("a report"),
         names=[run.name for run in runs],
         colours=[colour_of(number) for number in range(len(runs))],
-        warnings=warnings,
-        problems=[f"{run.name}: {text}" for run in runs for text in run.problems] + problems,
-        arguments=what_was_run(runs),
-        metrics=METRICS,
-        results=results,
-        frontiers=frontiers,
-        samples=samples,
-        charts=charts,
+        verdict=said,
+        problems=all_problems(runs, problems),
+        facts=what_was_run(runs),
+        differs=what_differs(runs),
+        tables=[shown_table(table) for table in tables],
+        beside=pictures_beside(runs),
+        previews=all_previews(runs),
+        groups=groups,
     )
+
+
+def all_problems(runs: list[RunLog], problems: list[str]) -> list[str]:
+    return [f"{run.name}: {text}" for run in runs for text in run.problems] + problems
+
+
+def lines_of(said: Verdict) -> Iterator[str]:
+    yield said.title
+    for run in said.runs:
+        yield from (f"  {run.name}: {sentence}" for sentence in run.sentences)
 
 
 def check_outputs(target: Path, curves: Path | None) -> None:
@@ -171,19 +116,16 @@ def main(argv: list[str] | None = None) -> None:
     check_outputs(target, args.curves)
     runs = [read_run(folder) for folder in args.runs]
     name_apart(runs)
-    results, problems = find_results(runs)
-    warnings = warnings_of({run.name: run.series for run in runs}, results)
-    from evaluation.report.curves import draw  # matplotlib takes a second: what is wrong was said before
+    tables, problems = find_tables(runs)
+    said = verdict(runs, tables)
+    from evaluation.report.curves import draw, draw_together  # matplotlib takes a second: what is wrong was said before
 
-    charts = {chart: svg for chart in CHARTS if (svg := draw(chart, runs))}
+    charts = {chart: panels for chart in CHARTS if (panels := draw(chart, runs))}
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, page(runs, results, warnings, charts, problems))
+    write_atomically(target, page(runs, tables, said, charts, problems))
     if args.curves:
         args.curves.mkdir(parents=True, exist_ok=True)
-        for chart, svg in charts.items():
-            write_atomically(curve_path(args.curves, chart), f'<?xml version="1.0" encoding="utf-8"?>\n{svg}')
-    for text in [f"{run.name}: {text}" for run in runs for text in run.problems] + problems:
-        print(text)
-    for text in warnings:
-        print(f"WARNING {text}")
+        for chart in charts:
+            write_atomically(curve_path(args.curves, chart), draw_together(chart, runs))
+    print("\n".join([*all_problems(runs, problems), *lines_of(said)]))
     print(f"report: {printable(str(target))}")

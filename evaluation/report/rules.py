@@ -162,10 +162,9 @@ RULES = (
 )
 
 
-def warnings_of(logs: dict[str, Series], results: dict[str, dict]) -> list[str]:
-    """``logs``: name of a run -> its log; ``results``: title -> row -> figures."""
-    told = [f"{name}: {text}" for name, series in logs.items() for rule in RULES for text in rule(series)]
-    return told + [text for rows in results.values() for text in collapsed_recall(rows)]
+def warnings_of(series: Series) -> list[str]:
+    """What the rules find in one run's log."""
+    return [text for rule in RULES for text in rule(series)]
 
 
 def collapsed_recall(rows: dict[str, dict]) -> list[str]:

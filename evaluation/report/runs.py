@@ -2,13 +2,17 @@
 
 import re
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from evaluation.files import printable, read_figures
 from evaluation.report.rules import Series
 from train_cc.io.errors import InputError
-from train_cc.io.read import read_json, require_folder
+from train_cc.io.read import read_json, require_folder, sha256
+from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.run.logbook import parse_json_lines
+
+LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)")
 
 
 @dataclass
@@ -21,6 +25,37 @@ class RunLog:
     series: Series = field(default_factory=Series)
     pictures: dict[int, Path] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    generator_sha256: str = ""  # of generator/, where it is there
+    lines: list[tuple[datetime, str]] = field(default_factory=list)  # of log.txt
+
+    @property
+    def arguments(self) -> dict:
+        return self.record.get("arguments", {})
+
+    @property
+    def updates(self) -> int:
+        """How many updates are in the log."""
+        return len(self.series.steps)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.generator_sha256)
+
+    @property
+    def stopped(self) -> str:
+        """Why the run stopped itself, if it did: its last line says so."""
+        return self.lines[-1][1] if self.lines and ". Stopped; " in self.lines[-1][1] else ""
+
+
+@dataclass
+class Table:
+    """Rows of figures of one file, in one feature space."""
+
+    title: str
+    rows: dict[str, dict[str, float]]  # name -> figures
+    made_by: dict[str, dict] = field(default_factory=dict)  # name -> what evaluation.generate wrote of the samples
+    count: int = 0  # images of a row; 0: not recorded
+    space: str = ""
 
 
 def read_rows(path: Path, problems: list[str]) -> list[dict]:
@@ -58,6 +93,20 @@ def read_record(folder: Path, problems: list[str]) -> dict:
     return record
 
 
+def read_log(path: Path) -> list[tuple[datetime, str]]:
+    """The dated lines of log.txt; [] where there is none."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if match := LOG_LINE.match(line):
+            try:
+                found.append((datetime.fromisoformat(match[1]), printable(match[2])))
+            except ValueError:
+                continue
+    return found
+
+
 def read_run(folder: Path) -> RunLog:
     require_folder(folder, "a run's --output-dir")
     run = RunLog(printable(folder.resolve().name), folder)
@@ -65,12 +114,14 @@ def read_run(folder: Path) -> RunLog:
     rows = read_rows(folder / "loss_logs" / "loss_gen_log.jsonl", run.problems)
     turns = read_rows(folder / "loss_logs" / "loss_gui_log.jsonl", run.problems)
     run.series = Series.of(rows, turns)
+    run.lines = read_log(folder / "log.txt")
     for path in (folder / "samples").glob("step-*/grid.png"):
         number = re.fullmatch(r"step-(\d{1,15})", path.parent.name, re.ASCII)
         if number and path.is_file():
             run.pictures[int(number[1])] = path
-    if not (folder / "generator" / "config.json").is_file():
-        run.problems.append("there is no generator/: the run is not finished (still running, stopped or killed)")
+    generator = folder / "generator"
+    if (generator / "config.json").is_file() and (generator / WEIGHTS_NAME).is_file():
+        run.generator_sha256 = sha256(generator / WEIGHTS_NAME)
     return run
 
 
@@ -82,17 +133,26 @@ def name_apart(runs: list[RunLog]) -> None:
             run.name = printable(f"{run.folder.resolve().parent.name}/{run.folder.resolve().name}")
 
 
-def find_results(runs: list[RunLog]) -> tuple[dict[str, dict], list[str]]:
-    """Title -> row name -> figures, of the results and frontier beside the runs; and what cannot be read of them."""
-    found, problems = {}, []
-    for parent in dict.fromkeys(run.folder.resolve().parent for run in runs):
-        for title, path in (("Results", parent / "results.json"), ("Frontier", parent / "frontier" / "frontier.json")):
-            if not path.is_file():
-                continue
-            try:
-                rows = read_figures(path)["rows"]
-            except (InputError, OSError) as error:
-                problems.append(printable(str(error)))
-                continue
-            found[printable(f"{title} ({path})")] = {printable(name): row["figures"] for name, row in rows.items()}
+def find_tables(runs: list[RunLog]) -> tuple[list[Table], list[str]]:
+    """The figures in the runs' folders and beside them; and what cannot be read of them."""
+    found, problems = [], []
+    parents = dict.fromkeys(run.folder.resolve().parent for run in runs)
+    paths = [path for parent in parents for path in (parent / "results.json", parent / "frontier" / "frontier.json")]
+    paths += [path for run in runs for path in sorted(run.folder.resolve().glob("*/figures.json"))]
+    for path in filter(Path.is_file, paths):
+        try:
+            found.append(table_of(read_figures(path), path))
+        except (InputError, OSError) as error:
+            problems.append(printable(str(error)))
     return found, problems
+
+
+def table_of(content: dict, path: Path) -> Table:
+    table = Table(printable(f"{path.parent.name}/{path.name}"), {})
+    table.space = printable(str(content.get("features", ""))[:200])
+    for name, row in content["rows"].items():
+        table.rows[printable(name)] = row["figures"]
+        made_by, count = row.get("generation"), row.get("images")
+        table.made_by[printable(name)] = made_by if isinstance(made_by, dict) else {}
+        table.count = count if is_step(count) else table.count
+    return table

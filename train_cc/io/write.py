@@ -8,6 +8,7 @@ import platform
 import re
 import secrets
 import shutil
+import subprocess
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,16 @@ LEFTOVER = re.compile(rf"\.lock|({re.escape(RECORD)})?{UNFINISHED}")
 
 def library_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
+
+
+def commit() -> str | None:
+    """The commit of this code, with "-dirty" after changes; None where it is no git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 # Whose is it? -----------------------------------------------------------------------------------------------------

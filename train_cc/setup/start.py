@@ -10,7 +10,16 @@ from pathlib import Path
 
 from train_cc.io.errors import InputError
 from train_cc.io.read import shown
-from train_cc.io.write import RECORD, check_output_dir, check_parent, need_space, record, record_of, write_record
+from train_cc.io.write import (
+    RECORD,
+    check_output_dir,
+    check_parent,
+    commit,
+    need_space,
+    record,
+    record_of,
+    write_record,
+)
 from train_cc.run.checkpoint import (
     Checkpoint,
     complete_steps,
@@ -166,5 +175,5 @@ def write_run_record(stage: str, args: argparse.Namespace, start: Start, hashes:
             earlier = [*earlier, {name: before[name] for name in told if name in before}]
         elif before:
             step = before.get("from_step", step)
-    content = {"command": sys.argv, "from_step": step, "sha256": hashes, "earlier": earlier}
+    content = {"command": sys.argv, "commit": commit(), "from_step": step, "sha256": hashes, "earlier": earlier}
     write_record(args.output_dir, record(stage, vars(args), **content))

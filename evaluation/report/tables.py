@@ -1,0 +1,76 @@
+"""What was run, as the page's tables say it: when and where, and which arguments differ between the runs."""
+
+import re
+from datetime import timedelta
+
+import numpy as np
+
+from evaluation.files import printable
+from evaluation.report.runs import RunLog
+
+# Arguments that say what was run, shown for every run; others are shown where they differ.
+TOLD = (
+    "max_train_steps",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate_generator",
+    "learning_rate_estimator",
+    "ratio_update",
+    "lora_rank",
+    "use_lora_gen",
+    "num_steps",
+    "dynamic_steps",
+    "real_guidance_scale",
+    "real_guidance_interval",
+    "encoder_type",
+    "reward",
+    "reward_weight",
+    "ema_decay",
+    "seed",
+)
+OF_THE_FOLDER = ("output_dir", "auto_resume", "overwrite", "dry_run")  # differ always, and say nothing
+MACHINE = re.compile(r"on (\d+) x (\w+)(.*?), precision (\w+)")  # in log.txt, as setup/stage.py writes it
+
+
+def shown(value: object) -> str:
+    """An argument as the page shows it: a value, or a short list of values; whatever else there is, its type."""
+    if isinstance(value, list):
+        simple = len(value) <= 8 and not any(isinstance(each, dict) for each in value)
+        return f"[{', '.join(map(shown, value))}]" if simple else "a list"
+    return "an object" if isinstance(value, dict) else printable(str(value)[:200])
+
+
+def what_was_run(runs: list[RunLog]) -> list[list[str]]:
+    """When, where, how long, and with what: rows of a name and a cell for each run."""
+    facts = [facts_of(run) for run in runs]
+    return [[name, *(fact.get(name, "") for fact in facts)] for name in facts[0]]
+
+
+def facts_of(run: RunLog) -> dict[str, str]:
+    seconds = run.series.of_column("seconds")
+    seconds = seconds[np.isfinite(seconds)]
+    machine = next((match for _, line in run.lines if (match := MACHINE.search(line))), None)
+    took = f"{timedelta(seconds=round(float(seconds.sum())))}" if len(seconds) and seconds.sum() < 1e9 else "?"
+    versions = run.record.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
+    return {
+        "stage": shown(run.record.get("stage", "?")),
+        "began": f"{run.lines[0][0]:%Y-%m-%d %H:%M}" if run.lines else "?",
+        "training took": f"{took}" + (f" ({np.median(seconds):.3g} s an update)" if len(seconds) else ""),
+        "device": f"{machine[1]} x {machine[2]}{machine[3]}, precision {machine[4]}" if machine else "?",
+        "updates in the log": f"{run.updates:,}",
+        "commit": shown(run.record.get("commit") or "not recorded"),
+        "versions": ", ".join(f"{name} {shown(versions[name])}" for name in ("python", "torch") if name in versions),
+    }
+
+
+def what_differs(runs: list[RunLog]) -> dict[str, list[list[str]]]:
+    """Arguments by ``same`` and ``other``: those that all runs share, and those that differ, a cell for each run."""
+    names = dict.fromkeys([*TOLD, *sorted({name for run in runs for name in run.arguments if isinstance(name, str)})])
+    found: dict[str, list[list[str]]] = {"other": [], "same": []}
+    for name in names:
+        values = [shown(run.arguments.get(name, "")) for run in runs]
+        differ = len(set(values)) > 1
+        if name not in OF_THE_FOLDER and (differ or name in TOLD):
+            found["other" if differ else "same"].append([f"--{printable(name).replace('_', '-')}", *values])
+    return found
