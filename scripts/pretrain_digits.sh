@@ -72,5 +72,5 @@ case "$*" in
         part "classifiers" "about 1 min" classifiers
         run_parts
         ;;
-    *) echo "error: $* is given; allowed: teacher, classifiers, or nothing for both" >&2; exit 2 ;;
+    *) echo "error: $* is given; allowed: teacher, classifiers, or nothing for both" >&2; exit 2;;
 esac

@@ -1,5 +1,7 @@
 """Random draws without state: every number is a function of a key such as (seed, turn, step, chunk)."""
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,9 +29,15 @@ class Draws:
     """
 
     def __init__(self, *key: int, device: torch.device | str = "cpu"):
-        device = torch.device(device)
-        self._cpu = rng_of(*key, 0)
-        self._device = rng_of(*key, 1, device=device)
+        self._key, self._place = key, torch.device(device)
+
+    @cached_property  # to seed a generator takes as long as an image's noise
+    def _cpu(self) -> torch.Generator:
+        return rng_of(*self._key, 0)
+
+    @cached_property
+    def _device(self) -> torch.Generator:
+        return rng_of(*self._key, 1, device=self._place)
 
     def noise(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._device, device=self._device.device)
