@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jinja2
 
-from evaluation.files import METRICS, apart, count_suffix, digits_of, printable
+from evaluation.files import apart, columns_of, printable, shown
 from evaluation.report.charts import CHARTS, Chart, curve_path
 from evaluation.report.previews import all_previews, strip_of
 from evaluation.report.rules import collapsed_recall
@@ -25,7 +25,7 @@ from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import require_folder
 from train_cc.io.write import check_output_file, check_parent, mark_of, write_atomically
 
-ARROWS = {"FID": "↓", "Recall": "↑", "IS": "↑", "Precision": "↑", "accuracy": "↑"}  # where better is
+SMALLER_IS_BETTER = ("FID", "KID", "SW", "FDr", "SWr")
 
 
 def pictures_beside(runs: list[RunLog]) -> list:
@@ -40,11 +40,14 @@ def pictures_beside(runs: list[RunLog]) -> list:
 
 def shown_table(table: Table) -> dict:
     """A table as the page shows it: heads with counts and arrows, cells as text."""
-    metrics = [name for name in METRICS if any(name in figures for figures in table.rows.values())]
-    suffix = count_suffix(table.count) if table.count else ""
-    heads = [name + ("" if name == "accuracy" else suffix) + f" {ARROWS[name]}" for name in metrics]
+    own = {name: {"figures": figures} for name, figures in table.rows.items()}
+    metrics, counted = columns_of(own, table.count, table.set_size)
+    heads = metrics if not table.count else counted
+    heads = [
+        f"{head} {'↓' if metric in SMALLER_IS_BETTER else '↑'}" for head, metric in zip(heads, metrics, strict=True)
+    ]
     rows = {
-        name: [f"{figures[metric]:.{digits_of(metric)}f}" if metric in figures else "" for metric in metrics]
+        name: [shown(metric, figures[metric]) if metric in figures else "" for metric in metrics]
         for name, figures in table.rows.items()
     }
     space = table.space or "a feature space that the file does not name"

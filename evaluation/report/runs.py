@@ -55,6 +55,7 @@ class Table:
     rows: dict[str, dict[str, float]]  # name -> figures
     made_by: dict[str, dict] = field(default_factory=dict)  # name -> what evaluation.generate wrote of the samples
     count: int = 0  # images of a row; 0: not recorded
+    set_size: int | None = None  # of the sets of recall and precision; None: of all images
     space: str = ""
 
 
@@ -141,10 +142,18 @@ def find_tables(runs: list[RunLog]) -> tuple[list[Table], list[str]]:
     paths += [path for run in runs for path in sorted(run.folder.resolve().glob("*/figures.json"))]
     for path in filter(Path.is_file, paths):
         try:
-            found.append(table_of(read_figures(path), path))
+            found += tables_of(read_figures(path), path)
         except (InputError, OSError) as error:
             problems.append(printable(str(error)))
     return found, problems
+
+
+def tables_of(content: dict, path: Path) -> list[Table]:
+    """One per feature space."""
+    found = [table_of(each, path) for each in (content, *content.get("more_spaces", []))]
+    for table in found:
+        table.set_size = content["set_size"] if is_step(content.get("set_size")) else None
+    return found
 
 
 def table_of(content: dict, path: Path) -> Table:
