@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Stage 0 of the Fashion-MNIST recipe: a VAE, a teacher of its latents, and classifiers of different architecture, one to
 # reward and two to evaluate. What is finished is kept, what was interrupted continues. The data: DATA_DIR=FOLDER with the
-# four idx files, else torchvision downloads them. PART by PART: bash scripts/pretrain_fashion.sh vae
+# four idx files of Fashion-MNIST, else torchvision downloads them. All parts in turn, or some of them:
+# bash scripts/pretrain_fashion.sh [vae|reward|decoder|teacher|evaluation|evaluation_vit]...
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 FASHION="${FASHION:-runs/fashion}"
 SEED="${SEED:-30}"
@@ -12,17 +13,13 @@ finished() { # FOLDER: the network is there, and its record, where there is one,
         { [ ! -f "$1/args.json" ] || grep -q '"finished"' "$1/args.json"; }
 }
 
-train() { # FOLDER COMMAND...: unless it is there; a command that was asked to stop ends well, but has not finished
-    finished "$1" || run python -m "${@:2}" "${data[@]}" --output-dir "$1"
+need() { # a command that was asked to stop ends well, but has not finished
     finished "$1" || { echo "$1 is not finished; the same command continues" >&2; exit 1; }
 }
 
-images() { # FILE FLAGS...
-    [ -f "$1" ] || run python -m train_cc.pretrain.data "${data[@]}" --output "$1" "${@:2}"
-}
-
-vae() { # as it is before its decoder is trained further: the teacher needs no more of it
-    train "$FASHION/vae_first" train_cc.pretrain.vae \
+vae() { # as it is before its decoder is trained further: a teacher needs no more of it
+    finished "$FASHION/vae_first" || run python -m train_cc.pretrain.vae "${data[@]}" \
+        --output-dir "$FASHION/vae_first" \
         --channels 16 32 64 \
         --layers 1 \
         --groups 8 \
@@ -33,10 +30,12 @@ vae() { # as it is before its decoder is trained further: the teacher needs no m
         --kl-weight 5e-5 \
         --ema-decay 0.995 \
         --seed "$SEED"
+    need "$FASHION/vae_first"
 }
 
 decoder() {
-    train "$FASHION/vae" train_cc.pretrain.vae \
+    finished "$FASHION/vae" || run python -m train_cc.pretrain.vae "${data[@]}" \
+        --output-dir "$FASHION/vae" \
         --decoder-of "$FASHION/vae_first" \
         --classifier "$FASHION/classifier_reward" \
         --feature-weight 0.1 \
@@ -46,11 +45,17 @@ decoder() {
         --learning-rate 1e-3 \
         --ema-decay 0.997 \
         --seed "$SEED"
-    images "$FASHION/real_through_vae.npz" --split test --vae "$FASHION/vae"
+    need "$FASHION/vae"
+    [ -f "$FASHION/real_through_vae.npz" ] || run python -m train_cc.pretrain.data "${data[@]}" \
+        --split train \
+        --num-images 10000 \
+        --vae "$FASHION/vae" \
+        --output "$FASHION/real_through_vae.npz"
 }
 
 teacher() {
-    train "$FASHION/teacher" train_cc.pretrain.teacher \
+    finished "$FASHION/teacher" || run python -m train_cc.pretrain.teacher "${data[@]}" \
+        --output-dir "$FASHION/teacher" \
         --vae "$FASHION/vae_first" \
         --hidden-size 128 \
         --depth 6 \
@@ -64,32 +69,68 @@ teacher() {
         --label-dropout 0.1 \
         --ema-decay 0.999 \
         --seed "$SEED"
+    need "$FASHION/teacher"
 }
 
-classifier() { # NAME PURPOSE ARCHITECTURE STEPS BATCH LEARNING-RATE NOISE SEED
-    train "$FASHION/$1" train_cc.pretrain.classifier \
-        --purpose "$2" \
-        --architecture "$3" \
+reward() {
+    finished "$FASHION/classifier_reward" || run python -m train_cc.pretrain.classifier "${data[@]}" \
+        --output-dir "$FASHION/classifier_reward" \
+        --purpose reward \
+        --architecture test_efficientnet \
         --image-size 32 \
-        --max-train-steps "$4" \
-        --batch-size "$5" \
-        --learning-rate "$6" \
-        --noise-augmentation "$7" \
+        --noise-augmentation 0.2 \
+        --max-train-steps 1500 \
         --checkpoint-steps 250 \
-        --seed "$8"
+        --batch-size 64 \
+        --learning-rate 2e-3 \
+        --seed "$SEED"
+    need "$FASHION/classifier_reward"
 }
-reward() { classifier classifier_reward reward test_efficientnet 1500 64 2e-3 0.2 "$SEED"; }
-evaluation() { # the judges are the same for all seeds
-    images "$FASHION/reference.npz" --split test
-    images "$FASHION/real_training.npz" --split train --num-images 10000
-    classifier classifier_evaluation evaluation test_resnet 3000 128 2e-3 0.1 30
-}
-evaluation_vit() { classifier classifier_evaluation_vit evaluation test_vit 3000 128 1e-3 0.1 30; }
 
-for part in "${@:-all}"; do
+evaluation() { # the judges are the same for all seeds
+    [ -f "$FASHION/reference.npz" ] || run python -m train_cc.pretrain.data "${data[@]}" \
+        --split test \
+        --output "$FASHION/reference.npz"
+    [ -f "$FASHION/real_training.npz" ] || run python -m train_cc.pretrain.data "${data[@]}" \
+        --split train \
+        --num-images 10000 \
+        --output "$FASHION/real_training.npz"
+    finished "$FASHION/classifier_evaluation" || run python -m train_cc.pretrain.classifier "${data[@]}" \
+        --output-dir "$FASHION/classifier_evaluation" \
+        --purpose evaluation \
+        --architecture test_resnet \
+        --image-size 32 \
+        --noise-augmentation 0.1 \
+        --max-train-steps 3000 \
+        --checkpoint-steps 250 \
+        --batch-size 128 \
+        --learning-rate 2e-3 \
+        --seed 30
+    need "$FASHION/classifier_evaluation"
+}
+
+evaluation_vit() {
+    finished "$FASHION/classifier_evaluation_vit" || run python -m train_cc.pretrain.classifier "${data[@]}" \
+        --output-dir "$FASHION/classifier_evaluation_vit" \
+        --purpose evaluation \
+        --architecture test_vit \
+        --image-size 32 \
+        --noise-augmentation 0.1 \
+        --max-train-steps 3000 \
+        --checkpoint-steps 250 \
+        --batch-size 128 \
+        --learning-rate 1e-3 \
+        --seed 30
+    need "$FASHION/classifier_evaluation_vit"
+}
+
+[ -n "$*" ] || set -- vae reward decoder teacher evaluation evaluation_vit
+for part in "$@"; do
     case "$part" in
-        vae | teacher | reward | decoder | evaluation | evaluation_vit) "$part" ;;
-        all) for each in vae reward decoder teacher evaluation evaluation_vit; do "$each"; done ;;
-        *) echo "error: $part is no part of stage 0; there are vae, reward, decoder, teacher, evaluation, evaluation_vit" >&2; exit 2 ;;
+        vae | reward | decoder | teacher | evaluation | evaluation_vit) "$part" ;;
+        *)
+            echo "error: $part is no part; there are vae, reward, decoder, teacher, evaluation, evaluation_vit" >&2
+            exit 2
+            ;;
     esac
 done
