@@ -365,4 +365,4 @@ def test_a_collapsed_row_does_not_press_the_others_together():
     points = {"a": (0.5, 0.8), "b": (0.6, 0.6), "c": (0.7, 0.45)}
     assert scatter.low_of(points) == 0.45
     assert scatter.low_of(points | {"d": (0.7, 0.01)}) == 0.45
-    assert scatter.low_of({"a": (0.5, 0.8)}) == 0.8
+    assert scatter.low_of({"a": (0.5, 0.8)}) == 0.8 and scatter.low_of({"a": (0.5, 0.8), "b": (0.5, 0.1)}) == 0.1
