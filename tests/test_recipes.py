@@ -183,6 +183,7 @@ def test_a_digits_row_is_of_1800_images():
 
 FRONTIERS = {
     "digits": (DIGITS_COLD, DIGITS_DMDR, "32", "10000"),
+    "fashion": ({"max_train_steps": 300}, {"max_train_steps": 400}, "20", "10000"),
     "sitxl": (SITXL_COLD, SITXL_DMDR, "250", "50000"),
 }
 
@@ -190,7 +191,7 @@ FRONTIERS = {
 @pytest.mark.parametrize("recipe", FRONTIERS)
 def test_the_frontier_trains_as_long_as_the_launchers(recipe, tmp_path, monkeypatch):
     cold, dmdr, steps, images = FRONTIERS[recipe]
-    for name in ("DIGITS", "REFERENCE", "VAE", "TIMM_ENCODER"):
+    for name in ("DIGITS", "FASHION", "REFERENCE", "VAE", "TIMM_ENCODER"):
         monkeypatch.setenv(name, str(tmp_path))
     (tmp_path / "statistics.npz").touch()
     monkeypatch.chdir(ROOT)

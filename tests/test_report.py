@@ -32,11 +32,12 @@ def made(tmp_path, *runs):
 
 def test_a_page_shows_arguments_curves_pictures_and_nothing_from_outside(run, tmp_path, capsys):
     (run.parent / "results.json").write_text(
-        json.dumps({"rows": {"cold <start>": {"figures": dict.fromkeys(report.METRICS, 0.5)}}})
+        json.dumps({"rows": {"cold <start>": {"figures": {"FID": 0.5, "KID": 1.234e-5}}}})
     )
     text = made(tmp_path, run)
     assert text.count("<svg") > 8 and text.count("data:image/png;base64,") == 2
     assert "--learning-rate-generator" in text and "cold &lt;start&gt;" in text
+    assert "<th>FID</th><th>KID</th></tr>" in text and "<td>0.500</td><td>1.23e-05</td>" in text
     assert not re.search(r'(?:src|href)="(?!data:|#)', text)
     assert "report: " in capsys.readouterr().out
 
