@@ -57,8 +57,10 @@ def beyond(row: dict, other: dict) -> str | None:
 
     Larger and lower by `LARGE` standard errors; not smaller: by no more than one. None: it does not, or nobody knows.
     """
-    errors = {}
-    for metric in ("FID", "Recall", "Precision"):
+    errors, metrics = {}, ("FID", "Recall", "Precision")
+    if not all(metric in each["figures"] for metric in metrics for each in (row, other)):
+        return None  # the means over spaces, and held-out images of another count
+    for metric in metrics:
         value, error = difference(row, other, metric)
         if error is None:
             return None

@@ -155,7 +155,7 @@ class Frontier:
             path = self.place("rows", row) / "figures.json"
             content = read_figures(path)
             judged = [content, *content.get("more_spaces", [])]
-            if content.get("over_spaces"):
+            if content.get("over_spaces") and len(judged) > 1:
                 judged.append({"features": f"the mean over {len(judged)} spaces", "rows": content["over_spaces"]})
             if not found:
                 found = [each | {"rows": {}, "set_size": content.get("set_size")} for each in judged]

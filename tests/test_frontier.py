@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from evaluation import comparison, frontier, scatter, work
 from evaluation.asked import ROOT
+from evaluation.files import HELD_OUT
 from evaluation.rows import read_table, words_of
 from tests.conftest import refused, tree, words
 from train_cc.io.errors import InputError
@@ -90,6 +91,8 @@ def run(table, teacher, tmp_path, monkeypatch):
             figures = {"FID": value, "Recall": 0.5, "Precision": value / 10}
             each = {name: {"figures": figures, "images": 8} for name in names}
             content = {"rows": each, "features": "f", "more_spaces": [{"features": "g", "rows": each}], "set_size": 8}
+            means = {name: {"figures": {"FDr": value, "SWr": value}, "images": 8} for name in [*names, HELD_OUT]}
+            content["over_spaces"] = means
             output.write_text(json.dumps(content))
 
     monkeypatch.setattr(work.Processes, "run", launch)
@@ -122,6 +125,7 @@ def test_every_row_is_made_once_and_kept(run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "[13/13]" in printed and "base + control, seed 2: kept" in printed
     text = (tmp_path / "f" / "frontier.md").read_text()
+    assert "| held-out real | 1 |" in text.split("## the mean over 2 spaces")[1]
     assert "| base + reward | 2 |" in text and "## g" in text and "| base + reward | base + control |" in text
     record = json.loads((tmp_path / "f" / "frontier.json").read_text())
     assert record["rows"]["base"]["seeds"] == 2 and "standard_deviations" in record["rows"]["base"]
@@ -324,6 +328,8 @@ def test_who_dominates_whom():
     assert line == "better dominates published: FID -4.0, recall +4.0, precision +0.0 s.e."
     single = row(0.1, 0.9, 0.9) | {"standard_deviations": {}}
     assert comparison.beyond(single, published) is None
+    over_spaces = {"figures": {"FDr": 1.0}, "standard_deviations": {}, "seeds": 1}
+    assert comparison.domination({"a": over_spaces, "b": over_spaces}, ["b"]) == []
 
 
 def test_means_over_seeds():
@@ -365,4 +371,4 @@ def test_a_collapsed_row_does_not_press_the_others_together():
     points = {"a": (0.5, 0.8), "b": (0.6, 0.6), "c": (0.7, 0.45)}
     assert scatter.low_of(points) == 0.45
     assert scatter.low_of(points | {"d": (0.7, 0.01)}) == 0.45
-    assert scatter.low_of({"a": (0.5, 0.8)}) == 0.8
+    assert scatter.low_of({"a": (0.5, 0.8)}) == 0.8 and scatter.low_of({"a": (0.5, 0.8), "b": (0.5, 0.1)}) == 0.1
