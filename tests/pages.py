@@ -23,18 +23,7 @@ REQUIRED = {
     "train_cc.cold_start": ["--teacher", "t", "--output-dir", "o"],
     "train_cc.dmdr_refl": ["--teacher", "t", "--output-dir", "o"],
     "evaluation.generate": ["--generator", "g", "--output", "s.npz"],
-    "evaluation.frontier": [
-        "--recipe",
-        "digits",
-        "--output-dir",
-        "o",
-        "--teacher",
-        "t",
-        "--base-steps",
-        "1",
-        "--extra-steps",
-        "1",
-    ],
+    "evaluation.frontier": ["--recipe", "digits", "--output-dir", "o", "--teacher", "t"],
 }
 
 

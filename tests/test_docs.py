@@ -27,6 +27,7 @@ is loaded; `--help` of a command says the same.
 launchers in `scripts/` list what a recipe sets.
 """
 OTHERS = (
+    "evaluation.sample",
     "evaluation.generate",
     "evaluation.evaluate",
     "evaluation.statistics",
@@ -35,6 +36,7 @@ OTHERS = (
     "convert_weight.sit_convert",
     "convert_weight.export_generator",
     "train_cc.pretrain.data",
+    "train_cc.pretrain.vae",
     "train_cc.pretrain.teacher",
     "train_cc.pretrain.classifier",
 )

@@ -10,16 +10,13 @@ from PIL import Image
 
 from evaluation.files import printable
 from evaluation.report.runs import RunLog
+from train_cc.io.class_names import class_names
 from train_cc.io.errors import InputError
 from train_cc.io.read import first_line, parsing, read_json
 
 PICTURES = 8  # steps shown of a run
 PICTURE_BYTES = 3_000_000  # of all previews together
 GAP = 4  # pixels between the cells of a preview: run/pictures.py
-NAMES = {
-    "digits": tuple(map(str, range(10))),
-    "fashion-mnist": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
-}
 
 
 @dataclass
@@ -139,16 +136,12 @@ def classes_of(run: RunLog) -> list[str]:
     return [names[i * max(1, count // columns) % count] for i in range(columns)]
 
 
-def names_of(run: RunLog, count: int) -> tuple[str, ...]:
-    if count == 1000:
-        from timm.data import ImageNetInfo  # with torch: a second
-
-        known = ImageNetInfo()
-        return tuple(known.index_to_description(i).split(",")[0] for i in range(count))
+def names_of(run: RunLog, count: int) -> list[str]:
+    """A word for each class: of the data set that the teacher was trained on, of ImageNet for 1000, else its number."""
     teacher = Path(str(run.arguments.get("teacher", "")))
     try:
         dataset = read_json(teacher / "args.json", "a teacher's record")["arguments"]["dataset"]
     except (InputError, OSError, KeyError, TypeError):
-        dataset = ""
-    names = NAMES.get(dataset if isinstance(dataset, str) else "", ())
-    return names if len(names) == count else tuple(map(str, range(count)))
+        dataset = None
+    names = class_names("auto", count, dataset if isinstance(dataset, str) else None)
+    return [name.partition(",")[0] for name in names] if names else list(map(str, range(count)))
