@@ -6,7 +6,11 @@ from pathlib import Path
 from train_cc.io.errors import InputError
 from train_cc.io.read import Number, check_numbers, read_json
 
-METRICS = {"FID": "FID ↓", "Recall": "Recall ↑", "IS": "IS ↑", "Precision": "Precision ↑", "accuracy": "accuracy ↑"}
+LOWER = ("FID", "KID", "SW", "FDr", "SWr")  # is better; of the others higher
+METRICS = {
+    name: f"{name} {'↓' if name in LOWER else '↑'}"
+    for name in ("FID", "FDr", "Recall", "IS", "Precision", "accuracy", "Density", "Coverage", "KID", "SW", "SWr")
+}
 FIGURES = "the figures that evaluation.evaluate or evaluation.frontier writes"
 # The flags that make a recipe. No path is among them: it would say something of a machine.
 RECIPE = (
@@ -77,30 +81,36 @@ def model_card(
     parts = [use, "## Recipe\n", table(["flag", "value"], recipe)]
     parts += ["## Origin\n", table(["file", "SHA-256"], [[what, f"`{sha}`"] for what, sha in hashes.items()])]
     if figures is not None:
-        parts += ["## Figures\n", figures_table(figures)]
+        parts += ["## Figures\n", *(figures_table(space) for space in (figures, *figures.get("more_spaces", [])))]
     return "\n".join(parts)
 
 
 def figures_table(results: Mapping) -> str:
-    """Of the rows of a results.json."""
+    """Of the rows of a results.json in one feature space, which is named without the path of its network."""
     rows = results["rows"]
     columns = [metric for metric in METRICS if any(metric in row["figures"] for row in rows.values())]
     lines = [
         [name, row.get("images", ""), *(f"{row['figures'][c]:.3g}" if c in row["figures"] else "" for c in columns)]
         for name, row in rows.items()
     ]
-    told = f"Features: {str(results['features'])[:80]}.\n\n" if "features" in results else ""
-    return told + table(["", "images", *(METRICS[column] for column in columns)], lines)
+    kind, _, source = str(results.get("features", "")).partition(":")
+    space = f"{kind}:{Path(source).name}" if source else kind
+    return (f"Features: {space}\n\n" if space else "") + table(
+        ["", "images", *(METRICS[column] for column in columns)], lines
+    )
 
 
 def read_results(path: Path) -> dict:
     """A results.json. Raises `InputError`."""
     content = read_json(path, FIGURES)
-    rows = content.get("rows")
-    if not isinstance(rows, dict) or not rows:
-        raise InputError(f"{path} has no rows; {FIGURES} are expected")
-    for name, row in rows.items():
-        if not isinstance(row, dict) or not isinstance(row.get("figures"), dict):
-            raise InputError(f"{path}: row {name[:80]!r} has no figures; {FIGURES} are expected")
-        check_numbers(row["figures"], dict.fromkeys(METRICS, Number(float, -1e100, 1e100)), f"{path}, {name[:80]}")
+    more = content.get("more_spaces", [])
+    if not isinstance(more, list) or not all(isinstance(each, dict) for each in more):
+        raise InputError(f"{path}: more_spaces is no list; {FIGURES} are expected")
+    for rows in (each.get("rows") for each in (content, *more)):
+        if not isinstance(rows, dict) or not rows:
+            raise InputError(f"{path} has no rows; {FIGURES} are expected")
+        for name, row in rows.items():
+            if not isinstance(row, dict) or not isinstance(row.get("figures"), dict):
+                raise InputError(f"{path}: row {name[:80]!r} has no figures; {FIGURES} are expected")
+            check_numbers(row["figures"], dict.fromkeys(METRICS, Number(float, -1e100, 1e100)), f"{path}, {name[:80]}")
     return content

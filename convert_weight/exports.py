@@ -120,7 +120,8 @@ def export(args: argparse.Namespace, targets: dict, content: dict, overwrite: bo
             elif flag == "--adapter":
                 save_lora(generator, checkpoint, args.weights, teacher, fresh)
             else:
-                save_pipeline(generator, vae, sampling, names, provenance, fresh)
+                shared = {name: value for name, value in provenance.items() if name != "run"}  # a path of this machine
+                save_pipeline(generator, vae, sampling, names, shared, fresh)
                 name, hashes = args.push_to_hub or folder.name, hashes_of(fresh, content, provenance)
                 card = model_card(name, generator.config, names, recorded, hashes, figures)
                 write_atomically(fresh / CARD, card)

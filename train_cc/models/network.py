@@ -4,6 +4,7 @@ Parameter names and conventions are those of the REPA release: t = 1 is noise, v
 This file needs torch, timm and diffusers alone: a pipeline that is shared holds a copy of it.
 """
 
+import logging
 import math
 
 import torch
@@ -12,6 +13,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# diffusers says at every cast to another dtype that no module should be kept in fp32.
+logging.getLogger("diffusers.models.modeling_utils").addFilter(lambda told: "kept in float32: []" not in told.msg)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
