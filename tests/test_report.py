@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluation.files import METRICS
 from evaluation.report import page as report
 from evaluation.report import previews
 from evaluation.report.curves import present
@@ -36,7 +37,7 @@ def made(tmp_path, *runs):
 
 
 def test_a_page_shows_arguments_curves_pictures_and_nothing_from_outside(run, tmp_path, capsys):
-    row = {"figures": dict.fromkeys(report.METRICS, 0.5), "images": 1800}
+    row = {"figures": dict.fromkeys(METRICS, 0.5), "images": 1800}
     (run.parent / "results.json").write_text(json.dumps({"rows": {"cold <start>": row}, "features": "a <space>"}))
     save_grid([np.zeros((4, 8, 8, 1), np.uint8)], run.parent / "results.png", ["row"])
     text = made(tmp_path, run)
