@@ -178,7 +178,7 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(description=__doc__)
     parser.add_argument("--recipe", choices=["digits", "fashion", "sitxl"], required=True, help="whose launchers")
     parser.add_argument("--table", type=flags.path, help="the rows' file; without it scripts/frontier/RECIPE.toml")
-    parser.add_argument("--output-dir", type=flags.path, required=True)
+    parser.add_argument("--output-dir", type=flags.path, required=True, help="folder of all rows and of the tables")
     parser.add_argument("--teacher", type=flags.path, required=True, help="model folder")
     parser.add_argument("--rows", nargs="+", default=[], help="only these, and the cold starts that they need")
     parser.add_argument("--seeds", nargs="+", type=flags.SEED, help="in place of the file's")

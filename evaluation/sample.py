@@ -31,7 +31,7 @@ def build_parser() -> flags.Parser:
     parser.add_argument("--per-class", type=flags.integer(1, 1000), default=4, help="images of each class")
     parser.add_argument("--names", type=flags.path, help="a file with the classes' names, a line each")
     add_sampling_arguments(parser)
-    parser.add_argument("--seed", type=flags.SEED, default=0)
+    parser.add_argument("--seed", type=flags.SEED, default=0, help="of the noise")
     return parser
 
 
