@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_shown(run, tmp_path):
     log.write_text(log.read_text() + '{"step": 4, "score_g')
     shutil.rmtree(torn / "generator")
     text = made(tmp_path, torn)
-    assert "1 line(s) cannot be read" in text and "not finished" in text and text.count("<svg") > 8
+    assert "1 line(s) cannot be read" in text and "Not finished" in text and text.count("<svg") > 8
     (tmp_path / "empty").mkdir()
     text = made(tmp_path, tmp_path / "empty")
     assert "args.json is missing" in text and "loss_gen_log.jsonl is missing" in text

@@ -32,7 +32,7 @@ def table(**changed):
         }
         for name in rows
     }
-    return Table("results.json", rows, made_by, 1800, "a classifier")
+    return Table("results.json", rows, made_by, 1800, space="a classifier")
 
 
 @pytest.fixture
