@@ -6,15 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from evaluation.sample import class_of, names_of
 from evaluation.sampling import Source, images_of_labels, load_sampler, open_source, resolve_sampling
 from train_cc.io.write import record_of, write_atomically
 from train_cc.models.vae import require_decoder
-from train_cc.run.pictures import grid, png_bytes
-
-GAP = 4
+from train_cc.run.pictures import above, grid, png_bytes
 
 
 def data_of(source: Source) -> str | None:
@@ -46,30 +43,3 @@ def sample(args: argparse.Namespace) -> None:
     args.grid.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.grid, png_bytes(picture))
     print(f"{len(columns)} classes ({json.dumps(told, ensure_ascii=False)}), {args.per_class} images each: {args.grid}")
-
-
-def above(picture: Image.Image, names: list[str]) -> Image.Image:
-    """``picture`` with a name above each column of images; what is too long for a column is broken, then cut."""
-    font, pitch = ImageFont.load_default(size=13), (picture.width - GAP) // len(names)
-    texts = [lines_of(name, font, pitch - GAP) for name in names]
-    height = 16 * max(map(len, texts)) + 6
-    tall = Image.new(picture.mode, (picture.width, picture.height + height), "white")
-    tall.paste(picture, (0, height))
-    draw = ImageDraw.Draw(tall)
-    for i, lines in enumerate(texts):
-        for j, line in enumerate(lines):
-            draw.text((GAP + i * pitch + (pitch - GAP) // 2, 4 + 16 * j), line, fill="black", font=font, anchor="ma")
-    return tall
-
-
-def lines_of(name: str, font: ImageFont.ImageFont, width: int, most: int = 4) -> list[str]:
-    """``name`` in lines of at most ``width`` pixels."""
-    lines: list[str] = []
-    for word in name.split() or [""]:
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-            continue
-        while font.getlength(word) > width and len(word) > 2:
-            word = word[:-2] + "."
-        lines.append(word)
-    return lines[:most]

@@ -25,6 +25,7 @@ from evaluation.files import (
     image_shape,
     over_seeds,
     printable,
+    provenance_of,
     read_images,
     suffered,
     table,
@@ -35,7 +36,7 @@ from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import sha256
 from train_cc.io.saying import saying
-from train_cc.io.write import check_output_file, library_versions
+from train_cc.io.write import check_output_file, library_versions, record_of
 
 
 def row_name(text: str) -> str:
@@ -176,10 +177,28 @@ def main(argv: list[str] | None = None) -> None:
     if args.output:
         write(args, judged, means, set_size(args, held))
     if args.picture:
-        from train_cc.run.pictures import save_grid
+        draw(args, names)
 
-        save_grid([read_images(path)["arr_0"][: args.picture_columns] for path in args.samples], args.picture, names)
-        print(f"picture: {args.picture}")
+
+def draw(args: argparse.Namespace, names: list[str]) -> None:
+    """The first images of each file; real ones are left out beside generated ones, whose columns they do not share."""
+    from train_cc.pretrain.data import CLASS_NAMES
+    from train_cc.run.pictures import save_grid
+
+    files = {name: read_images(path) for name, path in zip(names, args.samples, strict=True)}
+    paths = dict(zip(names, args.samples, strict=True))
+    shown = [name for name in names if "generator_sha256" in (provenance_of(files[name], paths[name]) or {})] or names
+    labels = [tuple(files[name].get("arr_1", [])[: args.picture_columns]) for name in shown]
+    data = next((dataset_of(space) for space in args.space), None)
+    columns = [CLASS_NAMES[data][k] for k in labels[0]] if data in CLASS_NAMES and len(set(labels)) == 1 else None
+    save_grid([files[name]["arr_0"][: args.picture_columns] for name in shown], args.picture, shown, columns)
+    print(f"picture: {args.picture}")
+
+
+def dataset_of(space: str) -> str | None:
+    """The data set that a space's classifier was trained on, as its record says."""
+    kind, _, folder = space.partition(":")
+    return record_of(Path(folder)).get("arguments", {}).get("dataset") if kind == "classifier" else None
 
 
 def write(args: argparse.Namespace, judged: list[dict], means: dict[str, dict], size: int) -> None:
