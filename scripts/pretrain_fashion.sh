@@ -61,7 +61,7 @@ teacher() {
         --depth 6 \
         --num-heads 4 \
         --patch-size 2 \
-        --max-train-steps 10000 \
+        --max-train-steps 7000 \
         --batch-size 128 \
         --checkpoint-steps 250 \
         --learning-rate 2e-3 \

@@ -183,7 +183,7 @@ def test_fashion_networks():
     ]
     (teacher,) = found["teacher"]
     sizes = {"--hidden-size": 128, "--depth": 6, "--num-heads": 4, "--patch-size": 2, "--batch-size": 128}
-    how = {"--max-train-steps": 10_000, "--learning-rate": 2e-3, "--warmup-steps": 100, "--label-dropout": 0.1}
+    how = {"--max-train-steps": 7000, "--learning-rate": 2e-3, "--warmup-steps": 100, "--label-dropout": 0.1}
     expected += [(teacher, sizes), (teacher, how | {"--ema-decay": 0.999, "--checkpoint-steps": 250})]
     names = ["test_efficientnet", "test_resnet", "test_vit"]
     assert [each["--architecture"] for each in found["classifier"]] == names
