@@ -618,6 +618,7 @@ def test_a_checkpoint_becomes_a_generator_and_a_pipeline_that_know_their_steps(r
         "weights": "ema",
         "teacher_sha256": units["teacher_sha256"],
         "rewards_sha256": [],
+        "latent_space_sha256": None,
     }
     pipeline = read_pipeline(tmp_path / "pipeline")
     assert (pipeline.config.num_inference_steps, pipeline.config.timestep_shift) == (2, 1.5)

@@ -156,9 +156,9 @@ def test_what_shows_in_half_precision():
 
 def test_attention_is_chosen_for_samples_as_for_training(tmp_path, monkeypatch):
     random_sit().save_pretrained(tmp_path / "g")
-    seen, batch = [], sampling.sample_batch
+    seen, batch = [], sampling.samples_of
     watched = lambda model, *rest: seen.append(model.blocks[0].attn.fused_attn) or batch(model, *rest)  # noqa: E731
-    monkeypatch.setattr(sampling, "sample_batch", watched)
+    monkeypatch.setattr(sampling, "samples_of", watched)
     for dtype in ("fp32", "bf16"):
         samples(tmp_path / "g", tmp_path / f"{dtype}.npz", "--dtype", dtype, "--num-images", 2)
     assert seen == [True, False]
@@ -428,7 +428,7 @@ def test_a_ceiling_of_another_count_has_no_fid(digits, two_classifiers, tmp_path
     figures_ = record["rows"]["s"]["figures"]
     # One image of the 1797 is in neither half
     assert (figures_["ADM precision"], figures_["ADM recall"]) == pytest.approx(adm, abs=2e-3)
-    assert abs(figures_["Recall"] - adm[1]) > 0.01
+    assert figures_["Recall"] != figures_["ADM recall"]
     low, high = record["over_spaces"]["s"]["intervals"]["FDr"]
     assert low < record["over_spaces"]["s"]["figures"]["FDr"] < high
 

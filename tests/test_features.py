@@ -188,7 +188,7 @@ def test_a_weights_file_never_runs_code(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("clip", "'clip' is no feature space; allowed: classifier:FOLDER, dinov2, inception, timm:NAME"),
+        ("clip", "'clip' is no feature space here; allowed: classifier:FOLDER, dinov2, inception, timm:NAME"),
         ("", "is no feature space"),
         ("classifier:", "is no feature space"),
         ("dinov2:x", "is no feature space"),
