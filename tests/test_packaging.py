@@ -58,7 +58,7 @@ def test_every_library_that_is_imported_is_a_dependency():
     distributions = packages_distributions()
     assert "torch" in libraries
     declared = bounds(PROJECT["dependencies"]).keys()
-    missing = {name for name in libraries if not declared & set(map(normal, distributions.get(name, [])))}
+    missing = {name for name in libraries if not declared & {normal(name), *map(normal, distributions.get(name, []))}}
     assert not missing
     assert "torchao" not in found or "torchao" in bounds(EXTRAS["low-memory"])
 
