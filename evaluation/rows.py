@@ -92,12 +92,7 @@ def read_table(path: Path) -> Table:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     top = f"{path}"
     flags_of = ("generate", "evaluate", "train")
-    check_keys(
-        content,
-        ("seeds", "base_steps", "extra_steps", "reference", "evaluate", "row"),
-        ("generate", "train", "inputs"),
-        top,
-    )
+    check_keys(content, NEEDED, OPTIONAL, top)
     words = {name: split(content.get(name, ""), f"{top}: {name}") for name in flags_of}
     steps = {name: whole(content[name], 1, MOST_STEPS, f"{top}: {name}") for name in ("base_steps", "extra_steps")}
     seeds = seeds_of(content["seeds"], f"{top}: seeds")

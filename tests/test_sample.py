@@ -7,12 +7,13 @@ import pytest
 from PIL import Image, ImageFont
 from timm.data import ImageNetInfo
 
-from evaluation import columns, sample
+from evaluation import sample
 from evaluation.sample import class_of, names_of
 from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, words
 from train_cc.io.errors import InputError
 from train_cc.models.generator import save_generator
+from train_cc.run import pictures
 
 IMAGENET = ImageNetInfo().label_descriptions()
 
@@ -84,9 +85,9 @@ def test_latents_are_decoded(tmp_path):
 def test_a_long_name_stays_in_its_column():
     font = ImageFont.load_default(size=13)
     for name in ("great white shark", "a" * 60, "", "one two three four five six seven eight nine ten"):
-        lines = columns.lines_of(name, font, 64)
+        lines = pictures.lines_of(name, font, 64)
         assert 1 <= len(lines) <= 4 and all(font.getlength(line) <= 64 for line in lines)
-    assert columns.lines_of("great white shark", font, 64) == ["great white", "shark"] or len(lines) > 1
+    assert pictures.lines_of("great white shark", font, 64) == ["great white", "shark"] or len(lines) > 1
 
 
 def test_sample_refuses(teacher, tmp_path, capsys):

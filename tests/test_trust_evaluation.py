@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from evaluation import evaluate, frontier, generate, sampling, shards
-from evaluation.files import provenance_of, write_figures
+from evaluation.files import METRICS, provenance_of, write_figures
 from evaluation.metrics import frechet_distance, inception_score, precision_recall
 from evaluation.report import page as report
 from tests.conftest import TINY, random_sit, refused, run_cold_start, tree, words
@@ -666,7 +666,7 @@ def fuzz(folder: Path, count: int, seed: int, teacher, classifier, images, run: 
     generate.main(sampled(folder / "generator", folder / "s.npz"))
     shutil.copytree(classifier, folder / "classifier")
     shutil.copytree(run, folder / "run", ignore=shutil.ignore_patterns("checkpoints", "*.safetensors"))
-    rows = {"rows": {"control: a": {"figures": dict.fromkeys(report.METRICS, 0.5)}}}
+    rows = {"rows": {"control: a": {"figures": dict.fromkeys(METRICS, 0.5)}}}
     (folder / "results.json").write_text(json.dumps(rows))
     left = folder / "left.npz"
     keep = sampling.merge_shards

@@ -628,11 +628,13 @@ def test_output_folders_that_cannot_be_are_refused_before_weights_are_loaded(tmp
 
 
 def test_a_run_whose_output_became_unwritable_is_told_at_once(teacher, run, capsys):
+    damaged = shutil.copytree(teacher, run.parent / "damaged")  # what would be told of it comes later
+    (damaged / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     for name in ("checkpoints/accelerator_2", "loss_logs/loss_gen_log.jsonl", "samples"):
         path, aside = run / name, run / "aside"
         path.rename(aside)
         path.symlink_to(run / "gone")
-        arguments = continued(run / "no teacher here", run, "--max-train-steps", 3)
+        arguments = continued(damaged, run, "--max-train-steps", 3)
         message = refused(cold_start.main, arguments, capsys=capsys)
         assert "link that leads nowhere" in message or "is missing" in message or "no whole" in message
         path.unlink()

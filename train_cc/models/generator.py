@@ -82,8 +82,10 @@ def read_rewards(folder: str | Path) -> list[str]:
 def read_sampling(folder: str | Path) -> tuple[int, float] | None:
     """(K, s) as `save_generator` wrote them; None for a folder without, such as a teacher's. Raises `InputError`."""
     path = Path(folder) / GENERATION_CONFIG
-    content = read_json(path, "a generator's sampling steps and shift") if path.exists() else {}
-    if content.keys() <= {"latent_space_sha256"}:  # a teacher's
+    if not path.exists():
+        return None
+    content = read_json(path, "a generator's sampling steps and shift")
+    if content.keys() == {"latent_space_sha256"}:  # a teacher's
         return None
     check_numbers(content, SAMPLING, path)
     if SAMPLING.keys() - content.keys():
