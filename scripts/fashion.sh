@@ -33,7 +33,7 @@ samples() {
 part "VAE" "about 9 min" bash scripts/pretrain_fashion.sh vae
 part "classifiers, to reward and to evaluate" "about 9 min" bash scripts/pretrain_fashion.sh reward evaluation
 run_parts
-part "teacher" "about 30 min" bash scripts/pretrain_fashion.sh teacher
+part "teacher" "about 35 min" bash scripts/pretrain_fashion.sh teacher
 part "decoder of the VAE" "about 6 min" bash scripts/pretrain_fashion.sh decoder
 part "second classifier to evaluate" "about 5 min" bash scripts/pretrain_fashion.sh evaluation_vit
 run_parts
