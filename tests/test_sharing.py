@@ -81,7 +81,10 @@ def shared(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["pixels", "latents"])
 def test_a_shared_pipeline_samples_elsewhere_what_our_sampler_does(shared, name):
-    """Bit for bit in fp32, at the steps and the shift that it was trained for; in half precision nearly so."""
+    """In fp32, at the steps and the shift that it was trained for; in half precision nearly so.
+
+    Pixels bit for bit. Our decoder has its convolutions in channels_last, a pipeline's has not: they round differently.
+    """
     folder, models = shared
     draws = torch.Generator().manual_seed(7)
     shape = (len(NUMBERS), *models[name].sample_shape)
@@ -94,7 +97,8 @@ def test_a_shared_pipeline_samples_elsewhere_what_our_sampler_does(shared, name)
         x0 = few_step_sample(models[name], noise(), torch.tensor(NUMBERS), 2, 1.5, noise)
         expected = images_to_uint8(decode(x0)).numpy()
     found = {dtype: np.load(folder / f"{name}-{dtype}.npy") for dtype in ("float32", "bfloat16", "float16")}
-    assert expected.std() > 5 and np.array_equal(found["float32"], expected)
+    exact = np.abs(found["float32"].astype(int) - expected)
+    assert expected.std() > 5 and exact.max() <= (name == "latents") and exact.mean() < 1e-3
     for dtype, most in (("bfloat16", 12), ("float16", 4)):
         difference = np.abs(found[dtype].astype(int) - expected)
         assert difference.max() > 0 and difference.mean() < most, dtype
