@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def draw(args: argparse.Namespace, names: list[str]) -> None:
     """The first images of each file; real ones are left out beside generated ones, whose columns they do not share."""
-    from train_cc.pretrain.data import CLASS_NAMES
+    from train_cc.io.class_names import KNOWN
     from train_cc.run.pictures import save_grid
 
     files = {name: read_images(path) for name, path in zip(names, args.samples, strict=True)}
@@ -190,7 +190,8 @@ def draw(args: argparse.Namespace, names: list[str]) -> None:
     shown = [name for name in names if "generator_sha256" in (provenance_of(files[name], paths[name]) or {})] or names
     labels = [tuple(files[name].get("arr_1", [])[: args.picture_columns]) for name in shown]
     data = next((dataset_of(space) for space in args.space), None)
-    columns = [CLASS_NAMES[data][k] for k in labels[0]] if data in CLASS_NAMES and len(set(labels)) == 1 else None
+    known = data in KNOWN and len(set(labels)) == 1
+    columns = [KNOWN[data][k].split(",")[0] for k in labels[0]] if known else None
     save_grid([files[name]["arr_0"][: args.picture_columns] for name in shown], args.picture, shown, columns)
     print(f"picture: {args.picture}")
 

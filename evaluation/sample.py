@@ -50,12 +50,12 @@ def names_in(path: Path, count: int) -> list[str]:
 
 def names_of(path: Path | None, data: str | None, count: int) -> list[str] | None:
     """The names of the ``count`` classes; None where nobody knows them."""
-    from train_cc.pretrain.data import CLASS_NAMES
+    from train_cc.io.class_names import KNOWN
 
     if path is not None:
         return names_in(path, count)
-    if data in CLASS_NAMES:
-        return list(CLASS_NAMES[data])
+    if data in KNOWN:
+        return KNOWN[data]
     if count == 1000:
         from timm.data import ImageNetInfo
 

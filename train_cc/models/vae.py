@@ -184,18 +184,23 @@ class VAEDecoder(nn.Module):
         return pixels_to_images(self.vae.decode(latents).sample.float())
 
 
-def new_vae(channels: tuple[int, ...] = (128, 256, 512, 512), groups: int = 32) -> nn.Module:
-    """An `AutoencoderKL` of sd-vae-ft-ema's layout, untrained: f = 8, 4 latent channels."""
+def new_vae(
+    channels: tuple[int, ...] = (128, 256, 512, 512), groups: int = 32, layers: int = 2, side: int = 256
+) -> nn.Module:
+    """An untrained `AutoencoderKL` for RGB images of ``side`` pixels, 4 latent channels; by default sd-vae-ft-ema's.
+
+    Each width after the first halves the sides; ``layers``: residual blocks per stage of the encoder.
+    """
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
         block_out_channels=channels,
-        layers_per_block=2,
+        layers_per_block=layers,
         latent_channels=4,
         norm_num_groups=groups,
-        sample_size=256,
+        sample_size=side,
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from train_cc.io.class_names import KNOWN
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.flags import COUNT, LEARNING_RATE, SEED, Parser, integer, path
 from train_cc.io.read import parsing, require_folder
@@ -22,13 +23,7 @@ from train_cc.io.write import MARK, check_output_file, need_space, record, write
 if TYPE_CHECKING:
     from torch import Tensor
 
-CLASS_NAMES = {
-    "digits": tuple("0123456789"),
-    "fashion-mnist": (
-        "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-    ),
-}  # fmt: skip
-DATASETS = tuple(CLASS_NAMES)
+DATASETS = tuple(KNOWN)
 NUM_CLASSES = 10  # of both
 SPLITS = {"train": "train", "test": "t10k"}  # -> how the idx files of Fashion-MNIST begin
 # SHA-256 of Fashion-MNIST's images, unpacked: MNIST, and other sets made like it, have files of the same names.

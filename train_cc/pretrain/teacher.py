@@ -105,9 +105,7 @@ def training_data(args: argparse.Namespace, split: str, number: int | None = Non
     vae = load_vae(args.vae)
     if number is not None:
         return encode_images(vae, images), labels
-    if not record_of(
-        args.output_dir
-    ):  # before there is a file, so that a folder of ours stays ours whenever this is killed
+    if not record_of(args.output_dir):  # first of all files: a folder of ours stays ours whenever this is killed
         write_record(args.output_dir, record("pretrain.teacher", vars(args)))
     return cached_latents(args.output_dir / LATENTS, vae, images, anew=args.overwrite), labels
 

@@ -22,27 +22,9 @@ if TYPE_CHECKING:
 
     from train_cc.pretrain.resumable import Training
 
-LATENT_CHANNELS = 4
 MEASURED_ON = 10_000  # images: the latents' spread
 JUDGED_ON = 1_000  # test images: the PSNR
 CLIP = 1.0  # of the gradients' norm: the first steps of a decoder are rough
-
-
-def new_vae(channels: tuple[int, ...], layers: int, groups: int, shape: tuple[int, int, int]) -> "AutoencoderKL":
-    """Untrained, for images of ``shape`` (C, H, W); each width after the first halves the sides."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        in_channels=shape[0],
-        out_channels=shape[0],
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        block_out_channels=channels,
-        layers_per_block=layers,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=groups,
-        sample_size=shape[1],
-    )
 
 
 def kl_divergence(mean: "Tensor", std: "Tensor") -> "Tensor":
@@ -182,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch  # what is wrong with the command line has been said
 
     from train_cc.draws import rng_of
-    from train_cc.models.vae import load_vae
+    from train_cc.models.vae import load_vae, new_vae
     from train_cc.pretrain.resumable import VAE, output_folder, run_training
 
     with output_folder("pretrain.vae", args) as something_is_left:
@@ -190,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         torch.manual_seed(rng_of(args.seed, VAE).initial_seed())
         began, fresh = time.monotonic(), args.decoder_of is None
-        vae = new_vae(tuple(args.channels), args.layers, args.groups, tuple(images.shape[1:])) if fresh else None
+        vae = new_vae(tuple(args.channels), args.groups, args.layers, images.shape[-1]) if fresh else None
         vae = (vae or load_vae(str(args.decoder_of))).to("cuda" if torch.cuda.is_available() else "cpu")
         vae = vae.to(memory_format=torch.channels_last)
         training = vae_training(vae, images, args)
