@@ -65,3 +65,14 @@ run_parts() {
     tr '\r' '\n' <"${logs[$failed]}" | tail -n 15 >&2
     exit "$failed_with"
 }
+
+# Of stage 0 ---------------------------------------------------------------------------------------------------------------
+
+finished() { # FOLDER: the network is there, and its record, where there is one, says that it is the finished one
+    ls "$1/config.json" "$1"/*.safetensors >/dev/null 2>&1 &&
+        { [ ! -f "$1/args.json" ] || grep -q '"finished"' "$1/args.json"; }
+}
+
+need() { # a command that was asked to stop ends well, but has not finished
+    finished "$1" || { echo "$1 is not finished; the same command continues" >&2; exit 1; }
+}

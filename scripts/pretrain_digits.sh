@@ -8,15 +8,6 @@ DIGITS="${DIGITS:-runs/digits}"
 SEED="${SEED:-30}"
 PARTS=2 LOGS="$DIGITS/logs"
 
-finished() { # FOLDER: the network is there, and its record, where there is one, says that it is the finished one
-    ls "$1/config.json" "$1"/*.safetensors >/dev/null 2>&1 &&
-        { [ ! -f "$1/args.json" ] || grep -q '"finished"' "$1/args.json"; }
-}
-
-need() { # a command that was asked to stop ends well, but has not finished
-    finished "$1" || { echo "$1 is not finished; the same command continues" >&2; exit 1; }
-}
-
 teacher() {
     [ -f "$DIGITS/reference.npz" ] || run python -m train_cc.pretrain.data --dataset digits --output "$DIGITS/reference.npz"
     finished "$DIGITS/teacher" || run python -m train_cc.pretrain.teacher \

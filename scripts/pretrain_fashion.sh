@@ -4,18 +4,10 @@
 # four idx files of Fashion-MNIST, else torchvision downloads them. All parts in turn, or some of them:
 # bash scripts/pretrain_fashion.sh [vae|reward|decoder|teacher|evaluation|evaluation_vit]...
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source scripts/parts.sh
 FASHION="${FASHION:-runs/fashion}"
 SEED="${SEED:-30}"
 data=(--dataset fashion-mnist ${DATA_DIR:+--data-dir "$DATA_DIR"})
-
-finished() { # FOLDER: the network is there, and its record, where there is one, says that it is the finished one
-    ls "$1/config.json" "$1"/*.safetensors >/dev/null 2>&1 &&
-        { [ ! -f "$1/args.json" ] || grep -q '"finished"' "$1/args.json"; }
-}
-
-need() { # a command that was asked to stop ends well, but has not finished
-    finished "$1" || { echo "$1 is not finished; the same command continues" >&2; exit 1; }
-}
 
 vae() { # as it is before its decoder is trained further: a teacher needs no more of it
     finished "$FASHION/vae_first" || run python -m train_cc.pretrain.vae "${data[@]}" \
