@@ -3,15 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from train_cc.io.errors import InputError
-from train_cc.io.read import Number, check_numbers, read_json
+from train_cc.io.figures import METRICS, with_arrow
 
-LOWER = ("FID", "KID", "SW", "FDr", "SWr")  # is better; of the others higher
-METRICS = {
-    name: f"{name} {'↓' if name in LOWER else '↑'}"
-    for name in ("FID", "FDr", "Recall", "IS", "Precision", "accuracy", "Density", "Coverage", "KID", "SW", "SWr")
-}
-FIGURES = "the figures that evaluation.evaluate or evaluation.frontier writes"
 # The flags that make a recipe. No path is among them: it would say something of a machine.
 RECIPE = (
     *("max_train_steps", "batch_size", "gradient_accumulation_steps", "ratio_update", "dynamic_steps"),
@@ -61,7 +54,7 @@ def model_card(
 ) -> str:
     """Markdown. ``name``: on the hub, or the folder's. ``config``: the generator's. ``recorded``: the run's arguments.
 
-    ``hashes``: what -> SHA-256. ``figures``: what `read_results` gave.
+    ``hashes``: what -> SHA-256. ``figures``: what `read_figures` gave.
     """
     steps, classes = recorded["num_steps"], config["num_classes"]
     label = classes // 5
@@ -96,21 +89,5 @@ def figures_table(results: Mapping) -> str:
     kind, _, source = str(results.get("features", "")).partition(":")
     space = f"{kind}:{Path(source).name}" if source else kind
     return (f"Features: {space}\n\n" if space else "") + table(
-        ["", "images", *(METRICS[column] for column in columns)], lines
+        ["", "images", *(with_arrow(column) for column in columns)], lines
     )
-
-
-def read_results(path: Path) -> dict:
-    """A results.json. Raises `InputError`."""
-    content = read_json(path, FIGURES)
-    more = content.get("more_spaces", [])
-    if not isinstance(more, list) or not all(isinstance(each, dict) for each in more):
-        raise InputError(f"{path}: more_spaces is no list; {FIGURES} are expected")
-    for rows in (each.get("rows") for each in (content, *more)):
-        if not isinstance(rows, dict) or not rows:
-            raise InputError(f"{path} has no rows; {FIGURES} are expected")
-        for name, row in rows.items():
-            if not isinstance(row, dict) or not isinstance(row.get("figures"), dict):
-                raise InputError(f"{path}: row {name[:80]!r} has no figures; {FIGURES} are expected")
-            check_numbers(row["figures"], dict.fromkeys(METRICS, Number(float, -1e100, 1e100)), f"{path}, {name[:80]}")
-    return content

@@ -12,11 +12,12 @@ from peft import PeftModel
 from torch import nn
 
 from convert_weight import pipeline
-from convert_weight.card import model_card, read_results
+from convert_weight.card import model_card
 from train_cc.distillation.state import generator_from, generator_state, kind_of, recorded_arguments, sampling_of
 from train_cc.draws import Draws
 from train_cc.io.class_names import class_names
 from train_cc.io.errors import InputError
+from train_cc.io.figures import read_figures
 from train_cc.io.read import sha256
 from train_cc.io.whole import whole_folder
 from train_cc.io.write import copy_mode, need_space, record_of, write_atomically
@@ -108,7 +109,7 @@ def export(args: argparse.Namespace, targets: dict, content: dict, overwrite: bo
     teacher, sampling = args.teacher or Path(recorded["teacher"]), sampling_of(recorded)
     if args.pipeline is not None:
         vae, names = vae_of(args, checkpoint, recorded), names_of(args, checkpoint, teacher)
-        figures = None if args.results is None else read_results(args.results)
+        figures = None if args.results is None else read_figures(args.results)
     generator = generator_from(checkpoint, args.weights, args.teacher)
     size = sum(value.nbytes for value in generator.state_dict().values())
     with contextlib.ExitStack() as whole:

@@ -6,9 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from evaluation.files import require_plain
 from train_cc.io.errors import InputError
-from train_cc.io.read import read_json, sha256
+from train_cc.io.read import read_json, require_plain, sha256
 from train_cc.io.write import mark_of, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]

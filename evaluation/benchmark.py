@@ -32,14 +32,13 @@ import torch
 from torch import nn
 
 from evaluation import roofline
-from evaluation.files import printable
 from evaluation.phases import Stopwatch, phases_watched
 from evaluation.standins import write_dinov2, write_vae
 from train_cc.distillation import loop
 from train_cc.distillation.settings import Run
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.read import Number, check_numbers, read_json
+from train_cc.io.read import Number, check_numbers, printable, read_json
 from train_cc.io.write import check_output_file, library_versions, mark_of, write_atomically
 from train_cc.models import SIT_SIZES, SiT
 from train_cc.rewards.at_x0 import rewards_at_x0

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluation.sample import class_of, names_of
+from evaluation.sample import class_of
 from evaluation.sampling import Source, images_of_labels, load_sampler, open_source, resolve_sampling
+from train_cc.io.class_names import class_names
 from train_cc.io.write import record_of, write_atomically
 from train_cc.models.vae import require_decoder
 from train_cc.run.pictures import above, grid, png_bytes
@@ -31,7 +32,7 @@ def sample(args: argparse.Namespace) -> None:
     source = open_source(args.generator)
     require_decoder(source.in_channels, args.vae, args.generator)
     resolve_sampling(args, source.sampling)
-    names = names_of(args.names, data_of(source), source.num_classes)
+    names = class_names(str(args.names or "auto"), source.num_classes, data_of(source), "--names")
     classes = [class_of(text, names, source.num_classes) for text in args.classes]
     model, decode, *_ = load_sampler(args, source, device)
     columns = []

@@ -3,7 +3,8 @@
 import math
 import statistics
 
-from evaluation.files import METRICS, over_seeds, shown
+from evaluation.files import over_seeds, shown
+from train_cc.io.figures import METRICS
 
 COMPARED = ("FID", "Recall", "Precision", "FDr", "SWr")
 LARGE = 3.0  # standard errors that a difference must have to count

@@ -24,7 +24,6 @@ from evaluation.files import (
     apart,
     image_shape,
     over_seeds,
-    printable,
     provenance_of,
     read_images,
     suffered,
@@ -34,7 +33,7 @@ from evaluation.files import (
 )
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.read import sha256
+from train_cc.io.read import printable, sha256
 from train_cc.io.saying import saying
 from train_cc.io.write import check_output_file, library_versions, record_of
 

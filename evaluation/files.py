@@ -10,25 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import Number, check_numbers, npz_headers, parsing, read_json, read_npz
+from train_cc.io.figures import METRICS
+from train_cc.io.read import npz_headers, parsing, read_npz, require_plain
 from train_cc.io.write import mark_of, write_atomically
 
 HEADLINE = 50_000  # images of a figure that needs no suffix
-METRICS = ("FID", "Recall", "IS", "Precision", "accuracy", "Density", "Coverage", "KID", "SW", "FDr", "SWr")
-METRICS += ("ADM recall", "ADM precision")  # of all images against all, whatever their counts
 OF_SETS = ("Recall", "Precision", "Density", "Coverage", "SW")  # their count is that of a set, not of all samples
 OF_NO_COUNT = ("accuracy", "KID", "FDr", "SWr")
 HELD_OUT = "held-out real"  # the name of the ceiling's row
 MAX_LABEL = 99_999  # a label beyond is no label
 IMAGES = "an .npz with arr_0 uint8 (N, H, W, C), C of 1 or 3"
-FIGURES = "the figures that evaluation.evaluate or evaluation.frontier writes"
 LEAST_IMAGES = 4  # precision and recall need three neighbours
-A_FIGURE = Number(float, -1e100, 1e100)
-
-
-def printable(text: str) -> str:
-    """``text`` on one line, in what any terminal, page and font can show: a file's name can hold any byte."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 # Images -----------------------------------------------------------------------------------------------------------
@@ -78,53 +70,14 @@ def provenance_of(content: Mapping[str, np.ndarray], path: Path) -> dict | None:
     return found
 
 
-def require_plain(content: object, path: Path) -> None:
-    """``content`` can be written as JSON again: finite numbers, not nested without end. Raises `InputError`."""
-    with parsing(path, "JSON of finite numbers, not deeply nested"):
-        json.dumps([[[[[[content]]]]]], indent=2, allow_nan=False)
-
-
 # Figures ----------------------------------------------------------------------------------------------------------
 
 
 def write_figures(path: Path, rows: dict[str, dict], kind: str = "figures", **more: object) -> None:
-    """JSON of ``rows`` and what else belongs to them; `read_figures` reads it."""
+    """JSON of ``rows`` and what else belongs to them; `train_cc.io.figures.read_figures` reads it."""
     content = {"made_by": mark_of(kind), "rows": rows} | more
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=2, default=str, allow_nan=False) + "\n")
-
-
-def read_figures(path: Path) -> dict:
-    """What `write_figures` wrote; every row has "figures", of numbers. Raises `InputError`."""
-    record = read_json(path, FIGURES)
-    require_plain(record, path)
-    if "rows" not in record:  # a frontier.json once held the rows alone
-        record = {"rows": record}
-    more = record.get("more_spaces", [])
-    if not isinstance(more, list) or not all(isinstance(each, dict) for each in more):
-        raise InputError(f"{path}: more_spaces is no list of figures; {FIGURES} are expected")
-    for each in (record, *more):
-        check_rows(each.get("rows"), path)
-    return record
-
-
-def check_rows(rows: object, path: Path) -> None:
-    if not isinstance(rows, dict) or not rows:
-        raise InputError(f"{path} has no rows; {FIGURES} are expected")
-    for name, row in rows.items():
-        if not isinstance(row, dict) or not isinstance(row.get("figures"), dict):
-            raise InputError(f"{path}: row {name[:80]!r} has no figures; {FIGURES} are expected")
-        check_numbers(row["figures"], dict.fromkeys(METRICS, A_FIGURE), f"{path}, row {printable(name)[:80]}")
-        check_intervals(row.get("intervals", {}), f"{path}, row {printable(name)[:80]}")
-
-
-def check_intervals(intervals: object, source: str) -> None:
-    if not isinstance(intervals, dict):
-        raise InputError(f"{source}: intervals are a {type(intervals).__name__}; a JSON object is expected")
-    for name in intervals.keys() & set(METRICS):
-        ends = intervals[name]
-        if not isinstance(ends, list) or len(ends) != 2 or any(A_FIGURE.problem(end) for end in ends):
-            raise InputError(f"{source}: the interval of {name} is not two numbers")
 
 
 def apart(paths: Iterable[tuple[str, Path | None]]) -> None:

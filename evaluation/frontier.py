@@ -16,11 +16,12 @@ from pathlib import Path
 
 from evaluation.asked import ROOT, content_sha256, folder_sha256, keep_or_put_aside, plain_settings, settings_of
 from evaluation.comparison import against_controls, domination, means_of
-from evaluation.files import HELD_OUT, read_figures, suffered, table, table_over_seeds, write_figures
+from evaluation.files import HELD_OUT, suffered, table, table_over_seeds, write_figures
 from evaluation.rows import Row, Table, read_table, train_flags, words_of
 from evaluation.work import Job, Processes, run_all
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.figures import read_figures
 from train_cc.io.read import require_file, require_folder, sha256
 from train_cc.io.threads import share_cores
 from train_cc.io.weights import WEIGHTS_NAME

@@ -8,8 +8,6 @@ no other class's), and as the data set of the generator's teacher has it for dig
 `--names`, a name a line. Row r of a column is a function of the seed, r and the class alone.
 """
 
-from pathlib import Path
-
 from evaluation.generate import add_sampling_arguments, check_sampling
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
@@ -33,34 +31,6 @@ def build_parser() -> flags.Parser:
     add_sampling_arguments(parser)
     parser.add_argument("--seed", type=flags.SEED, default=0, help="of the noise")
     return parser
-
-
-def names_in(path: Path, count: int) -> list[str]:
-    """Raises `InputError` where the file has not one name for each class."""
-    from train_cc.io.read import parsing, require_file
-
-    with parsing(require_file(path, "a file of class names, a line each"), "text in UTF-8"):
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    if len(names) != count:
-        raise InputError(
-            f"--names {path} has {len(names)} lines, the generator {count} classes; one name each is needed"
-        )
-    return names
-
-
-def names_of(path: Path | None, data: str | None, count: int) -> list[str] | None:
-    """The names of the ``count`` classes; None where nobody knows them."""
-    from train_cc.io.class_names import KNOWN
-
-    if path is not None:
-        return names_in(path, count)
-    if data in KNOWN:
-        return KNOWN[data]
-    if count == 1000:
-        from timm.data import ImageNetInfo
-
-        return ImageNetInfo().label_descriptions()
-    return None
 
 
 def class_of(text: str, names: list[str] | None, count: int) -> int:

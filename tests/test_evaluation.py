@@ -17,6 +17,7 @@ from evaluation.metrics import neighbours, precision_recall, statistics
 from evaluation.split import hold_out
 from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, run_cold_start, save_unchecked, words
+from train_cc.io.figures import METRICS, read_figures
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.features import load_space
 from train_cc.models.vae import VAEDecoder
@@ -231,7 +232,7 @@ def test_bootstrap_intervals_hold_every_figure():
     real = figures.Reference(embedded(torch.randn(200, 4), labels=labels))
     made = embedded(torch.randn(200, 4) * 1.2, labels=labels)
     row = figures.row_of(made, real, 200, 30, {"FD": 0.1, "SW": 0.05})
-    assert set(row["intervals"]) == set(row["figures"]) == set(files.METRICS) - {"ADM recall", "ADM precision"}
+    assert set(row["intervals"]) == set(row["figures"]) == set(METRICS) - {"ADM recall", "ADM precision"}
     for name, (low, high) in row["intervals"].items():
         assert low < row["figures"][name] < high, name
         if name in ("Precision", "Recall", "accuracy"):
@@ -390,7 +391,7 @@ def test_a_fresh_real_draw_scores_one_and_noise_more(digits, two_classifiers, tm
     assert "sets of 599 images" in printed and "the mean over 3 spaces" in printed
     assert "noise: recall against fresh fell most in class" in printed
     assert "KID" in printed and " +- " in printed and "draws" not in record["rows"]["noise"]
-    assert files.read_figures(tmp_path / "o.json")["set_size"] == 599
+    assert read_figures(tmp_path / "o.json")["set_size"] == 599
 
 
 def test_pixels_are_the_images_themselves(digits):

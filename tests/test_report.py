@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.files import METRICS
 from evaluation.report import page as report
 from evaluation.report import previews
 from evaluation.report.curves import present
@@ -20,6 +19,7 @@ from evaluation.report.tables import what_differs, what_was_run
 from tests.conftest import flags, refused, run_cold_start
 from tests.test_rules import HEALTHY
 from train_cc import dmdr_refl
+from train_cc.io.figures import METRICS
 from train_cc.io.write import commit
 from train_cc.run.pictures import save_grid
 

@@ -126,28 +126,28 @@ CYCLES = {
     "bf16": (
         (),
         {
-            "other": (2668, 3_830_588_572),
-            "matrix product": (773, 1_661_209_344),
-            "attention": (108, 246_843_936),
-            "convolution": (7, 4_068_608),
+            "other": (2573, 3_909_618_588),
+            "matrix product": (709, 1_596_236_416),
+            "attention": (96, 246_843_648),
+            "convolution": (6, 4_018_688),
         },
     ),
     "bf16, LoRA": (
         ("--use-lora-gen", "--ema-decay", 0.99),
         {
-            "other": (2376, 2_134_987_336),
-            "matrix product": (1173, 2_077_766_400),
-            "attention": (108, 246_843_936),
-            "convolution": (6, 3_510_784),
+            "other": (2197, 2_117_848_392),
+            "matrix product": (1013, 2_003_356_288),
+            "attention": (96, 246_843_648),
+            "convolution": (5, 3_460_864),
         },
     ),
     "fp32": (
         ("--mixed-precision", "no"),
         {
-            "other": (1858, 4_454_222_012),
-            "matrix product": (773, 3_322_418_688),
-            "attention": (108, 491_620_032),
-            "convolution": (7, 8_137_216),
+            "other": (1744, 4_528_604_092),
+            "matrix product": (709, 3_192_472_832),
+            "attention": (96, 491_619_840),
+            "convolution": (6, 8_037_376),
         },
     ),
 }

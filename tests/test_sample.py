@@ -8,9 +8,10 @@ from PIL import Image, ImageFont
 from timm.data import ImageNetInfo
 
 from evaluation import sample
-from evaluation.sample import class_of, names_of
+from evaluation.sample import class_of
 from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, words
+from train_cc.io.class_names import class_names
 from train_cc.io.errors import InputError
 from train_cc.models.generator import save_generator
 from train_cc.run import pictures
@@ -52,13 +53,11 @@ def test_a_name_that_is_none_or_of_several_is_refused():
 
 
 def test_names_are_those_of_the_data(tmp_path):
-    assert names_of(None, "digits", 10)[7] == "7"
-    assert class_of("ankle boot", names_of(None, "fashion-mnist", 10), 10) == 9
-    assert names_of(None, None, 1000)[207] == "golden retriever" and names_of(None, None, 10) is None
+    assert class_of("ankle boot", class_names("auto", 10, "fashion-mnist"), 10) == 9
     (tmp_path / "names.txt").write_text("zero\none\n")
-    assert class_of("one", names_of(tmp_path / "names.txt", "digits", 2), 2) == 1
-    with pytest.raises(InputError, match="2 lines, the generator 10 classes"):
-        names_of(tmp_path / "names.txt", None, 10)
+    assert class_of("one", class_names(str(tmp_path / "names.txt"), 2, "digits"), 2) == 1
+    with pytest.raises(InputError, match=r"--names .*names\.txt has 2 names; 10 classes are expected"):
+        class_names(str(tmp_path / "names.txt"), 10, None, "--names")
 
 
 def test_columns_are_classes_with_their_names_above(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -233,17 +234,27 @@ def test_fake_and_real_in_one_call_are_those_of_two(teacher, tmp_path, scale, in
 
 
 @pytest.mark.parametrize("num_steps", [1, 2])
-def test_the_samples_of_all_estimator_turns_under_one_autocast_are_those_of_one_each(teacher, tmp_path, num_steps):
-    run = tiny_run(teacher, tmp_path, "--num-steps", num_steps, "--gradient-accumulation-steps", 2)
+@pytest.mark.parametrize("at_once,calls", [(11, [8, 4]), (320, [12])])
+def test_the_samples_of_several_estimator_turns_at_once_are_those_of_each_alone(
+    teacher, tmp_path, monkeypatch, num_steps, at_once, calls
+):
+    monkeypatch.setattr(turns, "SAMPLES_AT_ONCE", at_once)
+    more = ["--num-steps", num_steps, "--gradient-accumulation-steps", 2, "--ratio-update", 3]
+    run = tiny_run(teacher, tmp_path, *more)
+    of_calls: list[int] = []
+    hook = run.generator.register_forward_pre_hook(lambda network, given: of_calls.append(len(given[0])))
     of_turns = turns.estimator_batches(run, 3)
-    assert len(of_turns) == 2 and len(of_turns[0]) == 2
+    hook.remove()
+    assert of_calls == 2 * calls if num_steps == 1 else of_calls[1::2] == 2 * calls
+    assert len(of_turns) == 3 and all(len(batches) == 2 for batches in of_turns)
     for turn, batches in enumerate(of_turns):
-        for chunk, (_, y, x0) in enumerate(batches):
-            draws = turns.chunk_draws(run, turns.ESTIMATOR_TURN, 3 * 2 + turn, chunk)
+        for chunk, (left, y, x0) in enumerate(batches):
+            draws = turns.chunk_draws(run, turns.ESTIMATOR_TURN, 3 * 3 + turn, chunk)
             assert torch.equal(y, turns.draw_labels(run, draws))
             with torch.no_grad():
                 expected = turns.generate(run, draws, y)
             torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-5)
+            assert torch.equal(left.noise(2), draws.noise(2)) and torch.equal(left.uniform(2), draws.uniform(2))
 
 
 def test_fused_adamw_is_the_loop():
@@ -297,6 +308,32 @@ def test_both_networks_recompute_their_blocks(teacher, tmp_path):
     assert 0 < kept[2] < 0.4 * kept[0] and 0 < kept[3] < 0.4 * kept[1]
 
 
+def test_the_mlp_of_the_generator_makes_its_middle_again(teacher, tmp_path):
+    """The same bits, less is kept, the GELU is computed twice, and the product behind it once."""
+    run = tiny_run(teacher, tmp_path)
+    mlp = run.generator.blocks[0].mlp
+    x = torch.randn(2, 16, mlp.fc1.in_features)
+    gradients, kept, calls = [], [], []
+    assert mlp.recompute
+    for mlp.recompute in (True, False):
+        counter = CallCounter()
+        mlp.zero_grad()
+        with counter:
+            mlp(x).square().sum().backward()
+        gradients.append([p.grad for p in mlp.parameters()])
+        calls.append((counter.calls["aten.gelu"], counter.calls["aten.addmm"]))
+        kept.append(kept_bytes(mlp, lambda: mlp(x)))
+    assert calls == [(2, 2), (1, 2)]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    assert kept[1] - kept[0] == 4 * 2 * 16 * mlp.fc1.out_features
+
+
+def test_frozen_and_recomputed_blocks_keep_no_middle_anyway(teacher, tmp_path):
+    assert not tiny_run(teacher, tmp_path).estimator.network.blocks[0].mlp.recompute
+    for flag in ("--use-lora-gen", "--gradient-checkpointing"):
+        assert not tiny_run(teacher, tmp_path, flag).generator.blocks[0].mlp.recompute
+
+
 def test_decoder_and_classifier_of_the_reward_recompute(tmp_path):
     random_sit(in_channels=4).save_pretrained(tmp_path / "sit")
     backbone, head = write_dinov2(tmp_path / "dinov2", width=64, depth=4, classes=10)
@@ -310,6 +347,16 @@ def test_decoder_and_classifier_of_the_reward_recompute(tmp_path):
         kept.append(kept_bytes(decode, lambda d=decode: d(x0.clone().requires_grad_())))
         kept.append(kept_bytes(judge, lambda j=judge: j(images.clone().requires_grad_())))
     assert 0 < kept[2] < 0.5 * kept[0] and 0 < kept[3] < 0.5 * kept[1]
+
+
+class CallCounter(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[str(function.overloadpacket)] += 1
+        return function(*args, **(kwargs or {}))
 
 
 class NoReading(TorchDispatchMode):

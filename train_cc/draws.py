@@ -1,5 +1,6 @@
 """Random draws without state: every number is a function of a key such as (seed, turn, step, chunk)."""
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -51,3 +52,22 @@ class Draws:
 
     def uniform(self, size: int) -> Tensor:
         return torch.rand(size, generator=self._cpu, dtype=torch.float64)
+
+
+class JoinedDraws(Draws):
+    """The draws of several device batches of one size as those of one: each row's are what they are alone."""
+
+    def __init__(self, draws: Sequence[Draws]):
+        self._all = draws
+
+    def _share(self, size: int) -> int:
+        return size // len(self._all)
+
+    def noise(self, *shape: int) -> Tensor:
+        return torch.cat([draws.noise(self._share(shape[0]), *shape[1:]) for draws in self._all])
+
+    def integers(self, high: int, size: int) -> Tensor:
+        return torch.cat([draws.integers(high, self._share(size)) for draws in self._all])
+
+    def uniform(self, size: int) -> Tensor:
+        return torch.cat([draws.uniform(self._share(size)) for draws in self._all])

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evaluation.files import printable
 from evaluation.report.runs import RunLog
 from train_cc.io.class_names import class_names
 from train_cc.io.errors import InputError
-from train_cc.io.read import first_line, parsing, read_json
+from train_cc.io.read import first_line, parsing, printable, read_json
 
 PICTURES = 8  # steps shown of a run
 PICTURE_BYTES = 3_000_000  # of all previews together

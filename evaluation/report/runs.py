@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from evaluation.files import printable, read_figures
 from evaluation.report.rules import Series
 from train_cc.io.errors import InputError
-from train_cc.io.read import read_json, require_folder, sha256
+from train_cc.io.figures import read_figures
+from train_cc.io.read import printable, read_json, require_folder, sha256
 from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.run.logbook import parse_json_lines
 

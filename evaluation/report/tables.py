@@ -5,8 +5,8 @@ from datetime import timedelta
 
 import numpy as np
 
-from evaluation.files import printable
 from evaluation.report.runs import RunLog
+from train_cc.io.read import printable
 
 # Arguments that say what was run, shown for every run; others are shown where they differ.
 TOLD = (

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from train_cc.distillation.scores import scores
 from train_cc.distillation.settings import Run
-from train_cc.draws import Draws
+from train_cc.draws import Draws, JoinedDraws
 from train_cc.flow import interpolate, x0_from_velocity
 from train_cc.objectives import dmd_direction, dmd_loss, dmd_normaliser, velocity_matching_losses
 from train_cc.rewards.at_x0 import Term, reward_terms
@@ -21,6 +21,7 @@ from train_cc.schedules import annealing, beta_times, renoise_density
 
 # First key of the draws, after the seed: no two uses share random numbers; the previews' is in panel.py.
 ESTIMATOR_TURN, GENERATOR_TURN, FILL = 1, 2, 4
+SAMPLES_AT_ONCE = 320  # of the generator, without gradient: fewer leave a GPU idle, more take memory
 FILL_SAMPLES = 4000  # of the generator, that a Frechet reward observes before its first update
 
 Figures = dict[str, Tensor]  # 0-d, or (2, 4) where a figure comes by band of t
@@ -63,26 +64,29 @@ def add(totals: Figures, figures: Figures, chunks: int) -> None:
         totals[name] = totals.get(name, 0) + value / chunks
 
 
-# Estimator turn -----------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def estimator_batches(run: Run, step: int) -> list[list[tuple[Draws, Tensor, Tensor]]]:
     """(draws, y, x0) of each estimator turn of a cycle, chunk by chunk.
 
-    The generator does not change between its updates: all samples are drawn under one autocast, which casts its fp32
-    weights once and not at every call.
+    The generator does not change between its updates: the samples of several turns go through it at once, so that its
+    weights are read, cast and, where they are sharded, gathered once and not at every turn.
     """
-    batches = []
+    turns, size = run.method.ratio_update, run.optimisation.batch_size
+    at_once = max(1, SAMPLES_AT_ONCE // size)
+    batches: list[list] = [[] for _ in range(turns)]
     with run.session.generator_accelerator.autocast():
-        for turn in range(run.method.ratio_update):
-            iteration = step * run.method.ratio_update + turn
-            chunks = range(run.optimisation.gradient_accumulation_steps)
-            draws = [chunk_draws(run, ESTIMATOR_TURN, iteration, chunk) for chunk in chunks]
-            labels = [draw_labels(run, each) for each in draws]
-            x0 = [generate(run, *each) for each in zip(draws, labels, strict=True)]
-            batches.append(list(zip(draws, labels, x0, strict=True)))
+        for chunk in range(run.optimisation.gradient_accumulation_steps):
+            for first in range(0, turns, at_once):
+                joined = range(first, min(first + at_once, turns))
+                draws = [chunk_draws(run, ESTIMATOR_TURN, step * turns + turn, chunk) for turn in joined]
+                labels = [draw_labels(run, each) for each in draws]
+                x0 = generate(run, JoinedDraws(draws), torch.cat(labels)).split(size)
+                for turn, *batch in zip(joined, draws, labels, x0, strict=True):
+                    batches[turn].append(tuple(batch))
     return batches
+
+
+# Estimator turn -----------------------------------------------------------------------------------------------------
 
 
 def estimator_turn(run: Run, step: int, batches: list[tuple[Draws, Tensor, Tensor]]) -> Figures:

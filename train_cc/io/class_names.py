@@ -16,11 +16,13 @@ IMAGENET_CLASSES = 1000
 EXPECTED = "auto, none, digits, fashion-mnist, imagenet, or a text file with one class a line"
 
 
-def class_names(source: str, num_classes: int, dataset: str | None = None) -> list[str] | None:
+def class_names(
+    source: str, num_classes: int, dataset: str | None = None, flag: str = "--class-names"
+) -> list[str] | None:
     """A name, or several separated by ", ", of each class; None where there are none.
 
     ``source``: see `EXPECTED`; auto takes ``dataset``'s, which the model was trained on, else ImageNet's for 1000
-    classes. Raises `InputError`.
+    classes. ``flag`` gave it. Raises `InputError`.
     """
     if source == "auto":
         source = dataset if dataset in KNOWN else "imagenet" if num_classes == IMAGENET_CLASSES else "none"
@@ -40,5 +42,5 @@ def class_names(source: str, num_classes: int, dataset: str | None = None) -> li
         with parsing(path, EXPECTED):
             names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(names) != num_classes:
-        raise InputError(f"--class-names {source} has {len(names)} names; {num_classes} classes are expected")
+        raise InputError(f"{flag} {source} has {len(names)} names; {num_classes} classes are expected")
     return names

@@ -180,6 +180,11 @@ def _array_header(told: str, held: int, file) -> tuple[tuple[int, ...], "np.dtyp
 # Values of a config ---------------------------------------------------------------------------------------------
 
 
+def printable(text: str) -> str:
+    """``text`` on one line, in what any terminal, page and font can show: a file's name can hold any byte."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def shown(value: object) -> str:
     """``value`` for a message, cut short. Numbers of thousands of digits and what cannot be shown are named."""
     try:
@@ -215,3 +220,9 @@ def require_keys(config: Mapping, needed: Sequence[str], optional: Sequence[str]
     unknown = [str(name) for name in config if name not in needed and name not in optional and str(name)[:1] != "_"]
     if missing or unknown:
         raise InputError(f"{source} does not fit: missing {missing[:8]}, unknown {unknown[:8]}")
+
+
+def require_plain(content: object, path: Path) -> None:
+    """``content`` can be written as JSON again: finite numbers, not nested without end. Raises `InputError`."""
+    with parsing(path, "JSON of finite numbers, not deeply nested"):
+        json.dumps([[[[[[content]]]]]], indent=2, allow_nan=False)

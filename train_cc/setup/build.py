@@ -114,10 +114,13 @@ def prepare_network(
     """
     hold_frozen_in(network, getattr(network, "score_dtype", None) or dtype)
     choose_attention(network, device, dtype)
+    blocks = network.network.blocks if isinstance(network, ScoreEstimator) else network.blocks
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()
+    else:
+        for block in blocks:  # a frozen layer keeps nothing of its input
+            block.mlp.recompute = block.mlp.fc2.weight.requires_grad
     if compiled:
-        blocks = network.network.blocks if isinstance(network, ScoreEstimator) else network.blocks
         for block in blocks:  # one graph for all of them: compile time does not grow with the depth
             block.compile()
 

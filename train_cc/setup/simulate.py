@@ -60,7 +60,7 @@ def simulate(args: argparse.Namespace, precision: str, processes: int) -> Cost:
     """One cycle of the run of ``args``, after it was resumed. Raises `InputError` as `build` does."""
     chunks = args.gradient_accumulation_steps if args.tilt else min(args.gradient_accumulation_steps, MOST_CHUNKS)
     # No compilation, which saves some memory; moments in 8 bits are counted below.
-    lighter = {"gradient_accumulation_steps": chunks, "ratio_update": 1, "compile": False, "optimizer": "adamw"}
+    lighter = {"gradient_accumulation_steps": chunks, "compile": False, "optimizer": "adamw"}
     with fake_gpu() as gpu, fake_processes(processes):
         _, sharded, _ = take_environment()
         networks = NetworksToCome(gpu.device)
@@ -123,33 +123,45 @@ def resume(run: Run) -> None:
 
 def cycle(run: Run, args: argparse.Namespace, memory: LiveMemory, cost: Cost) -> None:
     """One cycle of ``run``, scaled up to that of ``args``: its FLOP, bytes sent, and the peaks of its turns."""
-    turns = args.ratio_update
     chunks, gone = args.gradient_accumulation_steps, run.optimisation.gradient_accumulation_steps
     # A cycle begins by drawing the samples of all its estimator turns. Those that are not drawn here:
-    absent = (turns * chunks - gone) * args.batch_size
-    samples = (
+    absent = (chunks - gone) * args.ratio_update * args.batch_size
+    samples = [
         torch.empty(absent, *run.sample_shape, device=run.session.device),
         torch.empty(absent, dtype=torch.long, device=run.session.device),
-    )
-    counter, traffic, at_generator_turn = FlopCounter(), Traffic(), {}
-    generator_turn = loop.generator_turn
+    ]
+    counter, traffic = FlopCounter(), Traffic()
+    spent = {}  # FLOP and bytes sent from the cycle's beginning, by what was just done
+    estimator_batches, generator_turn = loop.estimator_batches, loop.generator_turn
 
-    def second_part(run: Run, step: int) -> dict[str, Tensor]:
-        at_generator_turn.update(flop=counter.total, sent=traffic.sent, peak=memory.peak)
+    def first_part(run: Run, step: int) -> list:
+        """Of the estimator turns, which are alike, the first alone goes on."""
+        batches = estimator_batches(run, step)
+        samples.append(batches)
+        spent["samples"] = (counter.total, traffic.sent)
+        return batches[:1]
+
+    def last_part(run: Run, step: int) -> dict[str, Tensor]:
+        spent["estimator turn"] = (counter.total, traffic.sent)
+        cost.peaks["training, estimator turns"] = memory.peak
         memory.reset()
         return generator_turn(run, step)
 
     memory.reset()
     memory.also = [counter, traffic]
-    with mock.patch.object(loop, "generator_turn", second_part):
+    with (
+        mock.patch.object(loop, "estimator_batches", first_part),
+        mock.patch.object(loop, "generator_turn", last_part),
+    ):
         loop.cycle(run, 0)
     memory.also = []
-    del samples
-    cost.peaks["training, estimator turns"] = at_generator_turn["peak"]
     cost.peaks["training, generator turn"] = memory.peak
-    for name, whole in (("flop", counter.total), ("sent", traffic.sent)):
-        first = at_generator_turn[name]
-        setattr(cost, name, round((turns * first + whole - first) * chunks / gone))
+    spent["generator turn"] = (counter.total, traffic.sent)
+    more = args.ratio_update - 1  # estimator turns
+    cost.flop, cost.sent = (
+        round((whole + more * (turn - drawn)) * chunks / gone)
+        for drawn, turn, whole in zip(*spent.values(), strict=True)
+    )
 
 
 def decoded(decode: Callable[[Tensor], Tensor], x0: Tensor, at_once: int) -> Tensor:
