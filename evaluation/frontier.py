@@ -50,7 +50,7 @@ class Frontier:
         self.teacher_sha256 = folder_sha256(args.teacher)
 
     def jobs(self) -> list[Job]:
-        jobs = [Job("evaluation can begin", self.check)]
+        jobs = [Job("evaluation can begin", self.check, typical=False)]
         for row in self.table.rows:
             for seed in row.seeds:
                 needs = [self.table.row(row.cold_start).named(seed)] if row.cold_start else []

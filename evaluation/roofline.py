@@ -47,7 +47,7 @@ def estimate(args: argparse.Namespace, size: str, card: Card) -> tuple[Roofline,
     if args.teacher == SHAPES:
         args.teacher = Path(size)
     if args.mixed_precision == "auto":  # as on a GPU
-        args = argparse.Namespace(**vars(args) | {"mixed_precision": "bf16"})
+        args = argparse.Namespace(**vars(args) | {"mixed_precision": "fp16"})
     with fake_gpu() as gpu, fake_processes(1):
         run = build(args, open_session(args.mixed_precision), NetworksToCome(gpu.device))
         loop.cycle(run, 0)

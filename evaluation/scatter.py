@@ -70,10 +70,13 @@ def panel(axes: plt.Axes, rows: dict[str, dict], colours: dict[str, str], agains
 
 
 def low_of(points: dict[str, tuple[float, float]]) -> float:
-    """The recall below which rows have collapsed: a gap under most of them that is wider than all of these together."""
+    """The recall below which rows have collapsed.
+
+    They have less than half of it, and the gap is under most rows and wider than all of these together.
+    """
     values = sorted((recall for _, recall in points.values()), reverse=True)
     for above, (upper, lower) in enumerate(itertools.pairwise(values), 1):
-        if above >= max(3, len(values) / 2) and upper - lower > values[0] - upper:
+        if above >= max(3, len(values) / 2) and upper - lower > values[0] - upper and lower < upper / 2:
             return upper
     return values[-1]
 

@@ -16,11 +16,15 @@ from train_cc.io.errors import InputError
 
 @dataclass(frozen=True)
 class Job:
-    """``do`` returns whether anything had to be made; ``needs`` are names of jobs that come before it."""
+    """``do`` returns whether anything had to be made; ``needs`` are names of jobs that come before it.
+
+    ``typical``: its seconds say how long the others take.
+    """
 
     name: str
     do: Callable[[], bool]
     needs: list[str] = field(default_factory=list)
+    typical: bool = True
 
 
 class Processes:
@@ -91,7 +95,7 @@ def follow(jobs: list[Job], pool: ThreadPoolExecutor, at_once: int) -> None:
             job, began = running.pop(future)
             made, seconds = future.result(), time.monotonic() - began
             done.add(job.name)
-            if made:
+            if made and job.typical:
                 taken.append(seconds)
             left = remaining(taken, len(waiting) + len(running), at_once)
             print(f"[{len(done)}/{len(jobs)}] {job.name}: {f'{seconds:.0f} s' if made else 'kept'}{left}", flush=True)

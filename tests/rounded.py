@@ -1,6 +1,6 @@
 """Training in half precision on a CPU that is slow in it: each result is rounded as a GPU's autocast would round it.
 
-    OUTPUT_DIR=runs/digits/rounded_fp16 python -m tests.rounded fp16 [flags of train_cc.cold_start]
+    python -m tests.rounded fp16 --teacher runs/digits/teacher --vae none --mixed-precision no [flags of the cold start]
 
 What the networks compute, weights, results and gradients, is rounded to half precision, and sums within an operation
 stay in fp32, as in tensor cores. Scores are rounded to fp16, under bf16 too (docs/benchmarks.md: precision by role).
@@ -54,7 +54,7 @@ class Rounding(TorchFunctionMode):
         return self.rounded(func(*args, **kwargs or {}))
 
 
-def rounds(dtype: torch.dtype) -> mock._patch:
+def rounds(dtype: torch.dtype) -> tuple[mock._patch, ...]:
     """Both networks round, but for the embedding of t, which is in fp32."""
     plain, embedding, read = SiT.forward, network.sinusoidal_embedding, ScoreEstimator.forward
     now = [dtype]

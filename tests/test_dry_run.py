@@ -228,7 +228,7 @@ def test_a_function_that_needs_values_is_told(teacher, tmp_path, capsys):
 def test_auto_precision_is_planned_as_on_a_gpu(teacher, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = planned(capsys, teacher, tmp_path / "run", "--mixed-precision", "auto")
-    assert "precision bf16" in text and "no GPU here" in text
+    assert "precision fp16" in text and "no GPU here" in text
     assert "precision no" in planned(capsys, teacher, tmp_path / "run", "--mixed-precision", "no")
 
 

@@ -3,6 +3,7 @@
 This file is also the program that the processes run.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from tests import rounded
 from tests.conftest import flags, refused, spread_lora_b, trained
 from train_cc import cold_start
 from train_cc.distillation import loop
@@ -73,6 +75,27 @@ def test_half_precision_computes_what_single_does(teacher, tmp_path):
     _, row, _ = loop.cycle(single, 0)
     for name in ("loss_dmd", "score_gap", "grad_norm_generator"):
         assert row[name] > 0 and half[name] != row[name] and half[name] == pytest.approx(row[name], rel=0.03), name
+
+
+def test_rounding_is_near_to_what_half_precision_computes(teacher, tmp_path):
+    """`tests.rounded` stands for fp16 on machines that are slow in it: as far from fp32 as real fp16 is."""
+    words = flags(teacher, tmp_path / "rounded", "--ratio-update", 1, "--num-previews", 0)
+    moved_to = {}
+    for way in ("single", "half", "rounded"):
+        AcceleratorState._reset_state(True)
+        with contextlib.ExitStack() as stack:
+            for patch in rounded.rounds(torch.float16) if way == "rounded" else ():
+                stack.enter_context(patch)
+            if way == "half":
+                run = half_run(teacher, tmp_path / way)
+            else:
+                session = rounded.scaled("no") if way == "rounded" else open_session("no")
+                run = build(cold_start.stage_parser().parse_args(words), session)
+                spread_lora_b(run.plain_estimator)
+            loop.cycle(run, 0)
+        moved_to[way] = torch.cat([p.detach().flatten() for p in run.plain_generator.parameters()])
+    half, rounding = (torch.dist(moved_to[way], moved_to["single"]) for way in ("half", "rounded"))
+    assert 0.5 < rounding / half < 2
 
 
 @pytest.mark.parametrize("which", ["generator", "estimator"])

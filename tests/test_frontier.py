@@ -298,6 +298,12 @@ def test_the_time_left_is_that_of_what_had_to_be_made():
     assert work.remaining([120.0], 1, 4) == "; about 2 min left"
 
 
+def test_a_job_of_another_kind_says_nothing_of_the_time_left(capsys):
+    jobs = [work.Job("check", lambda: True, typical=False), work.Job("a", lambda: True), work.Job("b", lambda: True)]
+    work.run_all(jobs, work.Processes(), 1)
+    assert ["left" in line for line in capsys.readouterr().out.splitlines()] == [False, True, False]
+
+
 # What comes of the rows
 
 
@@ -371,4 +377,6 @@ def test_a_collapsed_row_does_not_press_the_others_together():
     points = {"a": (0.5, 0.8), "b": (0.6, 0.6), "c": (0.7, 0.45)}
     assert scatter.low_of(points) == 0.45
     assert scatter.low_of(points | {"d": (0.7, 0.01)}) == 0.45
+    rewarded = {"a": (0.5, 0.78), "b": (0.6, 0.75), "c": (0.7, 0.72), "reward": (0.9, 0.49)}
+    assert scatter.low_of(rewarded) == 0.49
     assert scatter.low_of({"a": (0.5, 0.8)}) == 0.8 and scatter.low_of({"a": (0.5, 0.8), "b": (0.5, 0.1)}) == 0.1

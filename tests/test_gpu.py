@@ -102,7 +102,7 @@ def sized_run(*more: object, size: str = SIZE):
 def test_the_card_is_seen_and_told(teacher, tmp_path):
     run = run_cold_start(teacher, tmp_path / "run", "--mixed-precision", "auto", "--max-train-steps", 1)
     log = (run / "log.txt").read_text()
-    precision = "no" if CPU else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    precision = "no" if CPU else "fp16"
     assert f"on 1 x {DEVICE}, precision {precision}" in log
     name = "CPU" if CPU else f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[1] / GIB:.0f} GiB"
     ROWS.append(("machine", f"{name}; torch {torch.__version__}, CUDA {torch.version.cuda}; {precision}"))

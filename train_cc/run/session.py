@@ -121,9 +121,7 @@ def leave_group() -> None:
 def resolve_precision(wanted: str) -> str:
     if wanted != "auto":
         return wanted
-    if not torch.cuda.is_available():
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "fp16" if torch.cuda.is_available() else "no"
 
 
 def sharding_asked() -> bool:

@@ -155,7 +155,7 @@ def build_parser(description: str) -> Parser:
         "--mixed-precision",
         default="auto",
         choices=["auto", "no", "fp16", "bf16"],
-        help="auto: bf16 on a GPU that has it, fp16 on another GPU, no on a CPU",
+        help="auto: fp16 on a GPU, no on a CPU; a teacher that overflows in fp16 needs bf16",
     )
     hardware.add_argument(
         "--shard-over",

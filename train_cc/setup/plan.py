@@ -29,7 +29,7 @@ def begins_at(stage: str, args: argparse.Namespace) -> int:
 def planned_precision(args: argparse.Namespace) -> tuple[str, list[str]]:
     """-> the precision to plan for, and what to say of it."""
     if args.mixed_precision == "auto" and not torch.cuda.is_available():
-        return "bf16", ["no GPU here: --mixed-precision auto is planned as bf16, as on a GPU (here it would be fp32)"]
+        return "fp16", ["no GPU here: --mixed-precision auto is planned as fp16, as on a GPU (here it would be fp32)"]
     return resolve_precision(args.mixed_precision), []
 
 
