@@ -32,7 +32,8 @@ def sample(args: argparse.Namespace) -> None:
     source = open_source(args.generator)
     require_decoder(source.in_channels, args.vae, args.generator)
     resolve_sampling(args, source.sampling)
-    names = class_names(str(args.names or "auto"), source.num_classes, data_of(source), "--names")
+    given = str(args.names.absolute()) if args.names else "auto"  # a file, though it be named like a data set
+    names = class_names(given, source.num_classes, data_of(source), "--names")
     classes = [class_of(text, names, source.num_classes) for text in args.classes]
     model, decode, *_ = load_sampler(args, source, device)
     columns = []

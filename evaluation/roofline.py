@@ -19,7 +19,7 @@ from train_cc.run.fake_gpu import fake_gpu
 from train_cc.run.fake_processes import fake_processes
 from train_cc.run.meters import LiveMemory
 from train_cc.run.roofline import COMPUTE_EFFICIENCY, LAUNCH, MEMORY_EFFICIENCY, Card, Cost, Roofline
-from train_cc.run.session import open_session
+from train_cc.run.session import GPU_PRECISION, open_session
 from train_cc.setup.build import build
 from train_cc.setup.to_come import NetworksToCome
 
@@ -47,7 +47,7 @@ def estimate(args: argparse.Namespace, size: str, card: Card) -> tuple[Roofline,
     if args.teacher == SHAPES:
         args.teacher = Path(size)
     if args.mixed_precision == "auto":  # as on a GPU
-        args = argparse.Namespace(**vars(args) | {"mixed_precision": "fp16"})
+        args = argparse.Namespace(**vars(args) | {"mixed_precision": GPU_PRECISION})
     with fake_gpu() as gpu, fake_processes(1):
         run = build(args, open_session(args.mixed_precision), NetworksToCome(gpu.device))
         loop.cycle(run, 0)

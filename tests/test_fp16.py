@@ -77,6 +77,13 @@ def test_half_precision_computes_what_single_does(teacher, tmp_path):
         assert row[name] > 0 and half[name] != row[name] and half[name] == pytest.approx(row[name], rel=0.03), name
 
 
+def test_what_is_rounded_has_a_rounded_gradient():
+    x, gradient = torch.tensor([1 / 3, 70_000.0], requires_grad=True), torch.tensor([1 / 7, 1e-9])
+    out = rounded.Rounded.apply(x, torch.float16)
+    out.backward(gradient)
+    assert torch.equal(out, x.detach().half().float()) and torch.equal(x.grad, gradient.half().float())
+
+
 def test_rounding_is_near_to_what_half_precision_computes(teacher, tmp_path):
     """`tests.rounded` stands for fp16 on machines that are slow in it: as far from fp32 as real fp16 is."""
     words = flags(teacher, tmp_path / "rounded", "--ratio-update", 1, "--num-previews", 0)

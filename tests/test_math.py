@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from train_cc.draws import Draws, rng_of
+from train_cc.draws import Draws, JoinedDraws, rng_of
 from train_cc.flow import interpolate, velocity, x0_from_velocity
 from train_cc.objectives import (
     dmd_direction,
@@ -132,6 +132,18 @@ def test_draws_of_one_kind_do_not_move_the_others():
     first, second = Draws(5), Draws(5)
     first.integers(10, 100)
     assert torch.equal(first.noise(8), second.noise(8))
+
+
+def test_joined_draws_are_those_of_each_one_after_another():
+    keys = [(5, 1), (5, 2), (5, 3)]
+    for draw in (
+        lambda draws, n: draws.noise(2 * n, 3),
+        lambda draws, n: draws.noise_like(torch.empty(2 * n, 1, 4)),
+        lambda draws, n: draws.integers(1000, 2 * n),
+        lambda draws, n: draws.uniform(2 * n),
+    ):
+        joined = draw(JoinedDraws([Draws(*key) for key in keys]), len(keys))
+        assert torch.equal(joined, torch.cat([draw(Draws(*key), 1) for key in keys]))
 
 
 # Losses

@@ -30,7 +30,7 @@ from train_cc.models import SiT
 from train_cc.models.classifier import ImageClassifier
 from train_cc.rewards import networks
 from train_cc.run import together
-from train_cc.run.session import configure_compiler, open_session
+from train_cc.run.session import configure_compiler, open_session, resolve_precision
 from train_cc.samplers import few_step_input
 from train_cc.setup import stage
 
@@ -410,6 +410,12 @@ def test_auto_takes_the_precision_of_the_config(monkeypatch):
         assert open_session("auto").generator_accelerator.mixed_precision == "bf16"
     finally:
         AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("gpu,expected", [(True, "fp16"), (False, "no")])
+def test_auto_is_fp16_on_a_gpu(monkeypatch, gpu, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert resolve_precision("auto") == expected and resolve_precision("bf16") == "bf16"
 
 
 def test_a_config_that_does_not_exist_is_refused():

@@ -1,6 +1,7 @@
 """evaluation/sample.py: a class by its number or name, and a picture with the names above the columns."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +59,15 @@ def test_names_are_those_of_the_data(tmp_path):
     assert class_of("one", class_names(str(tmp_path / "names.txt"), 2, "digits"), 2) == 1
     with pytest.raises(InputError, match=r"--names .*names\.txt has 2 names; 10 classes are expected"):
         class_names(str(tmp_path / "names.txt"), 10, None, "--names")
+
+
+def test_a_file_of_names_may_be_named_like_a_data_set(tmp_path, capsys, monkeypatch):
+    generator = of_run(tmp_path, tmp_path / "teacher", "fashion-mnist")
+    monkeypatch.chdir(tmp_path)
+    Path("digits").write_text("\n".join(f"kind {k}" for k in range(10)))
+    arguments = words("--generator", generator, "--classes", "kind 3", "--per-class", 1, "--grid", tmp_path / "a.png")
+    sample.main([*arguments, "--names", "digits"])
+    assert '"kind 3"' in capsys.readouterr().out
 
 
 def test_columns_are_classes_with_their_names_above(tmp_path, capsys):

@@ -10,8 +10,10 @@ from unittest.mock import patch
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from timm.layers import Attention
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaluation import benchmark
@@ -326,6 +328,27 @@ def test_the_mlp_of_the_generator_makes_its_middle_again(teacher, tmp_path):
     assert calls == [(2, 2), (1, 2)]
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
     assert kept[1] - kept[0] == 4 * 2 * 16 * mlp.fc1.out_features
+
+
+def test_compiled_too_the_middle_is_made_again_and_no_product(teacher, tmp_path):
+    """Of a whole block: its gate needs what the MLP gives, which must not be made again."""
+    block = tiny_run(teacher, tmp_path).generator.blocks[0]
+    width, middle, products, kept = block.mlp.fc1.in_features, block.mlp.fc1.out_features, [], []
+
+    def forward(graph, inputs):
+        (output,) = [node for node in graph.graph.nodes if node.op == "output"]
+        kept.append(sum(node.meta["val"].shape == (32, middle) for node in output.args[0]))
+        return make_boxed_func(graph.forward)
+
+    def backward(graph, inputs):
+        products.append(sum(str(node.target).startswith(("aten.mm", "aten.addmm")) for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=backward, partition_fn=min_cut_rematerialization_partition)
+    for block.mlp.recompute in (True, False):
+        torch._dynamo.reset()
+        torch.compile(block, backend=backend)(torch.randn(2, 16, width), torch.randn(2, width)).sum().backward()
+    assert products[0] == products[1] > 0 and kept[0] == kept[1] - 1
 
 
 def test_frozen_and_recomputed_blocks_keep_no_middle_anyway(teacher, tmp_path):

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from train_cc.io.errors import InputError
 from train_cc.run.devices import require_usable_gpus
 
+GPU_PRECISION = "fp16"  # what --mixed-precision auto is on a GPU (docs/benchmarks.md: precision by role)
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # what autocast computes in
 # How long a process waits for the others. Some wait while one hashes, downloads or ends its part of a sampling.
 TIMEOUT = timedelta(hours=6)
@@ -121,7 +122,7 @@ def leave_group() -> None:
 def resolve_precision(wanted: str) -> str:
     if wanted != "auto":
         return wanted
-    return "fp16" if torch.cuda.is_available() else "no"
+    return GPU_PRECISION if torch.cuda.is_available() else "no"
 
 
 def sharding_asked() -> bool:
