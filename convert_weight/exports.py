@@ -23,6 +23,7 @@ from train_cc.io.whole import whole_folder
 from train_cc.io.write import copy_mode, need_space, record_of, write_atomically
 from train_cc.models import network
 from train_cc.models.generator import GENERATOR_TARGETS, generator_lora_rank, save_generator
+from train_cc.models.latents import require_latent_space
 from train_cc.models.lora import save_adapter
 from train_cc.models.sit import SiT, check_sit_config
 from train_cc.models.vae import load_vae, require_decoder
@@ -133,7 +134,11 @@ def vae_of(args: argparse.Namespace, checkpoint: Checkpoint, recorded: dict) -> 
     """The pipeline's; None in pixel space."""
     name, config = args.vae or recorded["vae"], check_sit_config(checkpoint.units["model_config"], args.checkpoint)
     require_decoder(config["in_channels"], name, args.checkpoint)
-    return None if name == "none" else load_vae(name)
+    if name == "none":
+        return None
+    vae = load_vae(name)
+    require_latent_space(checkpoint.units.get("latent_space_sha256"), vae, name)
+    return vae
 
 
 def names_of(args: argparse.Namespace, checkpoint: Checkpoint, teacher: Path) -> list[str] | None:

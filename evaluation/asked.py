@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from scripts.processes import make_plan
 from train_cc.io.errors import InputError
 from train_cc.io.read import read_json, require_plain, sha256
 from train_cc.io.write import mark_of, write_atomically
@@ -21,17 +22,26 @@ def folder_sha256(folder: Path) -> str:
 
 
 def settings_of(script: Path, words: list[str], **more: object) -> dict[str, str]:
-    """All that decides what ``script`` makes: its commands, the flags, the variables that it reads, and ``more``."""
+    """All that decides what ``script`` makes: its commands, the flags, the variables that it reads, and ``more``.
+
+    How many processes there are, where there are several: they decide the batch.
+    """
     text = script.read_text(encoding="utf-8")
     commands = "\n".join(line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
     settings = {"launcher's SHA-256": hashlib.sha256(commands.encode()).hexdigest()}
     read = sorted(set(re.findall(r"\$\{([A-Z0-9_]+)", text)) - GIVEN)
     settings |= {name: os.environ[name] for name in read if name in os.environ}
+    alone = "one_process_unless_asked" in text and not any(map(os.environ.get, ("ACCELERATE_CONFIG", "NUM_NODES")))
+    processes = make_plan({"NUM_PROCESSES": "1"} | os.environ if alone else os.environ, only_shown=True).processes
+    if processes > 1:
+        settings["processes"] = str(processes)
+        if config := os.environ.get("ACCELERATE_CONFIG"):
+            settings["ACCELERATE_CONFIG"] = sha256(Path(config))
     return settings | plain_settings(words, **more)
 
 
 def plain_settings(words: list[str], **more: object) -> dict[str, str]:
-    """Flag -> its words, a repeated one's all; and ``more``."""
+    """Flag -> its words, a repeated one's all; and ``more``. `--encoder-type none` sets aside rewards before it."""
     settings = {name: str(value) for name, value in more.items()}
     flag = ""
     for word in words:
@@ -40,12 +50,25 @@ def plain_settings(words: list[str], **more: object) -> dict[str, str]:
             settings.setdefault(flag, "")
         else:
             settings[flag] = f"{settings.get(flag, '')} {word}".strip()
+            if (flag, word) == ("--encoder-type", "none"):
+                settings.pop("--reward", None)
     return settings
 
 
 def content_sha256(path: Path) -> str:
     """Of a file, or of a folder's files."""
     return folder_sha256(path) if path.is_dir() else sha256(path)
+
+
+def contents_of(words: list[str]) -> dict[str, str]:
+    """What the files and folders among ``words`` hold, also those of SPACE:PATH and FILE:FUNCTION, by their names."""
+    found: dict[str, str] = {}
+    for word in words:
+        ends = (word, word.removeprefix("classifier:"), word.rpartition(":")[0])
+        path = next((end for end in ends if end.strip(".") and os.path.exists(end)), None)
+        if path is not None:
+            found[f"content of {word}"] = content_sha256(Path(path))
+    return found
 
 
 def keep_or_put_aside(note: Path, settings: dict[str, str], product: Path, aside: Path) -> None:
@@ -79,8 +102,16 @@ def recorded_in(note: Path) -> dict:
 
 
 def differences(recorded: dict, settings: dict[str, str]) -> list[str]:
+    """What was recorded otherwise than asked. The same file or folder named by another path does not differ."""
+    was, asked = ({in_full(name): in_full(str(value)) for name, value in of.items()} for of in (recorded, settings))
     return [
-        f"{name} {recorded.get(name, 'not given')!s:.80}, asked {settings.get(name, 'not given')!s:.80}"
-        for name in sorted(settings.keys() | recorded.keys())
-        if settings.get(name) != recorded.get(name)
+        f"{name} {was.get(name, 'not given'):.80}, asked {asked.get(name, 'not given'):.80}"
+        for name in sorted(asked.keys() | was.keys())
+        if asked.get(name) != was.get(name)
     ]
+
+
+def in_full(words: str) -> str:
+    """The paths among ``words``, also of SPACE:PATH and FILE:FUNCTION, as absolute ones, where they exist."""
+    parts = re.split("([ :])", words)
+    return "".join(os.path.realpath(part) if part.strip(" :.") and os.path.exists(part) else part for part in parts)

@@ -26,6 +26,8 @@ from evaluation.files import (
     over_seeds,
     provenance_of,
     read_images,
+    rewarded_by,
+    rewarded_here,
     suffered,
     table,
     table_over_seeds,
@@ -126,16 +128,6 @@ def check_spaces(args: argparse.Namespace) -> None:
         image_shape(Path(args.held_out), "held-out")
 
 
-def warn_of_rewards(name: str, judged: dict, row: dict) -> None:
-    """A reward moves its own space first: figures there say little."""
-    rewarded = (row["generation"] or {}).get("rewards_sha256")
-    if isinstance(rewarded, list) and judged["features_sha256"] in rewarded:
-        print(
-            f"warning: {judged['features']} rewarded the generator of {name}: judge it in a space that no reward used",
-            file=sys.stderr,
-        )
-
-
 def show(args: argparse.Namespace, judged: list[dict], means: dict[str, dict], size: int) -> None:
     """The tables: of each space, and where there are several and something is held out, of all."""
     count = next(iter(judged[0]["rows"].values()))["images"]
@@ -164,13 +156,15 @@ def main(argv: list[str] | None = None) -> None:
     spaces = load_spaces(args, image_shape(args.reference)[1:], "cuda" if torch.cuda.is_available() else "cpu")
     if args.check:
         check_reference(args.reference, spaces)
+        hold_out(args.reference, args.held_out)
         return
     held = hold_out(args.reference, args.held_out)
     stored = stored_by_space(held.reference, args.reference, spaces)
     judged = [judge(args, names, space, held, stored) for space in spaces]
     for each in judged:
-        for name in names:
-            warn_of_rewards(name, each, each["rows"][name])
+        rewarded = [name for name in names if rewarded_by(each["rows"][name]["generation"], each["features_sha256"])]
+        if rewarded:
+            print(f"warning: {each['features']}: {rewarded_here(rewarded)}", file=sys.stderr)
     means = over_spaces(judged) if held.out is not None else {}
     show(args, judged, means, set_size(args, held))
     if args.output:

@@ -127,6 +127,17 @@ def table(rows: dict[str, dict], count: int, size: int | None = None) -> str:
     return "\n".join(lines)
 
 
+def rewarded_by(made_by: dict | None, features_sha256: str) -> bool:
+    """Whether the network of hash ``features_sha256`` rewarded the generator of the samples with that provenance."""
+    rewards = (made_by or {}).get("rewards_sha256")
+    return isinstance(rewards, list) and features_sha256 in rewards
+
+
+def rewarded_here(names: list[str]) -> str:
+    """A reward moves its own space first: figures there say little."""
+    return f"This space rewarded {', '.join(names)}: judge it in a space that no reward used."
+
+
 def over_seeds(rows: dict[str, dict]) -> dict[str, list[dict]]:
     """Rows named "NAME, seed N", together by NAME, in their order. Raises `InputError` for another name."""
     found: dict[str, list[dict]] = {}

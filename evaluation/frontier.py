@@ -14,9 +14,26 @@ import os
 import sys
 from pathlib import Path
 
-from evaluation.asked import ROOT, content_sha256, folder_sha256, keep_or_put_aside, plain_settings, settings_of
+from evaluation.asked import (
+    ROOT,
+    content_sha256,
+    contents_of,
+    folder_sha256,
+    keep_or_put_aside,
+    plain_settings,
+    settings_of,
+)
 from evaluation.comparison import against_controls, domination, means_of
-from evaluation.files import HELD_OUT, suffered, table, table_over_seeds, write_figures
+from evaluation.files import (
+    HELD_OUT,
+    over_seeds,
+    rewarded_by,
+    rewarded_here,
+    suffered,
+    table,
+    table_over_seeds,
+    write_figures,
+)
 from evaluation.rows import Row, Table, read_table, train_flags, words_of
 from evaluation.work import Job, Processes, run_all
 from train_cc.io import flags
@@ -87,8 +104,7 @@ class Frontier:
             steps += self.table.extra_steps
         words = [*words_of(self.table, row), "--keep-checkpoints", "1", *self.args.train_flags]
         words += ["--max-train-steps", str(steps), "--seed", str(seed)]
-        files = (Path(word.rpartition(":")[0] or word) for word in words)
-        made_of |= {path.name: sha256(path) for path in files if path.is_file()}
+        made_of |= contents_of(words)
         script = LAUNCHERS[row.stage].format(self.args.recipe)
         self.fresh(run, settings_of(ROOT / script, words, teacher=self.teacher_sha256, **made_of))
         done = run / "generator" / "config.json"
@@ -111,7 +127,7 @@ class Frontier:
         generator, output = self.generator(row, seed), self.samples(row, seed)
         words = words_of(self.table, row) if row.stage == "teacher" else self.table.generate
         words = [*words, "--seed", str(seed)]
-        self.fresh(output, plain_settings(words, generator=folder_sha256(generator)))
+        self.fresh(output, plain_settings(words, generator=folder_sha256(generator), **contents_of(words)))
         if output.exists():
             return False
         command = [sys.executable, "-m", "scripts.launch", "evaluation.generate", *words]
@@ -134,10 +150,7 @@ class Frontier:
         folder, samples = self.place("rows", row), [self.samples(row, seed) for seed in row.seeds]
         words = [*self.table.evaluate, *self.args.evaluate_flags]
         made_of = {f"samples of seed {seed}": sha256(path) for seed, path in zip(row.seeds, samples, strict=True)}
-        made_of |= self.inputs | {"reference": sha256(self.table.reference)}
-        for word in words:
-            path = Path(word.removeprefix("classifier:"))
-            made_of |= {f"content of {word}": content_sha256(path)} if path.exists() else {}
+        made_of |= self.inputs | {"reference": sha256(self.table.reference)} | contents_of(words)
         self.fresh(folder, plain_settings(words, **made_of))
         output = folder / "figures.json"
         if output.exists():
@@ -218,7 +231,14 @@ def text_of(rows: Table, spaces: list[dict], means: list[dict], title: str) -> s
     parts = [f"# {title}", "Means over seeds +- the standard deviation of one seed."]
     for space, mean in zip(spaces, means, strict=True):
         count, size = next(iter(space["rows"].values()))["images"], space.get("set_size")
-        parts += [f"## {space['features']}", table_over_seeds(space["rows"], count, size)]
+        judged = over_seeds(space["rows"])
+        rewarded = [
+            name
+            for name, group in judged.items()
+            if any(rewarded_by(row.get("generation"), space.get("features_sha256", "")) for row in group)
+        ]
+        parts += [f"## {space['features']}", *([rewarded_here(rewarded)] if rewarded else [])]
+        parts += [table_over_seeds(space["rows"], count, size)]
         if all(row["seeds"] == 1 for row in mean["rows"].values()):
             parts[-1] = table(space["rows"], count, size)
         parts.append(against_controls(mean["rows"], against))
@@ -240,7 +260,7 @@ def write_results(args: argparse.Namespace, rows: Table, spaces: list[dict]) -> 
     text = text_of(rows, spaces, means, f"Frontier of {args.recipe}")
     write_atomically(args.output_dir / "frontier.md", f"{text}\n<!-- {mark_of('a table')} -->\n")
     first, *more = means
-    named = {"more_spaces": more, "table": str(args.table or args.recipe)}
+    named = {"more_spaces": more, "set_size": first.get("set_size"), "table": str(args.table or args.recipe)}
     write_figures(args.output_dir / "frontier.json", first["rows"], features=first["features"], **named)
     from evaluation.scatter import picture  # matplotlib takes a second
 

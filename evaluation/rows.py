@@ -112,6 +112,16 @@ def read_table(path: Path) -> Table:
     )
     for row in rows:
         check_flags(table, row, f"{top}, row {row.name!r}")
+    sampling = ["--generator", "g", "--output", "o"]
+    counts = {
+        parse(generate.build_parser(), [*sampling, *table.generate], table.generate, f"{top}: generate").num_images
+    }
+    for row in rows:
+        if row.stage == "teacher":
+            words = words_of(table, row)
+            counts.add(parse(generate.build_parser(), [*sampling, *words], words, top).num_images)
+    if len(counts) > 1:
+        raise InputError(f"{top}: rows of {sorted(counts)} images do not compare; give --num-images to all or none")
     parse(evaluate.build_parser(), ["s.npz", "r.npz", *table.evaluate], table.evaluate, f"{top}: evaluate")
     return table
 
@@ -179,8 +189,8 @@ def check_flags(table: Table, row: Row, where: str) -> None:
 
 def parse(parser: argparse.ArgumentParser, words: list[str], own: list[str], where: str) -> argparse.Namespace:
     for word in own:
-        if word in OWN:
-            raise InputError(f"{where}: {word} is the frontier's to set; leave it out")
+        if (flag := word.partition("=")[0]) in OWN:
+            raise InputError(f"{where}: {flag} is the frontier's to set; leave it out")
     try:
         return parser.parse_args(words)
     except InputError as error:

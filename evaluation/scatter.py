@@ -24,17 +24,21 @@ def picture(spaces: list[dict], colours: dict[str, str], against: dict[str, str]
     figure, panels = plt.subplots(1, len(spaces), figsize=(5.6 * max(len(spaces), 2), height), squeeze=False)
     for axes, space in zip(panels[0], spaces, strict=True):
         panel(axes, space["rows"], colours, against)
-        axes.set_title(space["features"], fontsize=10)
+        axes.set_title(plain(space["features"]), fontsize=10)
     panels[0][0].set_ylabel("recall (diversity)")
     handles = [
         plt.Line2D(
-            [], [], color=colour, marker=f"${number}$", markersize=5 + 2 * len(str(number)), linestyle="", label=name
+            [],
+            [],
+            color=colour,
+            marker=f"${number}$",
+            markersize=5 + 2 * len(str(number)),
+            linestyle="",
+            label=plain(name),
         )
         for number, (name, colour) in enumerate(colours.items(), 1)
     ]
-    handles += [plt.Line2D([], [], color=REAL, marker="*", markersize=11, linestyle="", label="real images, held out")]
-    handles += [plt.Line2D([], [], color=TEACHER, linewidth=1, label="the teacher's line, over guidance")]
-    handles += [plt.Line2D([], [], color=REWARD, marker=">", linewidth=1, label="from the control to the reward")]
+    handles += shown(spaces, colours, against)
     rows = -(-len(handles) // 3)
     figure.tight_layout(rect=(0, (0.2 * rows + 0.1) / height, 1, 1))
     figure.legend(handles=handles, loc="lower center", ncols=3, fontsize=8, frameon=False)
@@ -42,6 +46,26 @@ def picture(spaces: list[dict], colours: dict[str, str], against: dict[str, str]
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": mark_of("a picture")})
     plt.close(figure)
     write_atomically(path, buffer.getvalue())
+
+
+def plain(text: str) -> str:
+    """As matplotlib shows it word for word: two dollar signs would be a formula's."""
+    return text.replace("$", r"\$")
+
+
+def shown(spaces: list[dict], colours: dict[str, str], against: dict[str, str]) -> list[plt.Line2D]:
+    """Legend entries of marks that have no number, where the picture has them."""
+    rows = set().union(*(space["rows"] for space in spaces))
+    handles = []
+    if HELD_OUT in rows:
+        handles += [
+            plt.Line2D([], [], color=REAL, marker="*", markersize=11, linestyle="", label="real images, held out")
+        ]
+    if sum(colours.get(name) == TEACHER for name in rows) > 1:
+        handles += [plt.Line2D([], [], color=TEACHER, linewidth=1, label="the teacher's line, over guidance")]
+    if any({name, control} <= rows for name, control in against.items()):
+        handles += [plt.Line2D([], [], color=REWARD, marker=">", linewidth=1, label="from the control to the reward")]
+    return handles
 
 
 def panel(axes: plt.Axes, rows: dict[str, dict], colours: dict[str, str], against: dict[str, str]) -> None:

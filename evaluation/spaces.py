@@ -17,6 +17,7 @@ from train_cc.models.features import FeatureSpace, load_space
 from train_cc.rewards.statistics import read_space
 
 FD_AND_SW = ("FDr", "SWr")
+OF_INCEPTION = 2048  # its features' width
 
 
 def load_spaces(args: argparse.Namespace, shape: tuple[int, int, int], device: str) -> list[FeatureSpace]:
@@ -44,7 +45,7 @@ def stored_statistics(content: Mapping[str, np.ndarray], path: Path) -> tuple[np
 def stored_by_space(content: Mapping[str, np.ndarray], path: Path, spaces: list[FeatureSpace]) -> dict[str, tuple]:
     """The stored statistics under the name of the one space that they are of. Raises `InputError` where it is none.
 
-    A file of evaluation.statistics names its space. ADM's does not: they are Inception's, where that is asked for.
+    A file of evaluation.statistics names its space. ADM's does not: 2 048 wide, they are Inception's and nobody else's.
     """
     stored = stored_statistics(content, path)
     if stored is None:
@@ -57,7 +58,10 @@ def stored_by_space(content: Mapping[str, np.ndarray], path: Path, spaces: list[
         if not fitting:
             raise InputError(f"{path} stores statistics of {named.get('name')}, by both hashes none of the spaces here")
     else:
-        fitting = [space for space in spaces if space.name == "inception"] or spaces
+        fitting = [space for space in spaces if space.name == "inception"]
+        if size == OF_INCEPTION and not fitting:
+            raise InputError(f"{path} stores mu {stored[0].shape} of Inception's features: ask for that space, too")
+        fitting = fitting or spaces
         fitting = [space for space in fitting if space.size == size]
     if not fitting or fitting[0].size != size:
         raise InputError(f"{path} stores mu {stored[0].shape}, but {told} features")

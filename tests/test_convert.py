@@ -323,6 +323,13 @@ def test_a_download_that_broke_off_continues(tmp_path, ranges):
     assert not (tmp_path / "last.pt.part").exists()
 
 
+def test_what_is_there_is_not_written_for(tmp_path, monkeypatch):
+    """A cache can be read-only."""
+    (tmp_path / "last.pt").write_bytes(b"whole")
+    monkeypatch.setattr("train_cc.io.download.check_parent", lambda path: pytest.fail("nothing is to be written"))
+    assert download("http://127.0.0.1:9/last.pt", tmp_path / "last.pt") == tmp_path / "last.pt"
+
+
 def test_a_download_needs_a_server_and_space(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--input"):
         sit_convert.download("http://127.0.0.1:9/last.pt", tmp_path / "last.pt")

@@ -72,6 +72,12 @@ def test_a_log_is_appended_to_and_cut_at_the_step_that_is_resumed_from(tmp_path,
     assert path.read_text() == "" and "3 line(s) could not be read" in caplog.text
 
 
+def test_every_line_of_a_log_is_json(tmp_path):
+    """A gradient that overflows in fp16 has no finite norm, and JSON no such number."""
+    JsonLines(tmp_path / "log.jsonl", 0).write([{"step": 1, "a": math.inf, "b": math.nan, "c": 0.5}])
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "a": null, "b": null, "c": 0.5}\n'
+
+
 def test_what_is_not_finite_is_named():
     row = {"a": 1.0, "b": math.nan, "c": None, "d": -math.inf, "e": 3, "f": "nan", "g": 0.0}
     assert not_finite(row) == ["b", "d"]

@@ -232,6 +232,13 @@ def test_auto_precision_is_planned_as_on_a_gpu(teacher, tmp_path, capsys, monkey
     assert "precision no" in planned(capsys, teacher, tmp_path / "run", "--mixed-precision", "no")
 
 
+def test_the_configs_precision_is_planned_for(teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert "precision bf16" in planned(capsys, teacher, tmp_path / "run", "--mixed-precision", "auto")
+    words = flags(teacher, tmp_path / "run", "--dry-run", "--mixed-precision", "fp16")
+    assert "config says mixed_precision bf16" in refused(cold_start.main, words, capsys=capsys)
+
+
 def wrong_inputs(teacher, reward_folder, tmp_path):
     other = tmp_path / "other"
     random_sit(num_classes=7).save_pretrained(other / "sit")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ import torch
 from evaluation import decoding, evaluate, figures, files, generate, sampling
 from evaluation.distances import equal_sets, sliced_wasserstein
 from evaluation.metrics import neighbours, precision_recall, statistics
+from evaluation.spaces import stored_by_space
 from evaluation.split import hold_out
 from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, run_cold_start, save_unchecked, words
+from train_cc.io.errors import InputError
 from train_cc.io.figures import METRICS, read_figures
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.features import load_space
@@ -330,6 +333,8 @@ def test_bad_references_and_spaces_are_refused(digits, classifier, tmp_path, cap
 
     images = np.load(digits)["arr_0"]
     np.savez(tmp_path / "mu.npz", arr_0=images, mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
+    assert "of Inception's features" in told(tmp_path / "mu.npz", "--classifier", classifier)
+    np.savez(tmp_path / "mu.npz", arr_0=images, mu=np.zeros(2047), sigma=np.zeros((2047, 2047)))
     assert "features" in told(tmp_path / "mu.npz", "--classifier", classifier)
     np.savez(tmp_path / "few.npz", arr_0=images[:2])
     assert "4 reference images or more" in told(tmp_path / "few.npz", "--classifier", classifier)
@@ -462,6 +467,16 @@ def test_spaces_and_held_out_files_that_cannot_be(digits, two_classifiers, tmp_p
     assert "at most 4096 numbers, these have 80 x 80 x 1" in message
     np.savez(tmp_path / "few.npz", arr_0=images[:5])
     assert "two halves need 8" in told(tmp_path / "few.npz", "--space", first, "--held-out", "halves")
+    assert "two halves need 8" in told(tmp_path / "few.npz", "--space", first, "--held-out", "halves", "--check")
+
+
+def test_inceptions_statistics_are_of_no_other_space_as_wide(tmp_path):
+    content = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    wide = SimpleNamespace(name="timm:resnet50", size=2048)
+    with pytest.raises(InputError, match="of Inception's features: ask for that space"):
+        stored_by_space(content, tmp_path, [wide])
+    inception = SimpleNamespace(name="inception", size=2048)
+    assert list(stored_by_space(content, tmp_path, [wide, inception])) == ["inception"]
 
 
 def test_stored_statistics_find_their_space(digits, two_classifiers, tmp_path, capsys):

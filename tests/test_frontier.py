@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from evaluation import comparison, frontier, scatter, work
-from evaluation.asked import ROOT
+from evaluation.asked import ROOT, plain_settings
 from evaluation.files import HELD_OUT
 from evaluation.rows import read_table, words_of
 from tests.conftest import refused, tree, words
@@ -177,6 +177,42 @@ def test_what_is_stale_is_made_again_and_put_aside(run, table, teacher, tmp_path
     assert {"base-1", "base-2", "base_and_reward-1", "teacher-1"} <= set(aside)
 
 
+def test_a_decoder_in_a_samplings_flags_makes_its_samples_stale(run, table, tmp_path):
+    (tmp_path / "here" / "vae").mkdir()
+    (tmp_path / "here" / "vae" / "config.json").write_text("1")
+    table.write_text(TABLE.replace("--num-images 8", "--num-images 8 --vae $HERE/vae"))
+    assert kinds(run()) == [6, 8, 4] and kinds(run()) == [0, 0, 0]
+    (tmp_path / "here" / "vae" / "config.json").write_text("2")
+    assert kinds(run())[:2] == [0, 8]
+
+
+def test_several_processes_make_another_row(run, monkeypatch):
+    run()
+    monkeypatch.setenv("NUM_PROCESSES", "1")
+    assert kinds(run()) == [0, 0, 0]
+    monkeypatch.setenv("NUM_PROCESSES", "2")
+    assert kinds(run())[0] == 6
+
+
+def test_the_order_of_rewards_and_of_none_is_a_setting():
+    rewarded = plain_settings(["--encoder-type", "none", "--reward", "frechet", "1"])
+    assert rewarded["--reward"] == "frechet 1"
+    assert plain_settings(["--reward", "frechet", "1", "--encoder-type", "none"]) != rewarded
+
+
+def test_a_space_that_rewarded_a_row_is_named(run, tmp_path):
+    run()
+    for path in (tmp_path / "f" / "rows").glob("*/figures.json"):
+        content = json.loads(path.read_text()) | {"features_sha256": "judge"}
+        rewards = {"rewards_sha256": ["judge"] if "reward" in str(path.parent.name) else []}
+        content["rows"] = {name: row | {"generation": rewards} for name, row in content["rows"].items()}
+        path.write_text(json.dumps(content))
+    run()
+    text = (tmp_path / "f" / "frontier.md").read_text()
+    assert text.count("This space rewarded") == 1
+    assert "This space rewarded base + reward: judge it" in text.split("## g")[0]
+
+
 def test_a_comment_in_a_launcher_makes_nothing_stale(run, tmp_path, monkeypatch):
     copy = shutil.copytree(ROOT / "scripts", tmp_path / "root" / "scripts").parent
     monkeypatch.setattr(frontier, "ROOT", copy)
@@ -186,6 +222,18 @@ def test_a_comment_in_a_launcher_makes_nothing_stale(run, tmp_path, monkeypatch)
     assert kinds(run()) == [0, 0, 0]
     script.write_text(script.read_text().replace("--ratio-update 5", "--ratio-update 6"))
     assert kinds(run())[0] == 2  # the cold starts; they came out the same, so that the rest is kept
+
+
+def test_a_file_named_by_another_path_makes_nothing_stale(run, table, tmp_path, monkeypatch):
+    evaluation = '"--space pixels classifier:$HERE/input"'
+    table.write_text(TABLE.replace('"--space pixels"', evaluation))
+    assert kinds(run()) == [6, 8, 4]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HERE", "here")
+    assert kinds(run()) == [0, 0, 0]
+    shutil.copytree("here", "there")
+    monkeypatch.setenv("HERE", "there")
+    assert kinds(run())[2] == 4  # other files, though their contents are the same
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "\0", "[" * 100_000])
@@ -216,6 +264,8 @@ WRONG = {
     "an unknown flag": ("--encoder-type none", "--encoder none", "unrecognized arguments: --encoder none"),
     "a wrong value": ("--real-guidance-scale 1.5", "--real-guidance-scale much", "--real-guidance-scale is much"),
     "the frontier's flag": ("--encoder-type none", "--seed 3", "--seed is the frontier's to set"),
+    "its flag with =": ("--encoder-type none", "--teacher=x", "--teacher is the frontier's to set"),
+    "other counts": ("--num-steps 2", "--num-steps 2 --num-images 9", "rows of [8, 9] images do not compare"),
     "an unknown key": ("published = true", "publish = true", "has unknown publish"),
     "a missing key": ("base_steps = 4", "", "lacks base_steps"),
     "an unknown stage": ('stage = "cold_start"', 'stage = "warm"', "stage is 'warm'"),
@@ -371,6 +421,26 @@ def test_the_picture_shows_every_row(tmp_path):
     colours = {name: "tab:blue" for name in rows if name != "held-out real"}
     scatter.picture(spaces, colours, {"row 1": "row 0"}, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_the_legend_names_what_is_shown():
+    spaces = [{"rows": {"teacher": {}, "base": {}, "control": {}}}]
+    colours = {
+        "teacher": scatter.TEACHER,
+        "guided": scatter.TEACHER,
+        "base": scatter.COLD_START,
+        "reward": scatter.REWARD,
+    }
+    assert scatter.shown(spaces, colours, {"reward": "control"}) == []
+    spaces[0]["rows"] |= {"guided": {}, "reward": {}, HELD_OUT: {}}
+    labels = [handle.get_label() for handle in scatter.shown(spaces, colours, {"reward": "control"})]
+    assert [label.split()[0] for label in labels] == ["real", "the", "from"]
+
+
+def test_names_with_dollar_signs_are_no_formulas(tmp_path):
+    rows = {"$\\frac{": row(1, 0.5, 0.5), "b $ c $": row(1, 0.6, 0.6)}
+    spaces = [{"features": "timm:$\\frac{$", "rows": rows}]
+    scatter.picture(spaces, dict.fromkeys(rows, "tab:blue"), {}, tmp_path / "p.png")
 
 
 def test_a_collapsed_row_does_not_press_the_others_together():

@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from convert_weight import export_generator
 from evaluation import evaluate, generate
 from tests.conftest import refused, run_cold_start, words
 from train_cc import dmdr_refl
 from train_cc.draws import Draws
+from train_cc.models.classifier import ImageClassifier
 from train_cc.models.latents import encode_images, latent_space_sha256, read_latent_space
 from train_cc.models.vae import VAEDecoder, load_vae
 from train_cc.pretrain import classifier, data, teacher, vae
@@ -201,6 +203,19 @@ def test_odd_vaes(folder, tmp_path, capsys, more, told):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_decoder_is_not_trained_into_the_vae_that_it_is_of(folder, stage_0, tmp_path, capsys):
+    judge = ["--classifier", str(stage_0 / "classifier_reward")]
+    flags = [*of(folder), *SMALL_VAE, *judge, "--decoder-of", str(stage_0 / "vae"), "--overwrite"]
+    before = sorted(path.stat().st_mtime_ns for path in (stage_0 / "vae").iterdir())
+    message = refused(vae.main, [*flags, "--output-dir", str(stage_0 / ".." / stage_0.name / "vae")], capsys=capsys)
+    assert "the VAE that is read must stay" in message
+    assert before == sorted(path.stat().st_mtime_ns for path in (stage_0 / "vae").iterdir())
+    ImageClassifier("test_resnet", 10, 1, 16).save_pretrained(tmp_path / "grey")
+    flags[flags.index("--classifier") + 1] = str(tmp_path / "grey")
+    message = refused(vae.main, [*flags, "--output-dir", str(tmp_path / "run")], capsys=capsys)
+    assert "takes 1 channel(s), the images have 3" in message
+
+
 # The teacher ------------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +273,10 @@ def test_a_vae_of_other_latents_is_refused(folder, stage_0, path_in_miniature, t
         sampling = words("--generator", model, "--vae", other, "--num-images", 2, "--output", tmp_path / "s.npz")
         assert "other latents" in refused(generate.main, sampling, capsys=capsys)
     assert not (tmp_path / "s.npz").exists()
+    units = path_in_miniature / "dmdr" / "checkpoints" / "torch_units" / "step-4.pt"
+    export = words("--checkpoint", units, "--pipeline", tmp_path / "p", "--vae", other)
+    assert "other latents" in refused(export_generator.main, export, capsys=capsys)
+    assert not (tmp_path / "p").exists()
 
 
 def test_half_precision_and_fp32_train_the_same_teacher(folder, stage_0, tmp_path):

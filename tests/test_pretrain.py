@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -362,6 +363,41 @@ def test_odd_data_dirs(tmp_path, capsys, kind):
     folder = {"missing": "nowhere", "a file": "file", "a folder of nothing": "nothing", "a loop": "loop"}[kind]
     words = ["--dataset", "fashion-mnist", "--data-dir", str(tmp_path / folder), "--output", str(tmp_path / "o.npz")]
     assert "idx files" in refused(data.main, words, capsys=capsys)
+
+
+def test_two_processes_download_one_after_the_other(tmp_path, monkeypatch):
+    """torchvision writes into the file itself: another process would find half of it."""
+    monkeypatch.chdir(tmp_path)
+
+    def asked(url, folder, name, md5):
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(folder / ".lock", timeout=0).acquire()
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", asked)
+    assert data._download() == Path("runs/data/FashionMNIST/raw")
+
+
+def test_a_fused_optimizers_steps_are_where_its_parameters_are():
+    model = torch.nn.Linear(2, 2, device="meta")
+    for fused, place in ((None, "cpu"), (True, "meta")):
+        optimizer = torch.optim.AdamW(model.parameters())
+        optimizer.defaults["fused"] = fused
+        found = resumable.Training(model, optimizer, lambda step: None).tensors()
+        assert found["optimizer.weight.step"].device.type == place
+
+
+def test_dropout_after_a_restart_is_as_without_one(tmp_path, monkeypatch):
+    """Networks with dropout draw from torch's own generator, which no checkpoint holds."""
+    plain = ImageClassifier.forward
+    monkeypatch.setattr(
+        ImageClassifier, "forward", lambda self, x: plain(self, torch.dropout(x, 0.3, train=self.training))
+    )
+    whole = trained(train("classifier", tmp_path / "whole"))
+    with monkeypatch.context() as killed, pytest.raises(RuntimeError):
+        stop_at(killed, "classifier", 3)
+        train("classifier", tmp_path / "twice", "--checkpoint-steps", "2")
+    torch.manual_seed(7)
+    assert same(whole, trained(train("classifier", tmp_path / "twice", "--checkpoint-steps", "2")))
 
 
 def test_the_learning_rate_decays_to_a_twentieth():

@@ -51,6 +51,18 @@ def test_a_page_shows_arguments_curves_pictures_and_nothing_from_outside(run, tm
     assert "report: " in capsys.readouterr().out
 
 
+def test_a_table_has_the_count_of_its_samples_not_of_what_is_held_out(run, tmp_path):
+    figures = dict.fromkeys(METRICS, 0.5)
+    rows = {"cold start": {"figures": figures, "images": 10_000}, "held-out real": {"figures": figures, "images": 898}}
+    rows["cold start"]["generation"] = {"rewards_sha256": ["judge"]}
+    content = {"rows": rows, "features": "a", "features_sha256": "judge", "set_size": 898}
+    (run.parent / "results.json").write_text(json.dumps(content))
+    text = made(tmp_path, run)
+    assert "<th>FID-10k ↓</th>" in text and "<th>Recall-0.898k ↑</th>" in text and "10,000 images for each row" in text
+    assert "This space rewarded cold start: judge it in a space that no reward used." in text
+    (run.parent / "results.json").unlink()
+
+
 def test_every_chart_finds_its_columns_in_the_log_of_a_run_with_a_reward(run, teacher, tmp_path, reward_folder):
     """A batch of 64, so that no band of t is empty. The rules' columns are there too."""
     words = flags(teacher, tmp_path / "run", "--encoder-type", "classifier", "--reward-classifier", reward_folder)

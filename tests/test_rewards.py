@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from evaluation import evaluate, generate
 from tests.conftest import build_run, flags, logged, refused, run_cold_start, spread_lora_b
@@ -18,6 +19,7 @@ from train_cc.flow import interpolate
 from train_cc.io.read import sha256
 from train_cc.objectives import dmd_direction, dmd_loss, velocity_matching_losses
 from train_cc.rewards.at_x0 import Reward, rewards_at_x0
+from train_cc.rewards.python_file import PythonReward
 from train_cc.rewards.spec import RewardSpec, named_apart
 from train_cc.rewards.tilt import effective_samples, tilt_weights
 from train_cc.schedules import beta_times
@@ -51,6 +53,17 @@ def ink(tmp_path) -> str:
 
 
 # A reward of ten lines from a file outside the package
+
+
+def test_a_users_file_may_hold_a_dataclass(tmp_path):
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass A:\n    a: int\n"
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "reward.py"
+        file.write_text(f"{text}\ndef brightness(images, labels):\n    return {value} * images.mean((1, 2, 3))\n")
+    rewards = [PythonReward(f"{tmp_path / name / 'reward.py'}:brightness", "cpu") for name in ("one", "two")]
+    images = torch.ones(2, 1, 4, 4)
+    assert [reward.rewards(images, torch.zeros(2)).tolist() for reward in rewards] == [[1.0, 1.0], [2.0, 2.0]]
 
 
 def test_a_reward_from_a_users_file_trains(teacher, tmp_path, sharp):
@@ -160,6 +173,23 @@ def test_the_frechet_reward_trains_and_its_distance_is_logged(teacher, tmp_path,
     assert [row["grad_norm_reward_frechet_x0"] > 0 for row in rows] == [False, False, False, True, True]
     log = (run / "log.txt").read_text()
     assert "WARNING: --frechet-window 200 is short" in log
+
+
+def test_features_are_never_taken_under_autocast(teacher, tmp_path, real, monkeypatch):
+    """Neither those that fill the window before the first update, nor later ones: they are fp32's."""
+    plain, seen = turns.observe_batches, []
+
+    def watched(*given):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return plain(*given)
+
+    monkeypatch.setattr(turns, "observe_batches", watched)
+    AcceleratorState._reset_state(True)
+    try:
+        run_cold_start(teacher, tmp_path / "run", *frechet(real), "--mixed-precision", "bf16", "--max-train-steps", 1)
+    finally:
+        AcceleratorState._reset_state(True)
+    assert len(seen) > 10 and not any(seen)
 
 
 def test_the_frechet_reward_resumes_to_the_bit(teacher, tmp_path, real):
@@ -375,5 +405,5 @@ def test_figures_in_the_space_of_a_reward_are_warned_of(teacher, tmp_path, rewar
     for name, path in made.items():
         capsys.readouterr()
         evaluate.main(argv(path, tmp_path / "reference.npz", "--classifier", reward_folder))
-        assert ("rewarded the generator" in capsys.readouterr().err) == (name != "plain"), name
+        assert ("This space rewarded" in capsys.readouterr().err) == (name != "plain"), name
     assert json.loads((after / "generator" / "generation_config.json").read_text())["rewards_sha256"] == [digest]

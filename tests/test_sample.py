@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image, ImageFont
 from timm.data import ImageNetInfo
 
 from evaluation import sample
+from evaluation.columns import data_of
 from evaluation.sample import class_of
 from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, words
@@ -59,6 +61,15 @@ def test_names_are_those_of_the_data(tmp_path):
     assert class_of("one", class_names(str(tmp_path / "names.txt"), 2, "digits"), 2) == 1
     with pytest.raises(InputError, match=r"--names .*names\.txt has 2 names; 10 classes are expected"):
         class_names(str(tmp_path / "names.txt"), 10, None, "--names")
+
+
+def test_a_checkpoint_by_a_link_of_another_name_knows_its_data(tmp_path):
+    of_run(tmp_path, tmp_path / "teacher", "digits")
+    step = tmp_path / "run" / "checkpoints" / "torch_units" / "step-3.pt"
+    step.parent.mkdir(parents=True)
+    step.touch()
+    (tmp_path / "best.pt").symlink_to(step)
+    assert data_of(SimpleNamespace(path=tmp_path / "best.pt")) == "digits"
 
 
 def test_a_file_of_names_may_be_named_like_a_data_set(tmp_path, capsys, monkeypatch):

@@ -60,7 +60,27 @@ def test_healthy_runs_are_told_from_their_figures(runs):
 
 def test_without_a_control_the_run_that_it_started_from_is_the_base(runs):
     assert "The reward buys 0.13 of precision for 0.12 of recall, against the run that" in said(runs[::2], table())[1]
-    assert "the reward's effect is not known" in said(runs[2:], table())[1]
+    found, text = said(runs[2:], table())
+    assert "the reward's effect is not known" in text and "One step keeps 74% of the teacher's recall" in text
+    assert found.state == "partly"
+    alone = table()
+    del alone.made_by[TEACHER]
+    found, text = said(runs[2:], alone)
+    assert found.state == "unmeasured" and "the reward's effect is not known" in text and "Recall 0.64" in text
+    assert said(runs[:1], alone)[0].state == "unmeasured"
+
+
+def test_a_control_has_the_same_settings_and_no_tilt(runs):
+    for changed in ({"tilt": ["python 1 f.py:f"]}, {"seed": 31}, {"real_guidance_scale": 1.5}):
+        other = [runs[0], run(runs[0].folder, "control", CONTROL, **runs[1].arguments | changed), runs[2]]
+        assert "against the run that it started from" in said(other, table())[1], changed
+
+
+def test_a_finished_run_that_goes_on_is_not_finished(runs):
+    runs[0].exported = 100
+    assert said(runs[:1], table())[0].state == "good"
+    runs[0].arguments["max_train_steps"] = 200
+    assert "Not finished" in said(runs[:1], table())[1]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +91,8 @@ def test_without_a_control_the_run_that_it_started_from_is_the_base(runs):
         ({"Precision": 0.65, "Recall": 0.60}, "partly", "cost 0.17 of recall"),
         ({"Precision": 0.63, "Recall": 0.85}, "good", "moved precision by -0.01 and recall by +0.08"),
         ({"Precision": 0.90, "Recall": 0.30}, "bad", "diversity has collapsed"),
+        ({"Precision": 0.54, "Recall": 0.80}, "partly", "cost 0.10 of precision, and recall moved by +0.03"),
+        ({"Precision": 0.30, "Recall": 0.80}, "bad", "quality has collapsed"),
     ],
 )
 def test_what_the_reward_did(runs, figures, state, words):
@@ -132,7 +154,7 @@ def test_figures_of_other_weights_are_nobodys(runs):
     other = table()
     other.made_by = {name: each | {"generator_sha256": "other"} for name, each in other.made_by.items()}
     found, text = said(runs, other)
-    assert found.title == "No warning, but nothing was measured" and "keeps" not in text and "buys" not in text
+    assert found.title == "No warning, but no figure to judge by" and "keeps" not in text and "buys" not in text
     guided = table()
     guided.made_by[TEACHER]["arguments"]["guidance_scale"] = "1.5"
     assert "The teacher was not measured" in said(runs, guided)[1]

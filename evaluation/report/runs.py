@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from evaluation.files import HELD_OUT
 from evaluation.report.rules import Series
 from train_cc.io.errors import InputError
 from train_cc.io.figures import read_figures
 from train_cc.io.read import printable, read_json, require_folder, sha256
 from train_cc.io.weights import WEIGHTS_NAME
+from train_cc.run.folder import exported_step
 from train_cc.run.logbook import parse_json_lines
 
 LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)")
@@ -26,6 +28,7 @@ class RunLog:
     pictures: dict[int, Path] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     generator_sha256: str = ""  # of generator/, where it is there
+    exported: int | None = None  # the step of generator/, where it says so
     lines: list[tuple[datetime, str]] = field(default_factory=list)  # of log.txt
 
     @property
@@ -39,7 +42,8 @@ class RunLog:
 
     @property
     def finished(self) -> bool:
-        return bool(self.generator_sha256)
+        """Whether the generator is there, and of the last update: a finished run can be continued to a later one."""
+        return bool(self.generator_sha256) and self.exported in (None, self.arguments.get("max_train_steps"))
 
     @property
     def stopped(self) -> str:
@@ -57,6 +61,7 @@ class Table:
     count: int = 0  # images of a row; 0: not recorded
     set_size: int | None = None  # of the sets of recall and precision; None: of all images
     space: str = ""
+    space_sha256: str = ""  # of the network whose features it is
 
 
 def read_rows(path: Path, problems: list[str]) -> list[dict]:
@@ -122,7 +127,7 @@ def read_run(folder: Path) -> RunLog:
             run.pictures[int(number[1])] = path
     generator = folder / "generator"
     if (generator / "config.json").is_file() and (generator / WEIGHTS_NAME).is_file():
-        run.generator_sha256 = sha256(generator / WEIGHTS_NAME)
+        run.generator_sha256, run.exported = sha256(generator / WEIGHTS_NAME), exported_step(folder)
     return run
 
 
@@ -159,9 +164,11 @@ def tables_of(content: dict, path: Path) -> list[Table]:
 def table_of(content: dict, path: Path) -> Table:
     table = Table(printable(f"{path.parent.name}/{path.name}"), {})
     table.space = printable(str(content.get("features", ""))[:200])
+    table.space_sha256 = str(content.get("features_sha256", ""))
     for name, row in content["rows"].items():
         table.rows[printable(name)] = row["figures"]
         made_by, count = row.get("generation"), row.get("images")
         table.made_by[printable(name)] = made_by if isinstance(made_by, dict) else {}
-        table.count = count if is_step(count) else table.count
+        if name != HELD_OUT:  # its images can be fewer
+            table.count = count if is_step(count) else table.count
     return table

@@ -11,6 +11,8 @@ from evaluation.report.runs import RunLog, Table
 
 LEAST_UPDATES = 50  # fewer say nothing: the estimator has hardly begun to follow
 NOISE = 0.03  # of precision and recall: another seed moves them by so much on digits (docs/results.md)
+# Arguments that a control shares with the run that it is the control of.
+OF_A_CONTROL = ("resume_ckpt", "max_train_steps", "batch_size", "real_guidance_scale", "seed")
 KEPT_WELL, KEPT_AT_ALL = 0.75, 0.5  # of the teacher's recall and precision
 # From the worst to the best; the page's title is that of its worst run.
 TITLES = {
@@ -18,7 +20,7 @@ TITLES = {
     "short": "Too short to judge",
     "unfinished": "Not finished",
     "partly": "It worked in part",
-    "unmeasured": "No warning, but nothing was measured",
+    "unmeasured": "No warning, but no figure to judge by",
     "good": "It worked",
 }
 
@@ -104,15 +106,16 @@ def say_figures(told: OfRun, run: RunLog, runs: list[RunLog], table: Table, name
     figures, where = table.rows[name], f" ({table.count:,} images, {space})"
     hashes = run.record.get("sha256")
     teacher = row_of(hashes.get("teacher", ""), table, multi_step=True) if isinstance(hashes, dict) else ""
-    if teacher and not rewarded(run):
-        against_teacher(told, run, figures, table.rows[teacher], where)
-    elif not rewarded(run):
-        told.say(f"{shown(figures)}{where}. The teacher was not measured beside it.")
     base, base_words = base_of(run, runs, table)
     if base:
         against_control(told, figures, table.rows[base], base_words, where)
-    elif rewarded(run):
-        told.say(f"{shown(figures)}{where}. No control was measured beside it, so the reward's effect is not known.")
+    elif teacher:
+        against_teacher(told, run, figures, table.rows[teacher], where)
+    elif not rewarded(run):
+        told.say(f"{shown(figures)}{where}. The teacher was not measured beside it.", "unmeasured")
+    if rewarded(run) and not base:
+        beside = "" if teacher else f"{shown(figures)}{where}. "
+        told.say(f"{beside}No control was measured beside it, so the reward's effect is not known.", "unmeasured")
 
 
 def shown(figures: dict[str, float]) -> str:
@@ -120,7 +123,9 @@ def shown(figures: dict[str, float]) -> str:
 
 
 def rewarded(run: RunLog) -> bool:
-    return run.arguments.get("encoder_type", "none") not in ("none", None) or bool(run.arguments.get("reward"))
+    """By a gradient or by a tilt."""
+    kinds = (run.arguments.get(name) for name in ("reward", "tilt"))
+    return run.arguments.get("encoder_type", "none") not in ("none", None) or any(kinds)
 
 
 def against_teacher(told: OfRun, run: RunLog, figures: dict, teacher: dict, where: str) -> None:
@@ -149,7 +154,7 @@ def base_of(run: RunLog, runs: list[RunLog], table: Table) -> tuple[str, str]:
         return "", ""
     start = run.arguments.get("resume_ckpt")
     for other in runs:
-        same = [other.arguments.get(name) == run.arguments.get(name) for name in ("resume_ckpt", "max_train_steps")]
+        same = [other.arguments.get(name) == run.arguments.get(name) for name in OF_A_CONTROL]
         if not rewarded(other) and all(same) and (row := row_of(other.generator_sha256, table)):
             return row, "the control, as many updates without it"
     for other in runs:
@@ -177,8 +182,12 @@ def against_control(told: OfRun, figures: dict, base: dict, base_words: str, whe
             f"The reward cost {-recall:.2f} of recall, and precision moved by {precision:+.2f} alone",
             "partly",
         )
+    elif precision <= -NOISE:
+        said, state = f"The reward cost {-precision:.2f} of precision, and recall moved by {recall:+.2f}", "partly"
     else:
         said = f"The reward moved precision by {precision:+.2f} and recall by {recall:+.2f}"
     told.say(f"{said}, against {base_words}: {values}{where}.", state)
     if figures["Recall"] < 0.5 * base["Recall"]:
         told.say("Recall is less than half of that: diversity has collapsed. Lower the reward's weight.", "bad")
+    if figures["Precision"] < 0.5 * base["Precision"]:
+        told.say("Precision is less than half of that: quality has collapsed. Lower the reward's weight.", "bad")

@@ -12,7 +12,7 @@ from train_cc.distillation.settings import Run, trainable
 from train_cc.io.errors import InputError
 from train_cc.io.hub import model_folder
 from train_cc.io.read import Number, check_numbers, sha256
-from train_cc.io.write import need_space, plain_mode
+from train_cc.io.write import flush, need_space, plain_mode
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.generator import (
     GENERATION_CONFIG,
@@ -194,6 +194,7 @@ def write_generator(run: Run, state: dict[str, Tensor]) -> None:
     save_generator(generator, temporary, run.method.num_steps, run.method.timestep_shift, **provenance)
     for path in temporary.iterdir():
         plain_mode(path)
+        flush(path)
     put_in_place(temporary, target, last=GENERATION_CONFIG)
     logger.info("generator after %d updates: %s", run.step, target)
 

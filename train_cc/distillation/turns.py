@@ -155,14 +155,14 @@ def fill_memories(run: Run) -> None:
         return
     batch = run.optimisation.effective_batch(run.session.world_size)
     window = max(memory.window for memory in run.memories.values())
-    with run.session.generator_accelerator.autocast():
-        for number in range(-(-min(FILL_SAMPLES, window) // batch)):
-            batches = []
+    for number in range(-(-min(FILL_SAMPLES, window) // batch)):
+        batches = []
+        with run.session.generator_accelerator.autocast():
             for chunk in range(run.optimisation.gradient_accumulation_steps):
                 draws = chunk_draws(run, FILL, number, chunk)
                 y = draw_labels(run, draws)
                 batches.append((draws, y, generate(run, draws, y)))
-            observe_batches(run, batches)
+        observe_batches(run, batches)
 
 
 # Generator turn -----------------------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ def download(
     wait for each other. Raises `InputError`, ``hint`` at its end, without a connection, for a web page in place of the
     file, where the disk is too small, or where the server sent too little.
     """
+    if target.exists():  # also where nothing can be written
+        return target
     check_parent(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(target.name + ".lock")

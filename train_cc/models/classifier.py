@@ -115,7 +115,12 @@ class ImageClassifier(nn.Module):
         return features, self.network.get_classifier()(features)
 
     def enable_gradient_checkpointing(self) -> None:
-        self.network.set_grad_checkpointing(True)
+        """Raises `InputError` for an architecture that timm cannot recompute."""
+        try:
+            self.network.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            told = f"{self.config['architecture']} cannot be recomputed by timm"
+            raise InputError(f"{told}: leave --reward-checkpointing out, or take --reward-micro-batch") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """`config.json` and `model.safetensors`, with one mode."""

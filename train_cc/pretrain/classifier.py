@@ -35,7 +35,7 @@ def classifier_training(
     import torch
     from torch.nn import functional as F
 
-    from train_cc.draws import Draws
+    from train_cc.draws import Draws, rng_of
     from train_cc.pretrain.resumable import Training
 
     device = next(model.parameters()).device
@@ -43,6 +43,7 @@ def classifier_training(
 
     def update(step: int) -> "Tensor":
         draws = Draws(*draws_key(args), step, device=device)
+        torch.manual_seed(rng_of(*draws_key(args), step, 2).initial_seed())  # dropout and stochastic depth draw there
         rows = draws.integers(len(targets), args.batch_size).to(device)
         spread = draws.uniform(args.batch_size).float().to(device).view(-1, 1, 1, 1) * args.noise_augmentation
         noisy = (data[rows] + spread * draws.noise_like(data[rows])).clamp(0, 1)

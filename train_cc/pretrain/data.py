@@ -68,15 +68,18 @@ def _read_idx(folder: Path, stem: str, shape: tuple[int, ...]) -> "Tensor":
 
 def _download() -> Path:
     """Fashion-MNIST's files from torchvision's mirror, each with its MD5: a partial one never counts. -> folder."""
+    from filelock import FileLock
     from torchvision.datasets import FashionMNIST
     from torchvision.datasets.utils import download_url
 
     folder = Path("runs/data/FashionMNIST/raw")
-    for name, md5 in FashionMNIST.resources:
-        try:
-            download_url(FashionMNIST.mirrors[0] + name, folder, name, md5)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"cannot download Fashion-MNIST ({error}); give its folder by --data-dir") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # torchvision writes into the file itself
+            for name, md5 in FashionMNIST.resources:
+                download_url(FashionMNIST.mirrors[0] + name, folder, name, md5)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot download Fashion-MNIST ({error}); give its folder by --data-dir") from error
     return folder
 
 

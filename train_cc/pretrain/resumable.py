@@ -67,7 +67,8 @@ class Training:
                 continue
             moments = self.optimizer.state[parameter]
             if not moments:
-                moments["step"] = torch.zeros(())
+                fused = self.optimizer.defaults["fused"]  # its kernel reads the step where the parameter is
+                moments["step"] = torch.zeros((), device=parameter.device if fused else None)
                 moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             found |= {f"optimizer.{name}.{key}": value.detach() for key, value in moments.items()}
         return found

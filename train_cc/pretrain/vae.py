@@ -51,8 +51,12 @@ def vae_training(vae: "AutoencoderKL", images: "Tensor", args: argparse.Namespac
     if args.decoder_of is not None:
         vae.requires_grad_(False)
         vae.decoder.requires_grad_(True)
-        vae.post_quant_conv.requires_grad_(True)
+        if vae.post_quant_conv is not None:
+            vae.post_quant_conv.requires_grad_(True)
         judge = ImageClassifier.from_pretrained(args.classifier).to(device)
+        if judge.in_channels != images.shape[1]:
+            told = f"takes {judge.in_channels} channel(s), the images have {images.shape[1]}"
+            raise InputError(f"--classifier {args.classifier} {told}: give one of the same data set")
         with torch.no_grad():
             spread = judge.features_and_logits(images[:512].to(device).float() / 255)[0].var(0).mean()
 
@@ -150,6 +154,10 @@ def check(args: argparse.Namespace, shape: tuple[int, int, int]) -> None:
         raise InputError(f"{told}: the decoder alone is trained against a classifier's features; give both, or neither")
     if args.decoder_of is not None:
         require_folder(args.decoder_of, "a VAE folder", "config.json")
+        if args.decoder_of.resolve() == args.output_dir.resolve():
+            raise InputError(
+                f"--decoder-of and --output-dir are both {args.output_dir}; the VAE that is read must stay"
+            )
     if wrong := [width for width in args.channels if width % args.groups]:
         raise InputError(f"--groups is {args.groups}, which does not divide --channels {wrong[0]}")
     if shape[1] % 2 ** (len(args.channels) - 1):

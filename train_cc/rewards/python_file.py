@@ -8,6 +8,7 @@ Images come as float tensors (B, C, H, W) in [0, 1] on the run's device, with gr
 """
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -29,10 +30,10 @@ def load_module(source: str) -> tuple[ModuleType, str]:
     path = Path(file)
     if not name.isidentifier() or not path.is_file():
         raise InputError(f"the reward {source!r} is not there; {EXPECTED} is expected")
-    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}_{abs(hash(path.resolve()))}", path)
     if spec is None or spec.loader is None:
         raise InputError(f"{path} is no Python file; {EXPECTED} is expected")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for themselves there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the user's code, whatever it does

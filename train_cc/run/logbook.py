@@ -65,8 +65,14 @@ class JsonLines:
         self._file = path.open("a")
 
     def write(self, rows: Iterable[dict]) -> None:
-        self._file.write("".join(json.dumps(row) + "\n" for row in rows))
+        """What is not finite, such as a gradient's norm that overflowed in fp16, is null: JSON has no such number."""
+        lines = ({name: None if number_lost(value) else value for name, value in row.items()} for row in rows)
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
         self._file.flush()
+
+
+def number_lost(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def read_json_lines(path: Path) -> tuple[list[dict], int]:

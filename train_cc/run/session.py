@@ -125,6 +125,19 @@ def resolve_precision(wanted: str) -> str:
     return GPU_PRECISION if torch.cuda.is_available() else "no"
 
 
+def agreed_precision(configured: str, wanted: str) -> str:
+    """Of the accelerate config and the flag, "no" and "auto" where they leave it to the other. Raises `InputError`."""
+    if configured not in (*COMPUTE_DTYPES, "no"):
+        raise InputError(f"ACCELERATE_MIXED_PRECISION is {configured}; allowed: {', '.join(COMPUTE_DTYPES)}")
+    precision = configured if wanted == "auto" and configured != "no" else resolve_precision(wanted)
+    if configured not in ("no", precision):
+        raise InputError(
+            f"the accelerate config says mixed_precision {configured}, --mixed-precision {wanted} is "
+            f"{precision} on this machine; make them agree, or write 'no' into the config to let the flag rule"
+        )
+    return precision
+
+
 def sharding_asked() -> bool:
     """Whether the accelerate config is one for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -178,14 +191,7 @@ def open_session(
     """
     require_usable_gpus()
     configured, sharded, notes = take_environment()
-    if configured not in (*COMPUTE_DTYPES, "no"):
-        raise InputError(f"ACCELERATE_MIXED_PRECISION is {configured}; allowed: {', '.join(COMPUTE_DTYPES)}")
-    precision = configured if mixed_precision == "auto" and configured != "no" else resolve_precision(mixed_precision)
-    if configured not in ("no", precision):
-        raise InputError(
-            f"the accelerate config says mixed_precision {configured}, --mixed-precision {mixed_precision} is "
-            f"{precision} on this machine; make them agree, or write 'no' into the config to let the flag rule"
-        )
+    precision = agreed_precision(configured, mixed_precision)
     session = make_session(precision, sharded, report_to, folder)
     session.notes, session.shard_over = notes, shard_over
     wanted = os.environ.get("NUM_PROCESSES") or str(session.world_size)

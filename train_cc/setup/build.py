@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from train_cc.distillation.settings import Method, Optimisation, Output, Run, trainable
 from train_cc.draws import Draws
 from train_cc.io.errors import InputError
+from train_cc.io.hub import hub_name, model_folder
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.generator import generator_lora_rank, trainable_generator
 from train_cc.models.latents import read_latent_space
@@ -94,9 +95,9 @@ def prepare_scores(estimator: ScoreEstimator, source: Path, session: Session, dt
     """
     if dtype == torch.float32 or session.device.type == "cpu" or session.sharded:
         return
-    hold_frozen_in(estimator.to(session.device), torch.float16)
-    block = estimator.overflowing_block(torch.float16, session.device)
+    block = estimator.to(session.device).overflowing_block(torch.float16, session.device)
     if block is None:
+        hold_frozen_in(estimator, torch.float16)
         estimator.score_dtype = torch.float16
     elif dtype == torch.float16:
         raise InputError(f"fp16 overflows in block {block} of {source}: take --mixed-precision bf16, or no")
@@ -193,7 +194,8 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
     generator = trainable_generator(networks.sit(args.teacher), rank, args.seed)
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
-    latents = read_latent_space(args.teacher)
+    # A name on the hub is a folder of its cache; in a dry run the folder may be missing.
+    latents = read_latent_space(model_folder(args.teacher) if hub_name(args.teacher) else args.teacher)
     decode = load_decode(args, built, fit, latents)
     check_functions(built, decode, sample_shape, fit)
     session.notes += built.notes

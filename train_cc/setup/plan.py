@@ -5,12 +5,13 @@ Inputs are checked as a run checks them, the teacher's weights by their header a
 """
 
 import argparse
+import os
 
 import torch
 
 from train_cc.io.errors import InputError
 from train_cc.run.checkpoint import newest_intact, open_checkpoint
-from train_cc.run.session import GPU_PRECISION, resolve_precision
+from train_cc.run.session import GPU_PRECISION, agreed_precision
 from train_cc.setup.simulate import GIB, Cost, allowance, simulate
 
 UTILISATION = 0.4  # of a GPU's peak, that hours are told for
@@ -28,10 +29,11 @@ def begins_at(stage: str, args: argparse.Namespace) -> int:
 
 def planned_precision(args: argparse.Namespace) -> tuple[str, list[str]]:
     """-> the precision to plan for, and what to say of it."""
-    if args.mixed_precision == "auto" and not torch.cuda.is_available():
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+    if (configured, args.mixed_precision) == ("no", "auto") and not torch.cuda.is_available():
         told = f"no GPU here: --mixed-precision auto is planned as {GPU_PRECISION}, as on a GPU (here it would be fp32)"
         return GPU_PRECISION, [told]
-    return resolve_precision(args.mixed_precision), []
+    return agreed_precision(configured, args.mixed_precision), []
 
 
 def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
