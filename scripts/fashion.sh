@@ -30,27 +30,27 @@ samples() {
     generate "${sets[@]}"
 }
 
-part "VAE" "about 9 min" bash scripts/pretrain_fashion.sh vae
+part "VAE" "about 12 min" bash scripts/pretrain_fashion.sh vae
 part "classifiers, to reward and to evaluate" "about 9 min" bash scripts/pretrain_fashion.sh reward evaluation
 run_parts
 part "teacher" "about 35 min" bash scripts/pretrain_fashion.sh teacher
-part "decoder of the VAE" "about 6 min" bash scripts/pretrain_fashion.sh decoder
-part "second classifier to evaluate" "about 5 min" bash scripts/pretrain_fashion.sh evaluation_vit
+part "decoder of the VAE" "about 8 min" bash scripts/pretrain_fashion.sh decoder
+part "second classifier to evaluate" "about 3 min" bash scripts/pretrain_fashion.sh evaluation_vit
 run_parts
 part "cold start" "about 8 min" training cold_start bash scripts/cold_start_fashion.sh
-part "cold start of two steps" "about 10 min" training two_steps bash scripts/cold_start_fashion.sh --num-steps 2
+part "cold start of two steps" "about 8 min" training two_steps bash scripts/cold_start_fashion.sh --num-steps 2
 run_parts
 part "control: 100 more updates without reward" "about 3 min" \
     training control bash scripts/dmdr_fashion_refl.sh --encoder-type none
-part "DMDR" "about 4 min" training dmdr bash scripts/dmdr_fashion_refl.sh
-part "DMDR with a strong reward" "about 4 min" training dmdr_strong bash scripts/dmdr_fashion_refl.sh --reward-weight 0.2
+part "DMDR" "about 3 min" training dmdr bash scripts/dmdr_fashion_refl.sh
+part "DMDR with a strong reward" "about 3 min" training dmdr_strong bash scripts/dmdr_fashion_refl.sh --reward-weight 0.2
 part "samples of the teacher" "about 4 min" samples_of_the_teacher
 run_parts
 part "samples of one and two steps" "about 2 min" samples cold_start two_steps
 part "samples after more updates" "about 2 min" samples control dmdr dmdr_strong
 run_parts
 
-echo "[$PARTS/$PARTS] figures and report, about 2 min"
+echo "[$PARTS/$PARTS] figures and report, about 3 min"
 run python -m evaluation.evaluate \
     "$FASHION"/real_training.npz "$FASHION"/real_through_vae.npz \
     "$FASHION"/samples/{teacher,teacher_one_step,cold_start,two_steps,control,dmdr,dmdr_strong}.npz \

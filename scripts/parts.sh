@@ -7,7 +7,7 @@
 #
 # A part is a command, or a function that starts its commands by `run`. It shows one line and writes to a log of its
 # own. The first part that fails stops the others, and the end of its log is shown. Each part keeps all the threads that
-# it would have alone: a thread that waits sleeps (train_cc/io/threads.py), and the last part to run has all cores.
+# it would have alone: beside another one a thread that waits sleeps at once, and the last part to run has all cores.
 PARTS="${PARTS:-}" # of the whole job
 LOGS="${LOGS:-logs}"
 part_number=0
@@ -23,7 +23,9 @@ start_part() { # TITLE ABOUT COMMAND...: in the background. Sets `title` and `lo
     mkdir -p "$LOGS"
     echo "[$part_number${PARTS:+/$PARTS}] $title, $2; log: $log"
     shift 2
-    {   # a signal to the part reaches the command itself
+    {
+        [ "${#prepared[@]}" = 1 ] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-0}" # train_cc/io/threads.py
+        # a signal to the part reaches the command itself
         [ "$(type -t "$1")" = function ] || exec "$@"
         "$@"
         exit # without it bash 5.2 complains of its own variables where a function fails

@@ -29,10 +29,10 @@ part "teacher" "about 2 min" bash scripts/pretrain_digits.sh teacher
 part "classifiers" "about 1 min" bash scripts/pretrain_digits.sh classifiers
 run_parts
 part "cold start" "about 1 min" training cold_start bash scripts/cold_start_digits.sh
-part "samples of the teacher" "some seconds" samples_of_the_teacher
 run_parts
 part "DMDR" "about half a minute" training dmdr bash scripts/dmdr_digits_refl.sh
 part "control: as many updates without reward" "about half a minute" control
+part "samples of the teacher" "some seconds" samples_of_the_teacher
 run_parts
 part "samples of the generators" "some seconds" samples
 run_parts

@@ -52,6 +52,18 @@ def test_parts_run_side_by_side_and_write_to_logs(tmp_path):
     assert [log.read_text() for log in sorted((tmp_path / "logs").iterdir())] == ["met b\n", "met a\n", "a   b\n"]
 
 
+def test_threads_of_parts_side_by_side_sleep_at_once(tmp_path):
+    show = 'show() { echo "${GOMP_SPINCOUNT:-not set}"; }; '
+    pair = "part a soon show; part b soon show; run_parts; part alone soon show; run_parts"
+    process = start(
+        tmp_path, f"unset GOMP_SPINCOUNT; {show}{pair}; export GOMP_SPINCOUNT=7; part own soon show; {pair}"
+    )
+    assert process.wait(timeout=30) == 0
+    told = {log.name: log.read_text().strip() for log in (tmp_path / "logs").iterdir()}
+    assert [told[name] for name in ("1-a.txt", "2-b.txt", "3-alone.txt")] == ["0", "0", "not set"]
+    assert told["4-own.txt"] == told["5-a.txt"] == "7"
+
+
 def test_on_one_core_they_follow_one_another(tmp_path):
     one = 'one() { echo "$1 begins" >> noted; sleep 0.1; echo "$1 ends" >> noted; }; '
     process = start(tmp_path, one + "part a soon one a; part b soon one b; run_parts", cores=1)
@@ -114,23 +126,24 @@ import os, sys
 from train_cc.io.errors import exits_on_input_error
 from train_cc.io.threads import share_cores
 exits_on_input_error(share_cores)(*map(int, sys.argv[1:]))
-print(os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"])
+print(os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"], os.environ.get("GOMP_SPINCOUNT"))
 """
 
 
 @pytest.mark.parametrize(
     "processes,variables,expected",
     [
-        ([], {}, f"{threads.usable_cores()} passive"),
-        ([10_000], {}, "1 passive"),
-        ([10_000], {"OMP_NUM_THREADS": "7"}, "7 passive"),
-        ([], {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "active"}, "7 active"),
+        ([], {}, f"{threads.usable_cores()} passive 1000"),
+        ([10_000], {}, "1 passive 1000"),
+        ([10_000], {"OMP_NUM_THREADS": "7"}, "7 passive 1000"),
+        ([], {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "active"}, "7 active None"),
+        ([10_000], {"GOMP_SPINCOUNT": "0"}, "1 passive 0"),
     ],
     ids=str,
 )
 def test_what_openmp_is_told(processes, variables, expected):
     """By the command, again by one that starts others, and never against the user."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     command = [sys.executable, "-c", SHOW, *map(str, processes)]
     done = subprocess.run(command, cwd=ROOT, env=kept | variables, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected

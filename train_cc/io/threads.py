@@ -1,7 +1,9 @@
 """One rule for threads on the CPU: the cores that a process may use, shared by the processes beside it.
 
-A thread that waits sleeps. Spinning, as OpenMP does by itself, takes a core from whoever has work for it: where other
-processes run, two spinning threads are several times slower than one. What the user has set is respected.
+A thread that waits looks for its next work for some microseconds, and then sleeps. Spinning for long, as OpenMP does by
+itself, takes a core from whoever has work for it: where other processes run, two spinning threads are several times
+slower than one. To sleep at once makes small networks half as fast again on free cores (docs/benchmarks.md). What the
+user has set is respected.
 """
 
 import os
@@ -9,6 +11,7 @@ import sys
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+SPINS = 1000  # looks of GNU's OpenMP, torch's on Linux; others sleep at once
 _ours: dict[str, str] = {}  # what this process has set, and may set again
 
 
@@ -39,6 +42,8 @@ def share_cores(processes: int = 1) -> None:
     if "torch" in sys.modules:
         return
     told = {"OMP_NUM_THREADS": str(max(1, usable_cores() // processes)), "OMP_WAIT_POLICY": "passive"}
+    if os.environ.get("OMP_WAIT_POLICY") in (None, "", _ours.get("OMP_WAIT_POLICY")):
+        told["GOMP_SPINCOUNT"] = str(SPINS)
     for name, value in told.items():
         if os.environ.get(name) in (None, "", _ours.get(name)):
             os.environ[name] = _ours[name] = value
