@@ -6,9 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from scripts.processes import make_plan
 from train_cc.io.errors import InputError
-from train_cc.io.read import read_json, require_plain, sha256
+from train_cc.io.read import read_json, require_file, require_plain, sha256
 from train_cc.io.write import mark_of, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,13 +30,20 @@ def settings_of(script: Path, words: list[str], **more: object) -> dict[str, str
     settings = {"launcher's SHA-256": hashlib.sha256(commands.encode()).hexdigest()}
     read = sorted(set(re.findall(r"\$\{([A-Z0-9_]+)", text)) - GIVEN)
     settings |= {name: os.environ[name] for name in read if name in os.environ}
-    alone = "one_process_unless_asked" in text and not any(map(os.environ.get, ("ACCELERATE_CONFIG", "NUM_NODES")))
-    processes = make_plan({"NUM_PROCESSES": "1"} | os.environ if alone else os.environ, only_shown=True).processes
-    if processes > 1:
-        settings["processes"] = str(processes)
-        if config := os.environ.get("ACCELERATE_CONFIG"):
-            settings["ACCELERATE_CONFIG"] = sha256(Path(config))
-    return settings | plain_settings(words, **more)
+    return settings | processes_of(text) | plain_settings(words, **more)
+
+
+def processes_of(launcher: str) -> dict[str, str]:
+    """What decides how many processes a script with the text ``launcher`` starts; {} for one."""
+    asked = {name: os.environ.get(name, "") for name in ("NUM_PROCESSES", "NUM_NODES")}
+    found = {name: value for name, value in asked.items() if value not in ("", "1")}
+    if config := os.environ.get("ACCELERATE_CONFIG"):
+        found["ACCELERATE_CONFIG"] = sha256(require_file(Path(config), "a config of accelerate"))
+    if not asked["NUM_PROCESSES"] and (config or "one_process_unless_asked" not in launcher):
+        import torch
+
+        found |= {"GPUs": str(torch.cuda.device_count())} if torch.cuda.device_count() > 1 else {}
+    return found
 
 
 def plain_settings(words: list[str], **more: object) -> dict[str, str]:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from evaluation import comparison, frontier, scatter, work
-from evaluation.asked import ROOT, plain_settings
+from evaluation.asked import ROOT, plain_settings, processes_of
 from evaluation.files import HELD_OUT
 from evaluation.rows import read_table, words_of
 from tests.conftest import refused, tree, words
@@ -192,6 +192,21 @@ def test_several_processes_make_another_row(run, monkeypatch):
     assert kinds(run()) == [0, 0, 0]
     monkeypatch.setenv("NUM_PROCESSES", "2")
     assert kinds(run())[0] == 6
+
+
+def test_what_decides_the_number_of_processes(tmp_path, monkeypatch):
+    """A small recipe takes one GPU of several unless asked; the others take all."""
+    for name in ("NUM_PROCESSES", "NUM_NODES", "ACCELERATE_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert processes_of("launch x") == {"GPUs": "8"} and processes_of("one_process_unless_asked") == {}
+    monkeypatch.setenv("ACCELERATE_CONFIG", str(tmp_path / "c.yaml"))
+    with pytest.raises(InputError, match=r"c\.yaml does not exist"):
+        processes_of("launch x")
+    (tmp_path / "c.yaml").write_text("a: 1")
+    assert processes_of("one_process_unless_asked").keys() == {"ACCELERATE_CONFIG", "GPUs"}
+    monkeypatch.setenv("NUM_PROCESSES", "2")
+    assert processes_of("launch x").keys() == {"ACCELERATE_CONFIG", "NUM_PROCESSES"}
 
 
 def test_the_order_of_rewards_and_of_none_is_a_setting():
