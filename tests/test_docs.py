@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from unittest.mock import patch
 
 import pytest
@@ -260,7 +261,8 @@ def miniature(tmp_path_factory):
 
 
 def run_in(folder, line: str) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    active = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}  # as the pages assume
+    environment = os.environ | active | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(["bash", "-c", smaller(line)], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{line}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
 
