@@ -17,9 +17,8 @@ from train_cc.run.pictures import above, grid, png_bytes
 
 def data_of(source: Source) -> str | None:
     """The data set that the generator's teacher was trained on, as far as records lead there."""
-    folder = (
-        source.path if source.path.is_dir() else source.path.resolve().parents[2]
-    )  # of checkpoints/torch_units/step-N.pt
+    # A file is a run's checkpoints/torch_units/step-N.pt.
+    folder = source.path if source.path.is_dir() else source.path.resolve().parents[2]
     for _ in range(3):  # the generator's folder, its run's, its teacher's
         arguments = record_of(folder).get("arguments", {})
         if isinstance(arguments.get("dataset"), str):

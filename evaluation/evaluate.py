@@ -26,7 +26,6 @@ from evaluation.files import (
     over_seeds,
     provenance_of,
     read_images,
-    rewarded_by,
     rewarded_here,
     suffered,
     table,
@@ -162,9 +161,9 @@ def main(argv: list[str] | None = None) -> None:
     stored = stored_by_space(held.reference, args.reference, spaces)
     judged = [judge(args, names, space, held, stored) for space in spaces]
     for each in judged:
-        rewarded = [name for name in names if rewarded_by(each["rows"][name]["generation"], each["features_sha256"])]
-        if rewarded:
-            print(f"warning: {each['features']}: {rewarded_here(rewarded)}", file=sys.stderr)
+        made_by = [(name, each["rows"][name]["generation"]) for name in names]
+        for line in rewarded_here(made_by, each["features_sha256"]):
+            print(f"warning: {each['features']}: {line}", file=sys.stderr)
     means = over_spaces(judged) if held.out is not None else {}
     show(args, judged, means, set_size(args, held))
     if args.output:

@@ -133,9 +133,13 @@ def rewarded_by(made_by: dict | None, features_sha256: str) -> bool:
     return isinstance(rewards, list) and features_sha256 in rewards
 
 
-def rewarded_here(names: list[str]) -> str:
-    """A reward moves its own space first: figures there say little."""
-    return f"This space rewarded {', '.join(names)}: judge it in a space that no reward used."
+def rewarded_here(made_by: Iterable[tuple[str, dict | None]], features_sha256: str) -> list[str]:
+    """A line that names the rows, of (name, provenance), that the space of that hash rewarded; none where it did not.
+
+    A reward moves its own space first: figures there say little.
+    """
+    names = dict.fromkeys(name for name, each in made_by if rewarded_by(each, features_sha256))
+    return [f"This space rewarded {', '.join(names)}: judge it in a space that no reward used."] if names else []
 
 
 def over_seeds(rows: dict[str, dict]) -> dict[str, list[dict]]:

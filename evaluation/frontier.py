@@ -27,7 +27,6 @@ from evaluation.comparison import against_controls, domination, means_of
 from evaluation.files import (
     HELD_OUT,
     over_seeds,
-    rewarded_by,
     rewarded_here,
     suffered,
     table,
@@ -231,13 +230,8 @@ def text_of(rows: Table, spaces: list[dict], means: list[dict], title: str) -> s
     parts = [f"# {title}", "Means over seeds +- the standard deviation of one seed."]
     for space, mean in zip(spaces, means, strict=True):
         count, size = next(iter(space["rows"].values()))["images"], space.get("set_size")
-        judged = over_seeds(space["rows"])
-        rewarded = [
-            name
-            for name, group in judged.items()
-            if any(rewarded_by(row.get("generation"), space.get("features_sha256", "")) for row in group)
-        ]
-        parts += [f"## {space['features']}", *([rewarded_here(rewarded)] if rewarded else [])]
+        made_by = [(name, row.get("generation")) for name, group in over_seeds(space["rows"]).items() for row in group]
+        parts += [f"## {space['features']}", *rewarded_here(made_by, space.get("features_sha256", ""))]
         parts += [table_over_seeds(space["rows"], count, size)]
         if all(row["seeds"] == 1 for row in mean["rows"].values()):
             parts[-1] = table(space["rows"], count, size)

@@ -34,6 +34,7 @@ STAGES = ("teacher", "cold_start", "dmdr")
 # What the frontier gives every training and sampling itself.
 OWN = {"--output-dir", "--output", "--teacher", "--generator", "--seed", "--resume-ckpt", "--max-train-steps"}
 OWN |= {"--names", "--over-seeds", "--auto-resume", "--overwrite", "--dry-run"}
+SAMPLING = ["--generator", "g", "--output", "o"]  # what evaluation.generate asks for, while its flags are checked
 NEEDED = ("seeds", "base_steps", "extra_steps", "reference", "evaluate", "row")
 OPTIONAL = ("generate", "train", "inputs")
 MOST_STEPS, MOST_SEED = 10**9, 2**63 - 1
@@ -110,16 +111,11 @@ def read_table(path: Path) -> Table:
         **words,
         **steps,
     )
+    sampling = parse(generate.build_parser(), SAMPLING + table.generate, table.generate, f"{top}: generate")
+    counts = {sampling.num_images}
     for row in rows:
-        check_flags(table, row, f"{top}, row {row.name!r}")
-    sampling = ["--generator", "g", "--output", "o"]
-    counts = {
-        parse(generate.build_parser(), [*sampling, *table.generate], table.generate, f"{top}: generate").num_images
-    }
-    for row in rows:
-        if row.stage == "teacher":
-            words = words_of(table, row)
-            counts.add(parse(generate.build_parser(), [*sampling, *words], words, top).num_images)
+        args = check_flags(table, row, f"{top}, row {row.name!r}")
+        counts |= {args.num_images} if row.stage == "teacher" else set()
     if len(counts) > 1:
         raise InputError(f"{top}: rows of {sorted(counts)} images do not compare; give --num-images to all or none")
     parse(evaluate.build_parser(), ["s.npz", "r.npz", *table.evaluate], table.evaluate, f"{top}: evaluate")
@@ -175,16 +171,16 @@ def words_of(table: Table, row: Row) -> list[str]:
     return [*table.train, *inherited, *row.flags]
 
 
-def check_flags(table: Table, row: Row, where: str) -> None:
+def check_flags(table: Table, row: Row, where: str) -> argparse.Namespace:
     """The stage's own parser takes them, and the files that rewards read are there. Raises `InputError`."""
     words = words_of(table, row)
     if row.stage == "teacher":
-        parse(generate.build_parser(), ["--generator", "g", "--output", "o", *words], words, where)
-        return
+        return parse(generate.build_parser(), SAMPLING + words, words, where)
     args = parse(build_parser(""), ["--teacher", "t", "--output-dir", "o", *words], words, where)
     for spec in [*args.reward, *args.tilt]:
         if spec.kind in ("frechet", "python"):
             require_file(Path(spec.source.rpartition(":")[0] or spec.source), f"{where}: the source of its reward")
+    return args
 
 
 def parse(parser: argparse.ArgumentParser, words: list[str], own: list[str], where: str) -> argparse.Namespace:

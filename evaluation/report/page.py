@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jinja2
 
-from evaluation.files import apart, columns_of, rewarded_by, rewarded_here, shown
+from evaluation.files import apart, columns_of, rewarded_here, shown
 from evaluation.report.charts import CHARTS, Chart, curve_path
 from evaluation.report.previews import all_previews, strip_of
 from evaluation.report.rules import collapsed_recall
@@ -50,8 +50,7 @@ def shown_table(table: Table) -> dict:
     space = table.space or "a feature space that the file does not name"
     images = f"{table.count:,} images for each row" if table.count else "number of images not recorded"
     warnings = [f"{text[0].upper()}{text[1:]}." for text in collapsed_recall(table.rows)]
-    rewarded = [name for name, made_by in table.made_by.items() if rewarded_by(made_by, table.space_sha256)]
-    warnings += [rewarded_here(rewarded)] if rewarded else []
+    warnings += rewarded_here(table.made_by.items(), table.space_sha256)
     return {"title": table.title, "heads": heads, "rows": rows, "told": f"{images}, {space}", "warnings": warnings}
 
 

@@ -2,8 +2,8 @@
 
 A thread that waits looks for its next work for some microseconds, and then sleeps. Spinning for long, as OpenMP does by
 itself, takes a core from whoever has work for it: where other processes run, two spinning threads are several times
-slower than one. To sleep at once makes small networks half as fast again on free cores (docs/benchmarks.md). What the
-user has set is respected.
+slower than one. If it slept at once, small networks would take half as long again on free cores (docs/benchmarks.md).
+What the user has set is respected.
 """
 
 import os
