@@ -1,4 +1,4 @@
-"""What Inductor makes of a block: the bytes of each fused kernel, by its own scheduler, without a compiler or a GPU."""
+"""What Inductor makes of a run's blocks: the bytes of each fused kernel, by its own scheduler, without a GPU."""
 
 import contextlib
 import copy
@@ -9,18 +9,14 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch._inductor import compile_fx, config, scheduler
+from torch._inductor import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
+from evaluation.lowering import Generated, generate, library_attention
 from train_cc.distillation.settings import Run
 from train_cc.models.lora import lora_layers, set_lora_scale
 from train_cc.run.roofline import LAUNCH, MEMORY_EFFICIENCY, Card, Cost, Roofline
-
-Kernels = list[int]  # bytes of each
-
-
-class Scheduled(Exception):
-    """Inductor is stopped here: nothing is generated."""
 
 
 def replica(block: nn.Module) -> nn.Module:
@@ -33,37 +29,26 @@ def replica(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block, memo)
 
 
-def fused_kernels(
+def compiled(
     block: nn.Module, x: torch.Size, c: torch.Size, dtype: torch.dtype, training: bool
-) -> tuple[Kernels, Kernels]:
-    """Of the forward and the backward (none unless ``training``) of ``block`` under autocast to ``dtype``.
-
-    Products and attention are library kernels and not among them. Lowered for a CPU: what is fused hardly differs.
-    """
-    found: dict[bool, Kernels] = {False: [], True: []}
+) -> tuple[Generated, Generated]:
+    """The forward and the backward (empty unless ``training``) of ``block`` under autocast to ``dtype``, on CUDA."""
+    found = {False: Generated(), True: Generated()}
 
     def compile_one(graph, inputs, **options):
         plain = copy.deepcopy(graph)
-
-        def codegen(self, *args, **kwargs):
-            library = (scheduler.ExternKernelSchedulerNode, scheduler.NopKernelSchedulerNode)
-            sizes = [node.get_read_write_buffers_sizes() for node in self.nodes if not isinstance(node, library)]
-            found[bool(options.get("is_backward"))] = sizes
-            raise Scheduled
-
-        with mock.patch.object(scheduler.Scheduler, "codegen", codegen), config.patch(force_disable_caches=True):
-            try:
-                compile_fx.compile_fx_inner(graph, inputs, **options)
-            except Exception as error:
-                if "Scheduled" not in repr(error) and not isinstance(error.__cause__, Scheduled):
-                    raise
+        found[bool(options.get("is_backward"))] = generate(graph, inputs, **options)
         return compile_fx.make_boxed_func(plain.forward)
 
     def backend(graph, inputs):
         return compile_fx.compile_fx(graph, inputs, inner_compile=compile_one)
 
     torch._dynamo.reset()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(training):
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.set_grad_enabled(training),
+        mock.patch.object(F, "scaled_dot_product_attention", library_attention),
+    ):
         block = replica(block)
         whole = block.adaLN_modulation[1].weight.requires_grad
         given = [torch.empty(x, dtype=dtype, requires_grad=training), torch.empty(c, dtype=dtype, requires_grad=whole)]
@@ -128,8 +113,8 @@ class BlockRuns:
         for kind, count in self.count.items():
             blocks = self.blocks[kind.network]
             set_lora_scale(lora_layers(blocks[0]), self.scales[kind])
-            forward, backward = fused_kernels(blocks[0], kind.x, kind.c, kind.dtype, kind.training)
-            sizes = [*forward, *backward]
+            forward, backward = compiled(blocks[0], kind.x, kind.c, kind.dtype, kind.training)
+            sizes = [*forward.sizes, *backward.sizes]
             seconds = sum(max(size / (MEMORY_EFFICIENCY * card.bandwidth), LAUNCH) for size in sizes)
             runs = count * len(blocks)
             total.seconds += runs * (seconds - eager[kind].seconds)

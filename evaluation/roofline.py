@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from evaluation.fused import BlockRuns
+from evaluation.lowering import require_cuda_lowering
 from evaluation.phases import phases_watched
 from train_cc.distillation import loop
 from train_cc.distillation.settings import Run
@@ -43,6 +44,8 @@ def estimate(args: argparse.Namespace, size: str, card: Card) -> tuple[Roofline,
     compiled = args.compile is True
     if compiled and args.gradient_checkpointing:
         raise InputError("--roofline with --compile does not know --gradient-checkpointing: leave one of them away")
+    if compiled:
+        require_cuda_lowering()
     args = argparse.Namespace(**vars(args) | {"compile": False})
     if args.teacher == SHAPES:
         args.teacher = Path(size)
