@@ -27,7 +27,6 @@ from evaluation.shards import (
     write_pngs,
     write_shard,
 )
-from train_cc.distillation.state import generator_from
 from train_cc.draws import Draws
 from train_cc.io.errors import InputError
 from train_cc.io.hub import model_folder, pinned
@@ -126,7 +125,11 @@ class Source:
 
     def load(self) -> SiT:
         """A checkpoint's EMA weights where there are some."""
-        return SiT.from_pretrained(self.path) if self.checkpoint is None else generator_from(self.checkpoint, "auto")
+        if self.checkpoint is None:
+            return SiT.from_pretrained(self.path)
+        from train_cc.distillation.state import generator_from  # with peft, which takes a second
+
+        return generator_from(self.checkpoint, "auto")
 
 
 def open_source(path: Path) -> Source:

@@ -1,6 +1,7 @@
-"""Training in half precision on a CPU that is slow in it: each result is rounded as a GPU's autocast would round it.
+"""Half precision on a CPU that is slow in it: each result is rounded as a GPU would round it.
 
     python -m tests.rounded fp16 --teacher runs/digits/teacher --vae none --mixed-precision no [flags of the cold start]
+    python -m tests.rounded fp16 evaluation.generate [its flags: the images are decoded in fp16]
 
 What the networks compute, weights, results and gradients, is rounded to half precision, and sums within an operation
 stay in fp32, as in tensor cores. Scores are rounded to fp16, under bf16 too (docs/benchmarks.md: precision by role).
@@ -16,10 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from evaluation import generate
 from train_cc import cold_start
 from train_cc.models import network
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.sit import SiT
+from train_cc.models.vae import VAEDecoder, pixels_to_images, unscaled
 from train_cc.run import session as sessions
 from train_cc.setup import stage
 
@@ -82,6 +85,17 @@ def rounds(dtype: torch.dtype) -> tuple[mock._patch, ...]:
     )
 
 
+def decodes(dtype: torch.dtype) -> mock._patch:
+    """The decoder of latents rounds, weights too: as `evaluation.decoding` has it in half precision."""
+
+    def forward(self, x0):
+        with Rounding(dtype):
+            pixels = self.vae.decode(unscaled(x0, self.vae.config)).sample
+        return pixels_to_images(pixels)
+
+    return mock.patch.object(VAEDecoder, "forward", forward)
+
+
 def scaled(*given, opened=sessions.open_session, **options) -> sessions.Session:
     """A session whose accelerators scale their losses: accelerate allows it on a GPU alone."""
     session = opened(*given, **options)
@@ -98,8 +112,13 @@ def unscale(accelerator, optimizer=None) -> None:
 
 if __name__ == "__main__":
     precision = sys.argv.pop(1)
-    for patch in rounds(DTYPES[precision]):
-        patch.start()
-    if precision == "fp16":
-        mock.patch.object(stage, "open_session", scaled).start()
-    cold_start.main()
+    if sys.argv[1:2] == ["evaluation.generate"]:
+        del sys.argv[1]
+        decodes(DTYPES[precision]).start()
+        generate.main()
+    else:
+        for patch in rounds(DTYPES[precision]):
+            patch.start()
+        if precision == "fp16":
+            mock.patch.object(stage, "open_session", scaled).start()
+        cold_start.main()

@@ -4,6 +4,7 @@ This file is also the program that the processes run.
 """
 
 import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -14,12 +15,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from evaluation.standins import write_vae
 from tests import rounded
 from tests.conftest import flags, refused, spread_lora_b, trained
 from train_cc import cold_start
 from train_cc.distillation import loop
 from train_cc.distillation.state import restore, save
 from train_cc.io.errors import exits_on_input_error
+from train_cc.models.vae import load_decoder
 from train_cc.run.checkpoint import open_checkpoint
 from train_cc.run.diagnostics import gathered
 from train_cc.run.session import open_session
@@ -103,6 +106,15 @@ def test_rounding_is_near_to_what_half_precision_computes(teacher, tmp_path):
         moved_to[way] = torch.cat([p.detach().flatten() for p in run.plain_generator.parameters()])
     half, rounding = (torch.dist(moved_to[way], moved_to["single"]) for way in ("half", "rounded"))
     assert 0.5 < rounding / half < 2
+
+
+def test_decoding_with_rounding_is_near_to_half_precision(tmp_path):
+    decoder, x0 = load_decoder(str(write_vae(tmp_path / "vae", channels=(16, 16, 16, 16)))), torch.randn(4, 4, 8, 8)
+    with torch.no_grad():
+        single, half = decoder(x0), copy.deepcopy(decoder).half()(x0)
+        with rounded.decodes(torch.float16):
+            rounding = decoder(x0)
+    assert 0.5 < torch.dist(rounding, single) / torch.dist(half, single) < 2
 
 
 @pytest.mark.parametrize("which", ["generator", "estimator"])

@@ -10,7 +10,6 @@ from train_cc.io.errors import InputError
 from train_cc.io.read import Number, check_numbers, read_json, shown
 from train_cc.io.weights import fit, load_weights, require_finite
 from train_cc.io.write import write_atomically
-from train_cc.models.lora import GENERATOR_TARGETS, add_lora, merge_lora
 from train_cc.models.sit import SiT, check_sit_config
 
 # Beside a generator's weights: how it is sampled, and where it comes from (FORMATS: generator folder).
@@ -31,6 +30,8 @@ def build_generator(teacher: str | Path, lora_rank: int | None, seed: int = 0) -
 def trainable_generator(copy_of_teacher: SiT, lora_rank: int | None, seed: int = 0) -> SiT:
     """`build_generator` of a network that was read already; it is taken over."""
     if lora_rank is not None:
+        from train_cc.models.lora import GENERATOR_TARGETS, add_lora  # peft takes a second: who samples needs none
+
         add_lora(copy_of_teacher, lora_rank, GENERATOR_TARGETS, None, seed)
     return copy_of_teacher
 
@@ -47,6 +48,8 @@ def assemble_generator(config: dict, state: dict[str, Tensor], teacher: str | Pa
             generator = SiT(**config)
         load_weights(generator, state, source)
         return generator.requires_grad_(False).eval()
+    from train_cc.models.lora import merge_lora
+
     generator = build_generator(teacher, lora_rank)
     if check_sit_config(generator.config, teacher) != config:
         raise InputError(f"{teacher} is another model than the checkpoint's: {dict(generator.config)}, not {config}")
