@@ -357,10 +357,14 @@ def test_a_compiled_block_under_ddp_is_one_graph():
     for block in model.blocks:
         block.compile(backend=backend)
     x, t, y = torch.randn(2, 1, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.long)
-    with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):
+    with (
+        torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True),
+        torch._inductor.config.patch(combo_kernels=False, benchmark_combo_kernel=False),
+    ):
         torch._dynamo.reset()
         configure_compiler()
         assert torch._dynamo.config.recompile_limit > 8
+        assert torch._inductor.config.combo_kernels and torch._inductor.config.benchmark_combo_kernel
         dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
         try:
             DistributedDataParallel(model, bucket_cap_mb=1)(x, t, y).sum().backward()
