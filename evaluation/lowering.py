@@ -80,7 +80,13 @@ def always(value: object) -> Callable:
 
 @contextlib.contextmanager
 def absent_card() -> Iterator[None]:
-    """Inductor and Triton take the machine for one with an H100, to generate and compile code, never to run it."""
+    """Inductor and Triton take the machine for one with an H100, to generate and compile code, never to run it.
+
+    Where there is a GPU they go on to ask that one: what they are told they keep for the whole process.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
     import triton
 
     told = {"get_device_properties": H100, "current_device": CUDA.index}

@@ -172,6 +172,13 @@ def test_each_kernel_of_a_compiled_block_is_machine_code_for_an_h100(network, tm
     assert {path.read_bytes()[:4] for path in tmp_path.rglob("*.cubin")} == {b"\x7fELF"}
 
 
+def test_a_gpu_that_is_there_is_asked_itself(monkeypatch):
+    count = torch.cuda.device_count
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with absent_card():
+        assert torch.cuda.device_count is count
+
+
 def test_a_torch_without_cuda_cannot_be_asked_what_it_compiles(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.backends.cuda.is_built", lambda: False)
     message = refused(estimated, tmp_path, "--size", "SiT-S/4", "--compile", capsys=capsys)
