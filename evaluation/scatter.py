@@ -114,8 +114,10 @@ def clipped(axes: plt.Axes, point: tuple[float, float], low: float, colour: str)
     if recall >= low:
         return point
     axes.plot(precision, border, "v", color=colour, markersize=8, clip_on=False, zorder=4)
-    beside = {"textcoords": "offset points", "va": "center", "fontsize": 7, "color": colour}
-    axes.annotate(f"recall {recall:.2f}", (precision, border), xytext=(10, 8), **beside)
+    left, right = axes.get_xlim()
+    inwards, side = (-1, "right") if precision > left + 0.8 * (right - left) else (1, "left")
+    beside = {"textcoords": "offset points", "ha": side, "va": "center", "fontsize": 7, "color": colour}
+    axes.annotate(f"recall {recall:.2f}", (precision, border), xytext=(10 * inwards, 12), **beside)
     return precision, border
 
 
