@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from evaluation import comparison, frontier, scatter, work
+from evaluation import frontier, scatter, work
 from evaluation.asked import ROOT, plain_settings, processes_of
 from evaluation.files import HELD_OUT
 from evaluation.rows import read_table, words_of
@@ -369,47 +369,6 @@ def test_a_job_of_another_kind_says_nothing_of_the_time_left(capsys):
     assert ["left" in line for line in capsys.readouterr().out.splitlines()] == [False, True, False]
 
 
-# What comes of the rows
-
-
-def row(fid, recall, precision, spread=0.01, seeds=3):
-    figures = {"FID": fid, "Recall": recall, "Precision": precision}
-    return {"figures": figures, "standard_deviations": dict.fromkeys(figures, spread), "seeds": seeds, "images": 8}
-
-
-def test_a_difference_and_its_standard_error():
-    """Spreads of .03 and .04 over four seeds: an error of .05 / 2."""
-    value, error = comparison.difference(row(1, 0.5, 0.6, 0.03, 4), row(1, 0.4, 0.6, 0.04, 4), "Recall")
-    assert value == pytest.approx(0.1) and error == pytest.approx(0.025)
-    text = comparison.against_controls({"a": row(2, 0.5, 0.6), "b": row(1, 0.4, 0.6)}, {"a": "b", "b": "gone"})
-    assert "| a | b | +1.00 (122.5 s.e.) | +0.100 (12.2 s.e.) | +0.000 (0.0 s.e.) |" in text and "gone" not in text
-
-
-def test_who_dominates_whom():
-    published = row(1.0, 0.5, 0.6)
-    far = 0.01 * (2 / 3) ** 0.5 * 4  # four standard errors
-    rows = {
-        "better": row(1 - far, 0.5 + far, 0.6),
-        "traded": row(1 - far, 0.5 + far, 0.6 - far),
-        "worse FID": row(1 + far, 0.5 + far, 0.6 + far),
-        "near": row(1 - far / 2, 0.5 + far / 2, 0.6),
-        "published": published,
-    }
-    (line,) = comparison.domination(rows, ["published"])
-    assert line == "better dominates published: FID -4.0, recall +4.0, precision +0.0 s.e."
-    single = row(0.1, 0.9, 0.9) | {"standard_deviations": {}}
-    assert comparison.beyond(single, published) is None
-    over_spaces = {"figures": {"FDr": 1.0}, "standard_deviations": {}, "seeds": 1}
-    assert comparison.domination({"a": over_spaces, "b": over_spaces}, ["b"]) == []
-
-
-def test_means_over_seeds():
-    rows = {f"a, seed {k}": {"figures": {"FID": float(k)}, "images": 8} for k in (1, 2, 3)}
-    found = comparison.means_of(rows | {"held-out real": {"figures": {"FDr": 1.0}, "images": 4}})
-    assert found["a"]["figures"]["FID"] == 2 and found["a"]["standard_deviations"]["FID"] == 1
-    assert found["held-out real"]["seeds"] == 1 and found["held-out real"]["standard_deviations"] == {}
-
-
 def test_the_tables_of_the_recipes_are_right(tmp_path, monkeypatch):
     """Every recipe's rows have flags that the stages take, and each reward its control."""
     for name in ("DIGITS", "FASHION"):
@@ -428,40 +387,3 @@ def test_the_tables_of_the_recipes_are_right(tmp_path, monkeypatch):
                 assert (each.against is None) == control, each.name
                 assert each.against is None or found.row(each.against).cold_start == each.cold_start
                 assert words_of(found, each)[-len(each.flags) :] == each.flags
-
-
-def test_the_picture_shows_every_row(tmp_path):
-    rows = {f"row {k}": row(1, 0.1 * k, 0.5 + 0.01 * k) for k in range(9)} | {"held-out real": row(0, 1, 1)}
-    spaces = [{"features": "a", "rows": rows}, {"features": "b", "rows": rows}]
-    colours = {name: "tab:blue" for name in rows if name != "held-out real"}
-    scatter.picture(spaces, colours, {"row 1": "row 0"}, tmp_path / "p.png")
-    assert (tmp_path / "p.png").stat().st_size > 10_000
-
-
-def test_the_legend_names_what_is_shown():
-    spaces = [{"rows": {"teacher": {}, "base": {}, "control": {}}}]
-    colours = {
-        "teacher": scatter.TEACHER,
-        "guided": scatter.TEACHER,
-        "base": scatter.COLD_START,
-        "reward": scatter.REWARD,
-    }
-    assert scatter.shown(spaces, colours, {"reward": "control"}) == []
-    spaces[0]["rows"] |= {"guided": {}, "reward": {}, HELD_OUT: {}}
-    labels = [handle.get_label() for handle in scatter.shown(spaces, colours, {"reward": "control"})]
-    assert [label.split()[0] for label in labels] == ["real", "the", "from"]
-
-
-def test_names_with_dollar_signs_are_no_formulas(tmp_path):
-    rows = {"$\\frac{": row(1, 0.5, 0.5), "b $ c $": row(1, 0.6, 0.6)}
-    spaces = [{"features": "timm:$\\frac{$", "rows": rows}]
-    scatter.picture(spaces, dict.fromkeys(rows, "tab:blue"), {}, tmp_path / "p.png")
-
-
-def test_a_collapsed_row_does_not_press_the_others_together():
-    points = {"a": (0.5, 0.8), "b": (0.6, 0.6), "c": (0.7, 0.45)}
-    assert scatter.low_of(points) == 0.45
-    assert scatter.low_of(points | {"d": (0.7, 0.01)}) == 0.45
-    rewarded = {"a": (0.5, 0.78), "b": (0.6, 0.75), "c": (0.7, 0.72), "reward": (0.9, 0.49)}
-    assert scatter.low_of(rewarded) == 0.49
-    assert scatter.low_of({"a": (0.5, 0.8)}) == 0.8 and scatter.low_of({"a": (0.5, 0.8), "b": (0.5, 0.1)}) == 0.1
