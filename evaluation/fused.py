@@ -13,7 +13,7 @@ from torch._inductor import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from evaluation.lowering import Generated, generate, library_attention
+from evaluation.lowering import Lowered, library_attention, lower
 from train_cc.distillation.settings import Run
 from train_cc.models.lora import lora_layers, set_lora_scale
 from train_cc.run.roofline import LAUNCH, MEMORY_EFFICIENCY, Card, Cost, Roofline
@@ -31,13 +31,13 @@ def replica(block: nn.Module) -> nn.Module:
 
 def compiled(
     block: nn.Module, x: torch.Size, c: torch.Size, dtype: torch.dtype, training: bool
-) -> tuple[Generated, Generated]:
+) -> tuple[Lowered, Lowered]:
     """The forward and the backward (empty unless ``training``) of ``block`` under autocast to ``dtype``, on CUDA."""
-    found = {False: Generated(), True: Generated()}
+    found = {False: Lowered(), True: Lowered()}
 
     def compile_one(graph, inputs, **options):
         plain = copy.deepcopy(graph)
-        found[bool(options.get("is_backward"))] = generate(graph, inputs, **options)
+        found[bool(options.get("is_backward"))] = lower(graph, inputs, **options)
         return compile_fx.make_boxed_func(plain.forward)
 
     def backend(graph, inputs):

@@ -28,12 +28,13 @@ from train_cc.io.errors import InputError
 from train_cc.run.session import INDUCTOR
 
 CUDA = torch.device("cuda", 0)
-CAPABILITY = (9, 0)
+CAPABILITY = 90  # of an H100: sm_90
+MAJOR, MINOR = divmod(CAPABILITY, 10)
 # As CUDA reports an H100 SXM: of it depends how reductions are split.
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
-    major=CAPABILITY[0],
-    minor=CAPABILITY[1],
+    major=MAJOR,
+    minor=MINOR,
     multi_processor_count=132,
     total_memory=80 * 2**30,
     max_threads_per_multi_processor=2048,
@@ -62,7 +63,7 @@ class Driver:
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], H100.warp_size)
+        return GPUTarget("cuda", CAPABILITY, H100.warp_size)
 
     def get_current_device(self) -> int:
         return CUDA.index
@@ -90,9 +91,9 @@ def absent_card() -> Iterator[None]:
     import triton
 
     told = {"get_device_properties": H100, "current_device": CUDA.index}
-    of_interface = told | {"get_compute_capability": H100.major * 10 + H100.minor, "is_bf16_supported": True}
+    of_interface = told | {"get_compute_capability": CAPABILITY, "is_bf16_supported": True}
     of_interface |= {"is_triton_capable": True, "raise_if_triton_unavailable": None}
-    of_torch = told | {"get_device_capability": CAPABILITY, "device_count": 1}
+    of_torch = told | {"get_device_capability": (MAJOR, MINOR), "device_count": 1}
     with contextlib.ExitStack() as stack:
         for owner, answers in ((CudaInterface.Worker, told), (CudaInterface, of_interface)):
             for name, value in answers.items():
@@ -127,6 +128,7 @@ attention.register_autograd(
 
 
 def library_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In place of `F.scaled_dot_product_attention`: a plain function, which torch's compiler can trace."""
     return torch.ops.dmdr.attention(q, k, v)
 
 
@@ -134,8 +136,8 @@ def library_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @dataclass
-class Generated:
-    """Of one graph."""
+class Lowered:
+    """What Inductor makes of one graph."""
 
     sizes: list[int] = field(default_factory=list)  # bytes that each fused kernel reads and writes
     code: str = ""  # the module that launches them, with Triton's source of each
@@ -156,14 +158,14 @@ def on_cuda(graph: GraphModule, inputs: list) -> tuple[GraphModule, list, FakeTe
     return graph, given, mode
 
 
-def generate(graph: GraphModule, inputs: list, **options) -> Generated:
-    """What Inductor makes of ``graph``, captured on the CPU, with ``options`` of `compile_fx_inner`."""
-    found = Generated()
+def lower(graph: GraphModule, inputs: list, **options) -> Lowered:
+    """What Inductor makes of ``graph`` on CUDA, captured on the CPU; ``options``: those of `compile_fx_inner`."""
+    found = Lowered()
     codegen, partition = scheduler.Scheduler.codegen, ComboKernel.horizontal_partition
 
     def counted_codegen(self):
-        several = (*LIBRARY, scheduler.ForeachKernelSchedulerNode)
-        alone = [node for node in self.nodes if not isinstance(node, several)]
+        counted_elsewhere = (*LIBRARY, scheduler.ForeachKernelSchedulerNode)
+        alone = [node for node in self.nodes if not isinstance(node, counted_elsewhere)]
         found.sizes += [node.get_read_write_buffers_sizes() for node in alone]
         return codegen(self)
 
