@@ -122,7 +122,7 @@ def attention_backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: T
 attention.register_fake(lambda q, k, v: torch.empty_like(v))
 attention_backward.register_fake(lambda gradient, q, k, v, out: tuple(map(torch.empty_like, (q, k, v))))
 attention.register_autograd(
-    lambda context, gradient: attention_backward(gradient.contiguous(), *context.saved_tensors),
+    lambda context, gradient: attention_backward(gradient, *context.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output),
 )
 
