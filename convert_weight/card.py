@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from train_cc.io.figures import METRICS, with_arrow
+from train_cc.io.figures import columns_of, markdown_table, with_arrow
 
 # The flags that make a recipe. No path is among them: it would say something of a machine.
 RECIPE = (
@@ -38,12 +38,6 @@ and pillow.
 """
 
 
-def table(head: list[str], rows: list[list[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    cells = ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
-
-
 def model_card(
     name: str,
     config: Mapping,
@@ -71,8 +65,9 @@ def model_card(
     rewards = [f"{kind}, weight {weight:g}" for kind, weight, *_ in recorded.get("reward") or []]
     recipe = [[f"`--{key.replace('_', '-')}`", recorded[key]] for key in RECIPE if recorded.get(key) is not None]
     recipe += [["`--reward`", "; ".join(rewards)]] if rewards else []
-    parts = [use, "## Recipe\n", table(["flag", "value"], recipe)]
-    parts += ["## Origin\n", table(["file", "SHA-256"], [[what, f"`{sha}`"] for what, sha in hashes.items()])]
+    parts = [use, "## Recipe\n", markdown_table(["flag", "value"], recipe), ""]
+    files = [[what, f"`{sha}`"] for what, sha in hashes.items()]
+    parts += ["## Origin\n", markdown_table(["file", "SHA-256"], files), ""]
     if figures is not None:
         parts += ["## Figures\n", *(figures_table(space) for space in (figures, *figures.get("more_spaces", [])))]
     return "\n".join(parts)
@@ -81,13 +76,12 @@ def model_card(
 def figures_table(results: Mapping) -> str:
     """Of the rows of a results.json in one feature space, which is named without the path of its network."""
     rows = results["rows"]
-    columns = [metric for metric in METRICS if any(metric in row["figures"] for row in rows.values())]
+    columns = columns_of(rows.values())
     lines = [
         [name, row.get("images", ""), *(f"{row['figures'][c]:.3g}" if c in row["figures"] else "" for c in columns)]
         for name, row in rows.items()
     ]
     kind, _, source = str(results.get("features", "")).partition(":")
     space = f"{kind}:{Path(source).name}" if source else kind
-    return (f"Features: {space}\n\n" if space else "") + table(
-        ["", "images", *(with_arrow(column) for column in columns)], lines
-    )
+    head = ["", "images", *(with_arrow(column) for column in columns)]
+    return (f"Features: {space}\n\n" if space else "") + markdown_table(head, lines) + "\n"

@@ -17,11 +17,11 @@ from train_cc.io.class_names import EXPECTED as CLASS_NAMES
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import require_file, sha256
 from train_cc.io.saying import saying
-from train_cc.io.weights import WEIGHTS_NAME
+from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
 from train_cc.io.whole import check_whole_folder, is_there, was_interrupted
 from train_cc.io.write import record
 
-WRITTEN = ("config.json", WEIGHTS_NAME, "generation_config.json")
+WRITTEN = ("config.json", WEIGHTS_NAME, GENERATION_CONFIG)
 CARD = "README.md"
 PIPELINE_WRITTEN = ("model_index.json", "pipeline.py", "generator", "vae", CARD)
 ADAPTER_WRITTEN = ("adapter_config.json", "adapter_model.safetensors", "README.md")

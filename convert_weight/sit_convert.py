@@ -7,6 +7,7 @@ reversed time), or a folder of ours. Sizes are read off the tensors.
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import read_torch, sha256
 from train_cc.io.saying import saying
-from train_cc.io.weights import WEIGHTS_NAME, fit, load_weights
+from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME, fit, load_weights
 from train_cc.io.whole import check_whole_folder, is_there, was_interrupted, whole_folder
 from train_cc.io.write import check_parent, need_space, record, write_atomically
 
@@ -32,7 +33,7 @@ REPA_URL = (
 
 
 REPA_BYTES = 4 * 683_242_512  # of its tensors alone
-WRITTEN = ("config.json", WEIGHTS_NAME, "source.json")
+WRITTEN = ("config.json", WEIGHTS_NAME, "source.json", GENERATION_CONFIG)
 EXPECTED = "a SiT checkpoint or a model folder"
 
 
@@ -131,8 +132,10 @@ def target_of(args: argparse.Namespace, config: dict | None = None) -> Path:
 def content_of(args: argparse.Namespace) -> dict:
     """The record of this command, with the SHA-256 of what it reads, as far as that is there."""
     source = args.input or args.save_dir / "last.pt"
-    file = source / WEIGHTS_NAME if source.is_dir() else source
-    return record("sit_convert", vars(args), inputs={"source": sha256(file)} if file.is_file() else {})
+    of_folder = {"source": source / WEIGHTS_NAME, "generation": source / GENERATION_CONFIG}
+    files = of_folder if source.is_dir() else {"source": source}
+    inputs = {name: sha256(file) for name, file in files.items() if file.is_file()}
+    return record("sit_convert", vars(args), inputs=inputs)
 
 
 def is_made(args: argparse.Namespace, target: Path, content: dict) -> bool:
@@ -183,6 +186,8 @@ def main(argv: list[str] | None = None) -> None:
         origin |= {"bytes": source.stat().st_size, "sha256": content["inputs"]["source"]}
     with saying(f"writing {target}"), whole_folder(target, content, WRITTEN, overwrite) as folder:
         model.save_pretrained(folder)
+        if (source / GENERATION_CONFIG).is_file():  # a generator's steps, rewards and latent space
+            shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
         write_atomically(folder / "source.json", json.dumps(origin, indent=2) + "\n")
     print(f"model folder: {target}")
 

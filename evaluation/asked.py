@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 from train_cc.io.errors import InputError
@@ -11,6 +12,7 @@ from train_cc.io.read import read_json, require_file, require_plain, sha256
 from train_cc.io.write import mark_of, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
+MOVING = threading.Lock()  # rows are made side by side, and the seeds of one share a name in the folder of stale ones
 GIVEN = {"OUTPUT_DIR", "TEACHER", "RESUME_CKPT", "SEED"}  # variables of the launchers that the frontier gives itself
 
 
@@ -90,9 +92,10 @@ def keep_or_put_aside(note: Path, settings: dict[str, str], product: Path, aside
         if not differing:
             return
         aside.mkdir(parents=True, exist_ok=True)
-        number = next(k for k in range(1, 10**6) if not (aside / f"{note.stem}-{k}").exists())
+        with MOVING:
+            number = next(k for k in range(1, 10**6) if not (aside / f"{note.stem}-{k}").exists())
+            os.replace(product, aside / f"{note.stem}-{number}")
         print(f"stale: {product} was made with {'; '.join(differing[:6])}; now in {aside.name}/{note.stem}-{number}")
-        os.replace(product, aside / f"{note.stem}-{number}")
     note.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(note, json.dumps({"made_by": mark_of("settings"), "settings": settings}, indent=2) + "\n")
 

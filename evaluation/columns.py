@@ -39,7 +39,8 @@ def sample(args: argparse.Namespace) -> None:
     model, decode, *_ = load_sampler(args, source, device)
     columns = []
     for k in classes:
-        indices = range(k * args.per_class, (k + 1) * args.per_class)
+        # Of a balanced set of samples, those of the class: evaluation.generate makes the same images.
+        indices = range(k, source.num_classes * args.per_class, source.num_classes)
         columns.append(images_of_labels(model, decode, indices, torch.full((args.per_class,), k), args))
     told = [str(k) if names is None else names[k].split(",")[0] for k in classes]
     picture = above(grid(list(np.stack(columns, axis=1))), told)

@@ -4,7 +4,7 @@ import math
 import statistics
 
 from evaluation.files import over_seeds, shown
-from train_cc.io.figures import METRICS
+from train_cc.io.figures import METRICS, markdown_table
 
 COMPARED = ("FID", "Recall", "Precision", "FDr", "SWr")
 LARGE = 3.0  # standard errors that a difference must have to count
@@ -46,11 +46,8 @@ def against_controls(means: dict[str, dict], against: dict[str, str]) -> str:
     if not pairs:
         return ""
     columns = [metric for metric in COMPARED if all(metric in means[n]["figures"] for pair in pairs for n in pair)]
-    lines = ["| | against | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for name, control in pairs:
-        cells = [told(means[name], means[control], metric) for metric in columns]
-        lines.append(f"| {name} | {control} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = [[name, other, *(told(means[name], means[other], each) for each in columns)] for name, other in pairs]
+    return markdown_table(["", "against", *columns], lines)
 
 
 def beyond(row: dict, other: dict) -> str | None:

@@ -27,6 +27,7 @@ from evaluation.files import (
     provenance_of,
     read_images,
     rewarded_here,
+    rewarded_within,
     suffered,
     table,
     table_over_seeds,
@@ -138,7 +139,8 @@ def show(args: argparse.Namespace, judged: list[dict], means: dict[str, dict], s
         print("".join(f"{line}\n" for line in suffered(each["rows"], args.over_seeds)))
     if means and len(judged) > 1:
         shown = table_over_seeds if args.over_seeds else table
-        print(f"the mean over {len(judged)} spaces:\n{shown(means, count)}\n")
+        print(f"the mean over {len(judged)} spaces:\n{shown(means, count)}")
+        print("".join(f"{line}\n" for line in rewarded_within(means)))
 
 
 @exits_on_input_error
@@ -165,9 +167,9 @@ def main(argv: list[str] | None = None) -> None:
         for line in rewarded_here(made_by, each["features_sha256"]):
             print(f"warning: {each['features']}: {line}", file=sys.stderr)
     means = over_spaces(judged) if held.out is not None else {}
-    show(args, judged, means, set_size(args, held))
     if args.output:
         write(args, judged, means, set_size(args, held))
+    show(args, judged, means, set_size(args, held))
     if args.picture:
         draw(args, names)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from train_cc.io.errors import InputError
-from train_cc.io.figures import METRICS
-from train_cc.io.read import npz_headers, parsing, read_npz, require_plain
+from train_cc.io.figures import columns_of, markdown_table
+from train_cc.io.read import npz_headers, parsing, read_json, read_npz, require_plain
 from train_cc.io.write import mark_of, write_atomically
 
 HEADLINE = 50_000  # images of a figure that needs no suffix
@@ -93,11 +93,19 @@ def count_suffix(count: int) -> str:
     return "" if count >= HEADLINE else f"-{count / 1000:g}k"
 
 
-def columns_of(rows: dict[str, dict], count: int, size: int | None = None) -> tuple[list[str], list[str]]:
-    """-> the metrics that some row has, and how their columns are headed. ``size``: of the sets; None: ``count``."""
-    columns = [name for name in METRICS if any(name in row["figures"] for row in rows.values())]
+def heads_of(columns: Iterable[str], count: int, size: int | None = None) -> list[str]:
+    """How the metrics' columns are headed. ``size``: of the sets; None: ``count``."""
     counts = {name: size or count for name in OF_SETS}
-    return columns, [name + ("" if name in OF_NO_COUNT else count_suffix(counts.get(name, count))) for name in columns]
+    return [name + ("" if name in OF_NO_COUNT else count_suffix(counts.get(name, count))) for name in columns]
+
+
+def named_space(features: str) -> str:
+    """A feature space as people call it: a classifier's folder by its last name, and the architecture in it."""
+    kind, _, folder = features.partition(":")
+    config = Path(folder) / "config.json"
+    if kind != "classifier" or not config.is_file():
+        return features
+    return f"{Path(folder).name} ({read_json(config, 'a classifier').get('architecture')})"
 
 
 def shown(metric: str, value: float) -> str:
@@ -120,11 +128,9 @@ def cell_of(row: dict, metric: str) -> str:
 
 def table(rows: dict[str, dict], count: int, size: int | None = None) -> str:
     """A Markdown table, a line a row; ``rows``: name -> {"figures", "intervals", "standard_errors"}."""
-    columns, heads = columns_of(rows, count, size)
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        lines.append(f"| {name.replace('|', '/')} | " + " | ".join(cell_of(row, each) for each in columns) + " |")
-    return "\n".join(lines)
+    columns = columns_of(rows.values())
+    lines = [[name, *(cell_of(row, each) for each in columns)] for name, row in rows.items()]
+    return markdown_table(["", *heads_of(columns, count, size)], lines)
 
 
 def rewarded_by(made_by: dict | None, features_sha256: str) -> bool:
@@ -142,6 +148,15 @@ def rewarded_here(made_by: Iterable[tuple[str, dict | None]], features_sha256: s
     return [f"This space rewarded {', '.join(names)}: judge it in a space that no reward used."] if names else []
 
 
+def rewarded_within(rows: dict[str, dict]) -> list[str]:
+    """A line a row of means over spaces, where spaces are among them that rewarded it."""
+    return [
+        f"Spaces that rewarded it are in the mean of {name}: {', '.join(row['rewarded_in'])}."
+        for name, row in rows.items()
+        if row.get("rewarded_in")
+    ]
+
+
 def over_seeds(rows: dict[str, dict]) -> dict[str, list[dict]]:
     """Rows named "NAME, seed N", together by NAME, in their order. Raises `InputError` for another name."""
     found: dict[str, list[dict]] = {}
@@ -155,17 +170,15 @@ def over_seeds(rows: dict[str, dict]) -> dict[str, list[dict]]:
 
 def table_over_seeds(rows: dict[str, dict], count: int, size: int | None = None) -> str:
     """A Markdown table of means over seeds, each with the standard deviation of one seed."""
-    groups = over_seeds(rows)
-    columns, heads = columns_of(rows, count, size)
-    lines = ["| | seeds | " + " | ".join(heads) + " |", "|---" * (len(columns) + 2) + "|"]
-    for name, group in groups.items():
-        cells = [str(len(group))]
+    columns, lines = columns_of(rows.values()), []
+    for name, group in over_seeds(rows).items():
+        cells = [name, len(group)]
         for column in columns:
             values = [row["figures"][column] for row in group if column in row["figures"]]
             spread = f" +- {shown(column, statistics.stdev(values))}" if len(values) > 1 else ""
             cells.append(f"{shown(column, statistics.mean(values))}{spread}" if values else "-")
-        lines.append(f"| {name.replace('|', '/')} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(["", "seeds", *heads_of(columns, count, size)], lines)
 
 
 def suffered(rows: dict[str, dict], together: bool = False, number: int = 3) -> list[str]:
@@ -180,7 +193,8 @@ def suffered(rows: dict[str, dict], together: bool = False, number: int = 3) -> 
     before = {} if which is None else by_class(base, which)
     lines = []
     for name, group in others if before else ():
-        after = by_class(group, which)
+        if not (after := by_class(group, which)):
+            continue  # samples without labels
         change = sorted((after[k] - before[k], k) for k in before.keys() & after.keys())
         worst = ", ".join(f"{k} ({before[k]:.2f} to {before[k] + d:.2f})" for d, k in change[:number] if d < 0)
         lines.append(f"{name}: {which} against {first} fell most in class {worst}" if worst else f"{name}: in none")
@@ -188,6 +202,8 @@ def suffered(rows: dict[str, dict], together: bool = False, number: int = 3) -> 
 
 
 def by_class(group: list[dict], which: str) -> dict[int, float]:
-    """Class -> the mean over the rows of one name."""
-    lists = [row["classes"][which] for row in group]
+    """Class -> the mean over the rows of one name; {} where a row has none."""
+    lists = [row.get("classes", {}).get(which) for row in group]
+    if not all(lists):
+        return {}
     return {k: statistics.mean(v) for k, v in enumerate(zip(*lists, strict=False)) if None not in v}

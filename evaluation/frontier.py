@@ -21,19 +21,22 @@ from evaluation.asked import (
     folder_sha256,
     keep_or_put_aside,
     plain_settings,
+    recorded_in,
     settings_of,
 )
 from evaluation.comparison import against_controls, domination, means_of
 from evaluation.files import (
     HELD_OUT,
+    named_space,
     over_seeds,
     rewarded_here,
+    rewarded_within,
     suffered,
     table,
     table_over_seeds,
     write_figures,
 )
-from evaluation.rows import Row, Table, read_table, train_flags, words_of
+from evaluation.rows import Row, Table, check_more_flags, read_table, train_flags, words_of
 from evaluation.work import Job, Processes, run_all
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
@@ -80,10 +83,12 @@ class Frontier:
     def place(self, kind: str, row: Row, seed: int | None = None) -> Path:
         return self.folder / (kind if seed is None else f"{kind}/seed-{seed}") / row.folder
 
+    def note_of(self, product: Path) -> Path:
+        return self.folder / "asked" / product.relative_to(self.folder).with_name(f"{product.name}.json")
+
     def fresh(self, product: Path, settings: dict[str, str]) -> None:
         """``product`` is not there, or was asked for with ``settings``."""
-        note = self.folder / "asked" / product.relative_to(self.folder).with_name(f"{product.name}.json")
-        keep_or_put_aside(note, settings, product, self.folder / "stale")
+        keep_or_put_aside(self.note_of(product), settings, product, self.folder / "stale")
 
     # What is made ---------------------------------------------------------------------------------------------------
 
@@ -138,19 +143,24 @@ class Frontier:
         command = [sys.executable, "-m", "evaluation.evaluate", *map(str, samples), str(self.table.reference)]
         return [*command, *self.table.evaluate, *self.args.evaluate_flags, *more]
 
+    def judging(self) -> dict[str, str]:
+        """What decides a row's figures, but for its samples."""
+        words = [*self.table.evaluate, *self.args.evaluate_flags]
+        made_of = self.inputs | {"reference": sha256(self.table.reference)}
+        return plain_settings(words, **made_of, **contents_of(words))
+
     def check(self) -> bool:
         """Spaces and reference are what evaluation can use, before anything is trained for it."""
-        if all((self.place("rows", row) / "figures.json").exists() for row in self.table.rows):
+        judging, places = self.judging().items(), [self.place("rows", row) for row in self.table.rows]
+        if all((at / "figures.json").exists() and judging <= recorded_in(self.note_of(at)).items() for at in places):
             return False
         self.processes.run(self.judge([Path("none.npz")], "--check"), self.folder / "logs" / "check.txt")
         return True
 
     def evaluate(self, row: Row) -> bool:
         folder, samples = self.place("rows", row), [self.samples(row, seed) for seed in row.seeds]
-        words = [*self.table.evaluate, *self.args.evaluate_flags]
         made_of = {f"samples of seed {seed}": sha256(path) for seed, path in zip(row.seeds, samples, strict=True)}
-        made_of |= self.inputs | {"reference": sha256(self.table.reference)} | contents_of(words)
-        self.fresh(folder, plain_settings(words, **made_of))
+        self.fresh(folder, self.judging() | made_of)
         output = folder / "figures.json"
         if output.exists():
             return False
@@ -195,10 +205,10 @@ def build_parser() -> flags.Parser:
     parser.add_argument("--teacher", type=flags.path, required=True, help="model folder")
     parser.add_argument("--rows", nargs="+", default=[], help="only these, and the cold starts that they need")
     parser.add_argument("--seeds", nargs="+", type=flags.SEED, help="in place of the file's")
-    parser.add_argument("--train-flags", type=train_flags, default=[], help="more for every training, in one string")
     parser.add_argument(
-        "--evaluate-flags", type=train_flags, default=[], help="more for every evaluation, in one string"
+        "--train-flags", type=train_flags, default=[], help="more for every training, as --train-flags='--a 1 --b 2'"
     )
+    parser.add_argument("--evaluate-flags", type=train_flags, default=[], help="more for every evaluation, likewise")
     parser.add_argument("--jobs", type=flags.integer(1, 64), default=1, help="rows made at once")
     parser.add_argument("--check", action="store_true", help="check the table and end")
     return parser
@@ -210,6 +220,7 @@ def check_arguments(args: argparse.Namespace) -> Table:
     rows = read_table(args.table or ROOT / "scripts" / "frontier" / f"{args.recipe}.toml")
     rows = rows.only(args.rows, args.seeds and list(dict.fromkeys(args.seeds)))
     require_folder(args.teacher, f"a model folder, with config.json and {WEIGHTS_NAME},", "config.json", WEIGHTS_NAME)
+    check_more_flags(rows, args.train_flags, args.evaluate_flags)
     require_file(rows.reference, "the reference, an .npz of real images,")
     for path in rows.inputs:
         if not path.exists():
@@ -230,8 +241,10 @@ def text_of(rows: Table, spaces: list[dict], means: list[dict], title: str) -> s
     parts = [f"# {title}", "Means over seeds +- the standard deviation of one seed."]
     for space, mean in zip(spaces, means, strict=True):
         count, size = next(iter(space["rows"].values()))["images"], space.get("set_size")
-        made_by = [(name, row.get("generation")) for name, group in over_seeds(space["rows"]).items() for row in group]
-        parts += [f"## {space['features']}", *rewarded_here(made_by, space.get("features_sha256", ""))]
+        named = [(name, row) for name, group in over_seeds(space["rows"]).items() for row in group]
+        made_by = [(name, row.get("generation")) for name, row in named]
+        parts += [f"## {named_space(space['features'])}", *rewarded_here(made_by, space.get("features_sha256", ""))]
+        parts += rewarded_within(dict(named))
         parts += [table_over_seeds(space["rows"], count, size)]
         if all(row["seeds"] == 1 for row in mean["rows"].values()):
             parts[-1] = table(space["rows"], count, size)

@@ -23,12 +23,12 @@ from train_cc.io.errors import InputError
 from train_cc.io.read import read_npz
 from train_cc.io.write import (
     LEFTOVER,
-    MARK,
     check_output_file,
     flush,
     is_ours,
     library_versions,
     locked,
+    mark_of,
     need_space,
     record,
     record_of,
@@ -148,7 +148,7 @@ def choose_workers(processes: int) -> int:
 
 def about(space: FeatureSpace, images: Images) -> dict:
     told = space.describe() | {"images": len(images), "source": images.source}
-    return told | {"made_by": MARK, "versions": library_versions()}
+    return told | {"made_by": mark_of("statistics"), "versions": library_versions()}
 
 
 def finished(path: Path, told: dict) -> bool:
@@ -163,7 +163,8 @@ def save(path: Path, moments: dict[str, np.ndarray], told: dict) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **moments, space=np.array(json.dumps(told)))
     with zipfile.ZipFile(buffer, "a") as archive:
-        archive.comment = MARK.encode()  # numpy's text is UTF-32: the mark is looked for in plain bytes
+        # numpy's text is UTF-32: the mark is looked for in plain bytes
+        archive.comment = mark_of("statistics").encode()
     write_atomically(path, buffer.getvalue())
 
 
@@ -200,7 +201,7 @@ def gather(args: argparse.Namespace) -> None:
     told = json.loads(json.dumps(about(space, images)))
     there = not args.overwrite and finished(args.output, told)
     if not there:
-        check_output_file(args.output, args.overwrite)
+        check_output_file(args.output, args.overwrite, kind="statistics")
     accelerator.wait_for_everyone()  # what is there is looked at before anything is written
     with locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
         if not there:

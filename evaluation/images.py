@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from evaluation.files import MAX_LABEL
 from train_cc.io.errors import InputError
 from train_cc.io.read import parsing, read_npz, require_file, sha256
 from train_cc.pretrain.data import DATASETS, load_dataset
 
-MAX_CLASSES = 100_000  # a label beyond is no label
 EXPECTED = f"a folder of images, an .npz with arr_0 uint8 (N, H, W, C), or one of {', '.join(DATASETS)}"
 
 
@@ -134,8 +134,8 @@ def open_npz(path: Path) -> ArrayImages:
             raise InputError(
                 f"{path} has arr_1 {labels.dtype} {labels.shape}; {len(images)} whole numbers are expected"
             )
-        if len(labels) and not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
-            raise InputError(f"{path} has labels {labels.min()} to {labels.max()}; allowed: 0 to {MAX_CLASSES - 1}")
+        if len(labels) and not 0 <= labels.min() <= labels.max() <= MAX_LABEL:
+            raise InputError(f"{path} has labels {labels.min()} to {labels.max()}; allowed: 0 to {MAX_LABEL}")
         labels = torch.from_numpy(labels.astype(np.int64))
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     return ArrayImages(images, labels, {"images": str(path), "sha256": sha256(path)})

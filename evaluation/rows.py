@@ -35,6 +35,8 @@ STAGES = ("teacher", "cold_start", "dmdr")
 OWN = {"--output-dir", "--output", "--teacher", "--generator", "--seed", "--resume-ckpt", "--max-train-steps"}
 OWN |= {"--names", "--over-seeds", "--auto-resume", "--overwrite", "--dry-run"}
 SAMPLING = ["--generator", "g", "--output", "o"]  # what evaluation.generate asks for, while its flags are checked
+TRAINING = ["--teacher", "t", "--output-dir", "o"]  # and a stage
+JUDGING = ["s.npz", "r.npz"]  # and evaluation.evaluate
 NEEDED = ("seeds", "base_steps", "extra_steps", "reference", "evaluate", "row")
 OPTIONAL = ("generate", "train", "inputs")
 MOST_STEPS, MOST_SEED = 10**9, 2**63 - 1
@@ -118,7 +120,7 @@ def read_table(path: Path) -> Table:
         counts |= {args.num_images} if row.stage == "teacher" else set()
     if len(counts) > 1:
         raise InputError(f"{top}: rows of {sorted(counts)} images do not compare; give --num-images to all or none")
-    parse(evaluate.build_parser(), ["s.npz", "r.npz", *table.evaluate], table.evaluate, f"{top}: evaluate")
+    parse(evaluate.build_parser(), JUDGING + table.evaluate, table.evaluate, f"{top}: evaluate")
     return table
 
 
@@ -129,7 +131,7 @@ def read_row(content: dict, number: int, seeds: list[int], top: str) -> Row:
         if not isinstance(content.get(key, ""), str):
             raise InputError(f"{where}: {key} is {content[key]!r}; a string is expected")
     name, stage = content["name"], content["stage"]
-    if not name.strip() or len(name) > 100 or name != printable(name) or ", seed " in name or name == HELD_OUT:
+    if not name.strip(" .") or len(name) > 100 or name != printable(name) or ", seed " in name or name == HELD_OUT:
         raise InputError(f"{where}: a name is one line of at most 100 characters, without ', seed ', not {HELD_OUT!r}")
     if stage not in STAGES:
         raise InputError(f"{where}: stage is {stage!r}; allowed: {', '.join(STAGES)}")
@@ -176,11 +178,17 @@ def check_flags(table: Table, row: Row, where: str) -> argparse.Namespace:
     words = words_of(table, row)
     if row.stage == "teacher":
         return parse(generate.build_parser(), SAMPLING + words, words, where)
-    args = parse(build_parser(""), ["--teacher", "t", "--output-dir", "o", *words], words, where)
+    args = parse(build_parser(""), TRAINING + words, words, where)
     for spec in [*args.reward, *args.tilt]:
         if spec.kind in ("frechet", "python"):
             require_file(Path(spec.source.rpartition(":")[0] or spec.source), f"{where}: the source of its reward")
     return args
+
+
+def check_more_flags(table: Table, training: list[str], judging: list[str]) -> None:
+    """What a command line adds to every training and every evaluation. Raises `InputError`."""
+    parse(build_parser(""), TRAINING + training, training, "--train-flags")
+    parse(evaluate.build_parser(), JUDGING + table.evaluate + judging, judging, "--evaluate-flags")
 
 
 def parse(parser: argparse.ArgumentParser, words: list[str], own: list[str], where: str) -> argparse.Namespace:

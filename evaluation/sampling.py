@@ -31,10 +31,11 @@ from train_cc.draws import Draws
 from train_cc.io.errors import InputError
 from train_cc.io.hub import model_folder, pinned
 from train_cc.io.read import check_numbers, read_npz, require_file, require_folder, sha256
+from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.io.write import check_output_file, library_versions, mark_of, need_space, record
 from train_cc.models.generator import SAMPLING, read_rewards, read_sampling
 from train_cc.models.latents import read_latent_space
-from train_cc.models.sit import WEIGHTS_NAME, SiT, choose_attention, read_sit_config
+from train_cc.models.sit import SiT, choose_attention, read_sit_config
 from train_cc.models.vae import DECODED_AT_ONCE, images_to_uint8, require_decoder, vae_files
 from train_cc.run.checkpoint import Checkpoint, open_checkpoint
 from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample

@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from evaluation.files import HELD_OUT
+from evaluation.files import HELD_OUT, named_space
 from train_cc.io.write import mark_of, write_atomically
 
 TEACHER, COLD_START, CONTROL, REWARD, REAL = "tab:green", "tab:blue", "tab:gray", "tab:red", "black"
@@ -24,7 +24,7 @@ def picture(spaces: list[dict], colours: dict[str, str], against: dict[str, str]
     figure, panels = plt.subplots(1, len(spaces), figsize=(5.6 * max(len(spaces), 2), height), squeeze=False)
     for axes, space in zip(panels[0], spaces, strict=True):
         panel(axes, space["rows"], colours, against)
-        axes.set_title(plain(space["features"]), fontsize=10)
+        axes.set_title(plain(named_space(space["features"])), fontsize=10)
     panels[0][0].set_ylabel("recall (diversity)")
     handles = [
         plt.Line2D(

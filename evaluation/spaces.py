@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from evaluation.figures import Embedded, Reference, around, embed, row_of
-from evaluation.files import HELD_OUT, LEAST_IMAGES, image_shape, provenance_of, read_images
+from evaluation.files import HELD_OUT, LEAST_IMAGES, image_shape, provenance_of, read_images, rewarded_by
 from evaluation.metrics import check_statistics
 from evaluation.split import HALVES, Held
 from train_cc.io.errors import InputError
@@ -124,12 +124,17 @@ def embed_samples(path: Path, space: FeatureSpace, batch: int) -> tuple[Embedded
 
 
 def over_spaces(judged: list[dict]) -> dict[str, dict]:
-    """The rows' FDr and SWr, each the mean over the spaces, with intervals where there are draws."""
+    """The rows' FDr and SWr, each the mean over the spaces, with intervals where there are draws.
+
+    A row's "rewarded_in" names the spaces among them that rewarded it.
+    """
     rows: dict[str, dict] = {}
     for name, first in judged[0]["rows"].items():
         figures = [each["rows"][name]["figures"] for each in judged]
         means = {key: float(np.mean([figure[key] for figure in figures])) for key in FD_AND_SW}
         rows[name] = {"figures": means, "images": first["images"]}
+        rewarded = [each["features"] for each in judged if rewarded_by(first["generation"], each["features_sha256"])]
+        rows[name] |= {"rewarded_in": rewarded} if rewarded else {}
         if "draws" in first:
             draws = {
                 key: np.mean([each["rows"][name]["draws"][key] for each in judged], axis=0).tolist()

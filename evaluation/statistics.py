@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 @exits_on_input_error
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    check_output_file(args.output)
+    check_output_file(args.output, kind="statistics")
     with saying("loading libraries"):
         from evaluation.gathering import gather  # networks take seconds to import: what is wrong has been said
 

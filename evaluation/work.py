@@ -68,7 +68,10 @@ def run_all(jobs: list[Job], processes: Processes, at_once: int) -> None:
     def terminated(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, terminated)
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, terminated) for number in numbers}
     pool = ThreadPoolExecutor(at_once)
     try:
         follow(jobs, pool, at_once)
@@ -77,7 +80,8 @@ def run_all(jobs: list[Job], processes: Processes, at_once: int) -> None:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def follow(jobs: list[Job], pool: ThreadPoolExecutor, at_once: int) -> None:

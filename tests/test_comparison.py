@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from evaluation import comparison, scatter
-from evaluation.files import HELD_OUT
+from evaluation.files import HELD_OUT, named_space
 
 
 def row(fid, recall, precision, spread=0.01, seeds=3):
@@ -90,3 +90,17 @@ def test_what_is_told_of_a_collapsed_row_stays_within_the_axes(tmp_path):
     figure.canvas.draw()
     assert told.get_window_extent().x1 < axes.get_window_extent().x1
     plt.close(figure)
+
+
+def test_a_classifiers_space_is_called_by_its_architecture(tmp_path):
+    (tmp_path / "judge").mkdir()
+    assert named_space(f"classifier:{tmp_path}/judge") == f"classifier:{tmp_path}/judge"
+    (tmp_path / "judge" / "config.json").write_text('{"architecture": "test_vit"}')
+    assert named_space(f"classifier:{tmp_path}/judge") == "judge (test_vit)"
+    assert named_space("pixels") == "pixels" and named_space("the mean over 2 spaces") == "the mean over 2 spaces"
+
+
+def test_a_bar_in_a_rows_name_stays_in_its_cell():
+    row = {"figures": {"FID": 1.0}, "standard_deviations": {"FID": 0.1}, "seeds": 2}
+    text = comparison.against_controls({"a|b": row, "c": row}, {"a|b": "c"})
+    assert text.splitlines() == ["|  | against | FID |", "|---|---|---|", r"| a\|b | c | +0.00 (0.0 s.e.) |"]

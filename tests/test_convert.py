@@ -21,11 +21,12 @@ from convert_weight.exports import save_pipeline
 from convert_weight.pipeline import DMDRPipeline
 from convert_weight.state_dicts import reverse_time
 from evaluation.standins import authors_state, repa_state, sit_shapes, write_dinov2, write_vae
-from tests.conftest import refused, run_cold_start, tree
+from tests.conftest import random_sit, refused, run_cold_start, tree
 from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError
 from train_cc.io.write import record, write_record
 from train_cc.models import DINOv2Classifier, SiT
+from train_cc.models.generator import read_rewards, read_sampling, save_generator
 from train_cc.models.vae import load_vae
 
 SMALL = {"depth": 3, "hidden": 64, "input_size": 8, "classes": 10}
@@ -178,6 +179,16 @@ def test_the_command_writes_a_model_folder_with_its_source(tmp_path, capsys):
     sit_convert.main(again)
     other = SiT.from_pretrained(tmp_path / "out" / "again").state_dict()
     assert all(torch.equal(value, other[name]) for name, value in model.state_dict().items())
+
+
+def test_a_generators_folder_keeps_its_steps_rewards_and_latents(tmp_path):
+    save_generator(random_sit(), tmp_path / "g", 2, 1.5, rewards_sha256=["0" * 64])
+    given = ["--input", str(tmp_path / "g"), "--save-dir", str(tmp_path), "--name"]
+    sit_convert.main([*given, "h"])
+    assert read_sampling(tmp_path / "h") == (2, 1.5) and read_rewards(tmp_path / "h") == ["0" * 64]
+    random_sit().save_pretrained(tmp_path / "g2")
+    sit_convert.main(["--input", str(tmp_path / "g2"), *given[2:], "i"])
+    assert read_sampling(tmp_path / "i") is None
 
 
 class Code:

@@ -17,7 +17,7 @@ from train_cc import cold_start, dmdr_refl
 from train_cc.io import flags
 
 FLAGS = ROOT / "docs" / "flags.md"
-HEAD = """# Every flag
+HEAD = """# Every flag of a stage and of the other commands
 
 Written from the parsers by `python -m tests.test_docs`, and held to them by a test. Ranges are checked before anything
 is loaded; `--help` of a command says the same.

@@ -273,6 +273,8 @@ def test_recall_and_accuracy_of_a_class(capsys):
     unknown = files.suffered({"a": {"classes": {"recall": None}}, "b": {"classes": {"recall": None}}})
     assert unknown == []
     assert files.suffered({"a": good, "b": good}) == ["b: in none"]
+    unlabelled = {"classes": {"recall": None}}
+    assert files.suffered({"a": good, "b": unlabelled, "c": {}, "d": good}) == ["d: in none"]
 
 
 def test_rows_of_several_seeds_have_a_mean_and_a_spread(digits, classifier, capsys):
@@ -399,6 +401,20 @@ def test_a_fresh_real_draw_scores_one_and_noise_more(digits, two_classifiers, tm
     assert read_figures(tmp_path / "o.json")["set_size"] == 599
 
 
+def test_a_mean_over_spaces_says_which_of_them_rewarded_a_row(digits, two_classifiers, tmp_path, capsys):
+    content, files_ = np.load(digits), []
+    judge = load_space(two_classifiers[1]).sha256
+    for name, rewards, rows in (("plain", [], slice(0, 99)), ("rewarded", [judge], slice(99, 198))):
+        files_.append(tmp_path / f"{name}.npz")
+        np.savez(files_[-1], arr_0=content["arr_0"][rows], provenance=json.dumps({"rewards_sha256": rewards}))
+    more = ["--held-out", "halves", "--output", tmp_path / "o.json"]
+    evaluate.main(words(*files_, digits, "--space", *two_classifiers, *more))
+    line = f"Spaces that rewarded it are in the mean of rewarded: {two_classifiers[1]}."
+    assert line in capsys.readouterr().out
+    means = json.loads((tmp_path / "o.json").read_text())["over_spaces"]
+    assert [row.get("rewarded_in") for row in means.values()] == [None, [two_classifiers[1]], None]
+
+
 def test_pixels_are_the_images_themselves(digits):
     images = np.load(digits)["arr_0"][:5]
     space = load_space("pixels", image_shape=(8, 8, 1))
@@ -453,10 +469,13 @@ def test_spaces_and_held_out_files_that_cannot_be(digits, two_classifiers, tmp_p
     assert "not allowed with" in told(digits, "--space", first, "--classifier", folder)
     assert "does not exist" in told(digits, "--space", first, "--held-out", tmp_path / "no.npz")
     shutil.copy(digits, tmp_path / "same.npz")
-    assert "nothing is held out" in told(digits, "--space", first, "--held-out", tmp_path / "same.npz")
+    assert "they are not held out" in told(digits, "--space", first, "--held-out", tmp_path / "same.npz")
     images = np.load(digits)["arr_0"]
     np.savez(tmp_path / "other.npz", arr_0=images[::-1][:900])
     assert "900 of the 900 images" in told(digits, "--space", first, "--held-out", tmp_path / "other.npz")
+    content = np.concatenate([images[:20], 255 - images[20:900]])  # one in 45 would show in every figure
+    np.savez(tmp_path / "few.npz", arr_0=content)
+    assert "20 of the 900 images" in told(digits, "--space", first, "--held-out", tmp_path / "few.npz")
     np.savez(tmp_path / "wide.npz", arr_0=images.repeat(2, 2))
     assert "holds images (8, 16, 1)" in told(digits, "--space", first, "--held-out", tmp_path / "wide.npz")
     named = told(digits, "--space", first, "--names", "held-out real")

@@ -3,8 +3,12 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from evaluation import frontier, scatter, work
-from evaluation.asked import ROOT, plain_settings, processes_of
+from evaluation.asked import ROOT, keep_or_put_aside, plain_settings, processes_of
 from evaluation.files import HELD_OUT
 from evaluation.rows import read_table, words_of
 from tests.conftest import refused, tree, words
@@ -126,7 +130,12 @@ def test_every_row_is_made_once_and_kept(run, tmp_path, capsys):
     assert "[13/13]" in printed and "base + control, seed 2: kept" in printed
     text = (tmp_path / "f" / "frontier.md").read_text()
     assert "| held-out real | 1 |" in text.split("## the mean over 2 spaces")[1]
-    assert "| base + reward | 2 |" in text and "## g" in text and "| base + reward | base + control |" in text
+    assert (
+        "| base + reward | 2 |" in text
+        and "## g" in text
+        and "## judge (test_vit)" in text
+        and "| base + reward | base + control |" in text
+    )
     record = json.loads((tmp_path / "f" / "frontier.json").read_text())
     assert record["rows"]["base"]["seeds"] == 2 and "standard_deviations" in record["rows"]["base"]
     assert (tmp_path / "f" / "frontier.png").exists()
@@ -226,6 +235,16 @@ def test_a_space_that_rewarded_a_row_is_named(run, tmp_path):
     text = (tmp_path / "f" / "frontier.md").read_text()
     assert text.count("This space rewarded") == 1
     assert "This space rewarded base + reward: judge it" in text.split("## g")[0]
+    for path in (tmp_path / "f" / "rows").glob("*reward/figures.json"):
+        content = json.loads(path.read_text())
+        content["over_spaces"] = {
+            name: row | ({} if name == HELD_OUT else {"rewarded_in": ["f"]})
+            for name, row in content["over_spaces"].items()
+        }
+        path.write_text(json.dumps(content))
+    run()
+    mean = (tmp_path / "f" / "frontier.md").read_text().split("## the mean")[1]
+    assert mean.count("Spaces that rewarded it are in the mean of base + reward: f.") == 1
 
 
 def test_a_comment_in_a_launcher_makes_nothing_stale(run, tmp_path, monkeypatch):
@@ -296,6 +315,7 @@ WRONG = {
     "an input": ("$HERE/input", "$HERE/no", "does not exist"),
     "a reward's file": ("--reward-weight 0.5", "--reward python 1 no.py:f", "no.py does not exist"),
     "an odd name": ('name = "teacher"', 'name = "a, seed 3"', "a name is one line"),
+    "a name of dots": ('name = "teacher"', 'name = ".."', "a name is one line"),
     "quotes": ("--encoder-type none", "--encoder-type 'none", "quoted as in a shell"),
     "rows that are none": ('\n[[row]]\nname = "teacher"', '\n[row]\nname = "teacher"', "TOML"),
     "more seeds": ('name = "base + control"', 'name = "base + control"\nseeds = [5]', "cold start has no seed [5]"),
@@ -310,6 +330,46 @@ def test_a_wrong_table_is_refused_before_anything_is_trained(what, run, table, t
     assert table.read_text() != TABLE
     assert told in refused(run, capsys=capsys)
     assert not run.made and not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize(
+    "flag,told",
+    [
+        ("--train-flags=--nonsense 3", "--train-flags: "),
+        ("--train-flags=--output-dir x", "--train-flags: --output-dir is the frontier's to set"),
+        ("--evaluate-flags=--output x", "--evaluate-flags: --output is the frontier's to set"),
+        ("--evaluate-flags=--bootstrap -1", "--evaluate-flags: "),
+    ],
+)
+def test_flags_for_all_rows_are_checked_like_a_rows_own(run, tmp_path, capsys, flag, told):
+    assert told in refused(lambda: run(flag), capsys=capsys)
+    assert not run.made and not (tmp_path / "f").exists()
+
+
+def test_spaces_are_checked_again_where_other_ones_are_asked_for(run):
+    run()
+    made = run("--evaluate-flags=--bootstrap 5")
+    assert "--check" in made[0] and kinds(made) == [0, 0, 4]
+    assert not any("--check" in command for command in run("--evaluate-flags=--bootstrap 5"))
+
+
+def test_stale_products_of_one_name_are_all_kept(tmp_path):
+    """The seeds of a row are made side by side, and have one name."""
+    barrier = threading.Barrier(8)
+
+    def put_aside(seed, k):
+        folder = tmp_path / f"seed-{seed}"
+        folder.mkdir(exist_ok=True)
+        (folder / "a.npz").write_text(f"{seed} {k}")
+        (folder / "a.json").write_text("{}")
+        barrier.wait()
+        keep_or_put_aside(folder / "a.json", {"x": "1"}, folder / "a.npz", tmp_path / "stale")
+
+    for k in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(put_aside, range(8), [k] * 8))
+    contents = {path.read_text() for path in (tmp_path / "stale").iterdir()}
+    assert contents == {f"{seed} {k}" for seed in range(8) for k in range(20)}
 
 
 def test_a_teacher_that_is_not_there_is_refused(run, tmp_path, capsys):
@@ -341,6 +401,29 @@ def test_the_frontier_stops_at_the_first_failure(table, teacher, tmp_path, capsy
 
 
 # Jobs
+
+SLEEPS = """
+import sys
+from pathlib import Path
+from evaluation.work import Job, Processes, run_all
+processes = Processes()
+told = Path(sys.argv[1])
+sleep = lambda: processes.run(["sh", "-c", "echo $$ > pid.new; mv pid.new pid; exec sleep 60"], told / "log.txt")
+run_all([Job("a", sleep)], processes, 1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=str)
+def test_a_signal_leaves_nothing_running(tmp_path, number, monkeypatch):
+    code = SLEEPS.replace("pid", str(tmp_path / "pid"))
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "pid").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(20) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_jobs_wait_for_what_they_need():
@@ -377,7 +460,7 @@ def test_the_tables_of_the_recipes_are_right(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "x")
     (tmp_path / "statistics.npz").touch()
     monkeypatch.chdir(ROOT)
-    for recipe, count in (("digits", 27), ("fashion", 26), ("sitxl", 13)):
+    for recipe, count in (("digits", 27), ("fashion", 27), ("sitxl", 13)):
         found = read_table(ROOT / "scripts" / "frontier" / f"{recipe}.toml")
         assert len(found.rows) == count
         for each in found.rows:

@@ -16,8 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from evaluation.files import write_figures
 from tests.conftest import refused
 from train_cc.draws import Draws
+from train_cc.io.figures import read_figures
 from train_cc.io.write import is_ours
 from train_cc.models import SiT
 from train_cc.models.classifier import ImageClassifier
@@ -300,6 +302,10 @@ def test_a_reference_is_ours_whole_and_replaced_only_where_ours(tmp_path, capsys
     before = mine.read_bytes()
     assert "not a file of this project" in refused(data.main, ["--output", str(mine)], capsys=capsys)
     assert mine.read_bytes() == before
+    figures = tmp_path / "figures.json"
+    write_figures(figures, {"a": {"figures": {}}})
+    assert "that holds real images" in refused(data.main, ["--output", str(figures)], capsys=capsys)
+    assert read_figures(figures)
 
 
 @pytest.mark.parametrize("kind", ["folder", "below a file", "dangling link", "too long", "empty"])

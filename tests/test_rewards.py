@@ -17,6 +17,7 @@ from train_cc.distillation import turns
 from train_cc.draws import Draws
 from train_cc.flow import interpolate
 from train_cc.io.read import sha256
+from train_cc.models.generator import read_rewards
 from train_cc.objectives import dmd_direction, dmd_loss, velocity_matching_losses
 from train_cc.rewards.at_x0 import Reward, rewards_at_x0
 from train_cc.rewards.python_file import PythonReward
@@ -123,6 +124,8 @@ def test_what_cannot_be_a_reward_is_refused(teacher, tmp_path, capsys, more, wor
 def test_names_and_what_none_sets_aside():
     specs = [RewardSpec("classifier", 1, "a"), RewardSpec("classifier", 1, "b"), RewardSpec("python", 1, "f.py:sharp")]
     assert named_apart(specs) == ["classifier", "classifier_2", "sharp"]
+    functions = [RewardSpec("python", 1, f"f.py:{name}") for name in ("sharp_2", "sharp", "sharp", "sharp_2_b")]
+    assert named_apart(functions) == ["sharp_2", "sharp", "sharp_3", "sharp_2_b"]
     parser = cold_start.stage_parser()
     base = ["--teacher", "t", "--output-dir", "o", "--reward", "frechet", "1", "x.npz"]
     assert parser.parse_args([*base, "--encoder-type", "none"]).reward == []
@@ -406,4 +409,8 @@ def test_figures_in_the_space_of_a_reward_are_warned_of(teacher, tmp_path, rewar
         capsys.readouterr()
         evaluate.main(argv(path, tmp_path / "reference.npz", "--classifier", reward_folder))
         assert ("This space rewarded" in capsys.readouterr().err) == (name != "plain"), name
-    assert json.loads((after / "generator" / "generation_config.json").read_text())["rewards_sha256"] == [digest]
+    recorded = json.loads((after / "generator" / "generation_config.json").read_text())
+    assert recorded["rewards_sha256"] == [digest]
+    # A generator can be a teacher, and a folder that is converted.
+    student = run_cold_start(rewarded / "generator", tmp_path / "d", "--max-train-steps", 1)
+    assert read_rewards(student / "generator") == [digest]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFont
 from timm.data import ImageNetInfo
 
-from evaluation import sample
+from evaluation import generate, sample
 from evaluation.columns import data_of
 from evaluation.sample import class_of
 from evaluation.standins import write_vae
@@ -93,6 +93,17 @@ def test_columns_are_classes_with_their_names_above(tmp_path, capsys):
     assert not np.array_equal(a[-3 * 68 :, 4:68], b[-3 * 68 :, 4:68]) and b[-3 * 68 :].std() > 5
     above = b[: -3 * 68 - 4]
     assert above.shape[0] >= 16 and (above < 100).any() and (above[:, :2] == 255).all()
+
+
+def test_a_column_shows_what_a_balanced_set_holds_of_the_class(tmp_path):
+    generator = of_run(tmp_path, tmp_path / "teacher", "digits")
+    given = words("--generator", generator, "--seed", 4)
+    sample.main([*given, *words("--classes", 3, "--per-class", 2, "--grid", tmp_path / "a.png")])
+    generate.main([*given, *words("--num-images", 20, "--output", tmp_path / "s.npz")])
+    images = np.load(tmp_path / "s.npz")["arr_0"][[3, 13]]
+    shown = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+    expected = np.asarray(pictures.above(pictures.grid([images[:1], images[1:]]), ["3"]).convert("RGB"))
+    assert np.abs(shown.astype(int) - expected).max() <= 1  # a batch of another size rounds otherwise
 
 
 def test_latents_are_decoded(tmp_path):

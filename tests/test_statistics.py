@@ -24,6 +24,7 @@ from train_cc.io.errors import InputError
 from train_cc.io.write import is_ours
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.features import load_space
+from train_cc.pretrain import data
 from train_cc.pretrain.data import load_dataset
 from train_cc.rewards.statistics import read_statistics
 
@@ -289,6 +290,7 @@ def test_commands_that_cannot_work_are_refused_before_anything_is_written(npz, s
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.npz").write_text("no archive")
     (tmp_path / "mine.npz").write_bytes(b"mine")
+    data.main(["--output", str(tmp_path / "digits.npz")])
     before = sorted(tmp_path.iterdir())
     assert "nowhere does not exist; a folder of images" in told(tmp_path / "nowhere")
     assert "empty holds no images" in told(tmp_path / "empty")
@@ -298,6 +300,7 @@ def test_commands_that_cannot_work_are_refused_before_anything_is_written(npz, s
     assert "--shard-size is 0" in told(npz, space, output, "--shard-size", 0)
     assert "--image-size is for folders" in told(npz, space, output, "--image-size", 32)
     assert "not a file of this project" in told(npz, space, tmp_path / "mine.npz", "--overwrite")
+    assert "that holds statistics" in told(npz, space, tmp_path / "digits.npz", "--overwrite")
     assert sorted(tmp_path.iterdir()) == before
     assert "has no arr_0" in with_arrays(images=pixels)
     assert "arr_0 float64" in with_arrays(arr_0=pixels.astype(float))

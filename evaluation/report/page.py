@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jinja2
 
-from evaluation.files import apart, columns_of, rewarded_here, shown
+from evaluation.files import apart, heads_of, rewarded_here, shown
 from evaluation.report.charts import CHARTS, Chart, curve_path
 from evaluation.report.previews import all_previews, strip_of
 from evaluation.report.rules import collapsed_recall
@@ -22,7 +22,7 @@ from evaluation.report.tables import what_differs, what_was_run
 from evaluation.report.verdict import Verdict, verdict
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.figures import with_arrow
+from train_cc.io.figures import columns_of, with_arrow
 from train_cc.io.read import printable, require_folder
 from train_cc.io.write import check_output_file, check_parent, mark_of, write_atomically
 
@@ -39,9 +39,9 @@ def pictures_beside(runs: list[RunLog]) -> list:
 
 def shown_table(table: Table) -> dict:
     """A table as the page shows it: heads with counts and arrows, cells as text."""
-    own = {name: {"figures": figures} for name, figures in table.rows.items()}
-    metrics, counted = columns_of(own, table.count, table.set_size)
-    heads = metrics if not table.count else counted
+    own = [{"figures": figures} for figures in table.rows.values()]
+    metrics = columns_of(own)
+    heads = heads_of(metrics, table.count, table.set_size) if table.count else metrics
     heads = [with_arrow(metric, head) for head, metric in zip(heads, metrics, strict=True)]
     rows = {
         name: [shown(metric, figures[metric]) if metric in figures else "" for metric in metrics]

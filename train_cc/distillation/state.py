@@ -12,16 +12,16 @@ from train_cc.distillation.settings import Run, trainable
 from train_cc.io.errors import InputError
 from train_cc.io.hub import model_folder
 from train_cc.io.read import Number, check_numbers, sha256
+from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
 from train_cc.io.write import flush, need_space, plain_mode
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.generator import (
-    GENERATION_CONFIG,
     SAMPLING,
     assemble_generator,
     generator_lora_rank,
     save_generator,
 )
-from train_cc.models.sit import WEIGHTS_NAME, SiT
+from train_cc.models.sit import SiT
 from train_cc.run import checkpoint as checkpoints
 from train_cc.run import states
 from train_cc.run.checkpoint import Checkpoint

@@ -1,5 +1,6 @@
 """The figures of samples, as JSON: their names, which way is better, and the file checked where it comes in."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from train_cc.io.errors import InputError
@@ -10,6 +11,18 @@ METRICS += ("ADM recall", "ADM precision")  # of all images against all, whateve
 LOWER_IS_BETTER = ("FID", "KID", "SW", "FDr", "SWr")  # of the others higher
 FIGURES = "the figures that evaluation.evaluate or evaluation.frontier writes"
 A_FIGURE = Number(float, -1e100, 1e100)
+
+
+def columns_of(rows: Iterable[dict]) -> list[str]:
+    """The metrics that some row has, in the order of `METRICS`."""
+    return [metric for metric in METRICS if any(metric in row["figures"] for row in rows)]
+
+
+def markdown_table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """As GitHub reads it; a bar or a line's end within a cell stays within it."""
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in (head, *lines)]
+    first, *more = (f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join([first, "|---" * len(head) + "|", *more])
 
 
 def with_arrow(metric: str, head: str | None = None) -> str:

@@ -3,7 +3,6 @@
 import argparse
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -120,8 +119,3 @@ class TimeInterval(argparse.Action):
             told = " ".join(map(str, values))
             parser.error(f"{option_string} is {told}; allowed: two times LOW HIGH with 0 <= LOW < HIGH <= 1")
         setattr(namespace, self.dest, [low, high])
-
-
-def shown_command(argv: Sequence[str] | None) -> list[str]:
-    """What was typed, for a record."""
-    return [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]

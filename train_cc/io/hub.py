@@ -9,13 +9,13 @@ from pathlib import Path
 
 from train_cc.io.errors import InputError
 from train_cc.io.read import first_line
-from train_cc.io.weights import WEIGHTS_NAME
+from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
 from train_cc.io.write import RECORD
 
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")  # org/name or org/name@revision
 # What begins a path of ours, or the name of a size: never an organisation.
 OURS = ("runs", "sit_weights", "SiT-S", "SiT-B", "SiT-L", "SiT-XL")
-MODEL_FILES = ("config.json", WEIGHTS_NAME, "generation_config.json")
+MODEL_FILES = ("config.json", WEIGHTS_NAME, GENERATION_CONFIG)
 PLACES = ("", "generator/")  # of a model in its repository: at the root, or in a pipeline that was shared
 HOW_TO_MAKE = "`bash scripts/pretrain_digits.sh` makes digits' teacher, `python convert_weight/sit_convert.py` SiT-XL/2"
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # of a model folder, beside config.json
+GENERATION_CONFIG = "generation_config.json"  # of it too: how a generator is sampled, what rewarded it, its latents
 
 
 def fit_shapes(

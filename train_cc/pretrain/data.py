@@ -18,7 +18,7 @@ from train_cc.io.class_names import KNOWN
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.flags import COUNT, LEARNING_RATE, SEED, Parser, integer, path
 from train_cc.io.read import parsing, require_folder
-from train_cc.io.write import MARK, check_output_file, need_space, record, write_atomically
+from train_cc.io.write import check_output_file, mark_of, need_space, record, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         "--vae", default="none", help="folder of a VAE that encodes and decodes each image; none: as it is"
     )
     args = parser.parse_args(argv)
-    check_output_file(args.output)
+    check_output_file(args.output, kind="real images")
     images, labels = load_dataset(args.dataset, args.data_dir, args.split)
     images, labels = images[: args.num_images], labels[: args.num_images]
     if args.num_images is not None and len(images) < args.num_images:
@@ -175,7 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     provenance = np.array(json.dumps(record("pretrain.data", vars(args))))
     np.savez(content, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy(), provenance=provenance)
     with zipfile.ZipFile(content, "a") as archive:
-        archive.comment = MARK.encode()  # numpy's text has four bytes a letter: there the mark would not be found
+        # numpy's text has four bytes a letter: there the mark would not be found
+        archive.comment = mark_of("real images").encode()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     need_space(args.output.parent, content.tell())
     write_atomically(args.output, content.getvalue())

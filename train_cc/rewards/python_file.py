@@ -61,7 +61,7 @@ class PythonReward:
             raise InputError(f"the reward {self.source} raised {first_line(error)}") from error
 
     def rewards(self, images: Tensor, y: Tensor) -> Tensor:
-        """images (B, C, H, W) in [0, 1], y (B,) -> rewards (B,), fp32, finite. Raises `InputError`."""
+        """images (B, C, H, W) in [0, 1], y (B,) -> rewards (B,), fp32. Raises `InputError`."""
         if self._takes_uint8:
             found = self._guarded(self._function, images_to_uint8(images).numpy(), y.cpu().numpy())
         else:

@@ -31,8 +31,11 @@ def named_apart(specs: list[RewardSpec]) -> list[str]:
     """A name for each: a second one of a kind is classifier_2."""
     names: list[str] = []
     for spec in specs:
-        count = sum(earlier == spec.name or earlier.startswith(f"{spec.name}_") for earlier in names)
-        names.append(spec.name if not count else f"{spec.name}_{count + 1}")
+        name, number = spec.name, 1
+        while name in names:
+            number += 1
+            name = f"{spec.name}_{number}"
+        names.append(name)
     return names
 
 

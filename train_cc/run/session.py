@@ -100,9 +100,6 @@ class Session:
             fully_shard(block, **options)
         return fully_shard(network, **options)
 
-    def barrier(self) -> None:
-        self.generator_accelerator.wait_for_everyone()
-
     def leave_at_exit(self) -> None:
         """The process leaves its group before Python ends: gloo's threads would end it with a message of theirs.
 

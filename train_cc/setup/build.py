@@ -14,7 +14,7 @@ from train_cc.draws import Draws
 from train_cc.io.errors import InputError
 from train_cc.io.hub import hub_name, model_folder
 from train_cc.models.estimator import ScoreEstimator
-from train_cc.models.generator import generator_lora_rank, trainable_generator
+from train_cc.models.generator import generator_lora_rank, read_rewards, trainable_generator
 from train_cc.models.latents import read_latent_space
 from train_cc.models.lora import hold_frozen_in
 from train_cc.models.sit import SiT, choose_attention
@@ -195,7 +195,8 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     generator = trainable_generator(networks.sit(args.teacher), rank, args.seed)
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
     # A name on the hub is a folder of its cache; in a dry run the folder may be missing.
-    latents = read_latent_space(model_folder(args.teacher) if hub_name(args.teacher) else args.teacher)
+    teacher = model_folder(args.teacher) if hub_name(args.teacher) else args.teacher
+    latents = read_latent_space(teacher)
     decode = load_decode(args, built, fit, latents)
     check_functions(built, decode, sample_shape, fit)
     session.notes += built.notes
@@ -216,6 +217,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         judges=built.judges,
         lora_rank_generator=rank,
         arguments=json.loads(json.dumps(vars(args), default=str)),
-        rewards_sha256=built.spaces | {hashes[name] for name in built.judging if name in hashes},
+        # Of a teacher that is a rewarded generator, those too.
+        rewards_sha256={*built.spaces, *read_rewards(teacher), *(hashes[n] for n in built.judging if n in hashes)},
         hashes=hashes,
     )

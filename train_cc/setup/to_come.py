@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from train_cc.io.errors import InputError
 from train_cc.io.hub import model_folder
+from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.dinov2 import IMAGE_SIZE, PATCH_SIZE, DINOv2Classifier, official_file
 from train_cc.models.features import FeatureSpace, load_space
-from train_cc.models.sit import SIT_SIZES, WEIGHTS_NAME, SiT, read_sit_config
+from train_cc.models.sit import SIT_SIZES, SiT, read_sit_config
 from train_cc.models.vae import VAEDecoder, load_decoder, new_vae, vae_files
 from train_cc.rewards.networks import Networks
 from train_cc.rewards.python_file import PythonReward
