@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 from pathlib import Path
 
 import matplotlib
@@ -122,9 +123,10 @@ def clipped(axes: plt.Axes, point: tuple[float, float], low: float, colour: str)
 
 
 def number_points(axes: plt.Axes, points: dict, numbers: dict[str, int], colours: dict[str, str]) -> None:
-    """Each number beside its point, on the free side: where fewest other points and numbers are near."""
+    """Each number beside its point, on the free side: few points and numbers near, none nearer than its own."""
     axes.figure.canvas.draw()
-    taken = list(axes.transData.transform(list(points.values())))
+    marks = list(axes.transData.transform(list(points.values())))
+    taken = list(marks)
     for name, point in points.items():
         x, y = axes.transData.transform(point)
         places = [(dx * r, dy * r) for r in (10, 16, 22, 30) for dx in (-1, 0, 1) for dy in (-1, 0, 1) if dx or dy]
@@ -132,7 +134,8 @@ def number_points(axes: plt.Axes, points: dict, numbers: dict[str, int], colours
         def crowded(place: tuple[int, int], x: float = x, y: float = y) -> float:
             at = (x + place[0], y + place[1])
             near = sum(abs(at[0] - a) < 13 and abs(at[1] - b) < 11 for a, b in taken)
-            return 100 * near + abs(place[0]) + abs(place[1])
+            nearer = sum(math.dist(at, mark) < math.hypot(*place) - 1 for mark in marks)
+            return 100 * near + 60 * nearer + abs(place[0]) + abs(place[1])
 
         best = min(places, key=crowded)
         taken.append((x + best[0], y + best[1]))
