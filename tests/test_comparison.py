@@ -1,6 +1,7 @@
 """What is said and drawn of a frontier's rows: evaluation/comparison.py and evaluation/scatter.py."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 from evaluation import comparison, scatter
@@ -104,3 +105,18 @@ def test_a_bar_in_a_rows_name_stays_in_its_cell():
     row = {"figures": {"FID": 1.0}, "standard_deviations": {"FID": 0.1}, "seeds": 2}
     text = comparison.against_controls({"a|b": row, "c": row}, {"a|b": "c"})
     assert text.splitlines() == ["|  | against | FID |", "|---|---|---|", r"| a\|b | c | +0.00 (0.0 s.e.) |"]
+
+
+def test_a_number_is_nearest_to_its_own_point():
+    drawn = np.random.default_rng(2).uniform(size=(12, 2)).tolist()
+    points = {
+        str(k): point for k, point in enumerate([*drawn, (0, 0), (3, 3)])
+    }  # the last two press the others together
+    figure, axes = plt.subplots()
+    axes.scatter(*zip(*points.values(), strict=True))
+    scatter.number_points(axes, points, {name: k for k, name in enumerate(points)}, dict.fromkeys(points, "tab:red"))
+    marks = axes.transData.transform(list(points.values()))
+    for k, text in enumerate(axes.texts):
+        at = marks[k] + np.array(text.xyann) * figure.dpi / 72
+        assert np.linalg.norm(marks - at, axis=1).argmin() == k
+    plt.close(figure)

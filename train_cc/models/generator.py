@@ -12,7 +12,7 @@ from train_cc.io.weights import GENERATION_CONFIG, fit, load_weights, require_fi
 from train_cc.io.write import write_atomically
 from train_cc.models.sit import SiT, check_sit_config
 
-# Beside a generator's weights: how it is sampled, and where it comes from (FORMATS: generator folder).
+# How a generator is sampled, as `GENERATION_CONFIG` says (FORMATS: generator folder).
 SAMPLING = {"num_inference_steps": Number(int, 1, 1000), "timestep_shift": Number(float, 1e-3, 1e3)}
 
 

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from train_cc.io.errors import InputError
 from train_cc.io.read import read_torch
-from train_cc.io.weights import GENERATION_CONFIG, fit, require_finite
+from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME, fit, require_finite
 from train_cc.io.write import RECORD, check_output_dir, flush, locked, need_space, record, record_of, write_record
 from train_cc.run.stop import StopSignal
 
 CHECKPOINT = "checkpoint.pt"
-WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+WEIGHTS = ("model.safetensors", WEIGHTS_NAME)
 WRITTEN = (CHECKPOINT, CHECKPOINT + ".tmp", "config.json", GENERATION_CONFIG, *WEIGHTS)
 # First key of the draws, after the seed, as in the stages: no two networks share random numbers.
 TEACHER, CLASSIFIER, VAE, DECODER = 21, 22, 23, 24

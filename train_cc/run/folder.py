@@ -8,7 +8,7 @@ from pathlib import Path
 
 from train_cc.io.errors import InputError
 from train_cc.io.read import read_json
-from train_cc.io.weights import GENERATION_CONFIG
+from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
 from train_cc.io.write import LEFTOVER, RECORD, UNFINISHED, check_parent, flush, record_of
 
 STAGES = ("cold_start", "dmdr_refl")
@@ -102,7 +102,7 @@ def put_in_place(temporary: Path, target: Path, last: str = "") -> None:
 def exported_step(folder: Path) -> int | None:
     """The step of the generator that a run exported to ``folder``/generator; None: there is no whole one that says."""
     target = folder / "generator"
-    whole = (target / "diffusion_pytorch_model.safetensors").is_file() and (target / "config.json").is_file()
+    whole = (target / WEIGHTS_NAME).is_file() and (target / "config.json").is_file()
     if not whole or (target / EXPORT).exists() or not (target / GENERATION_CONFIG).is_file():
         return None
     try:
