@@ -3,15 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from train_cc.io.fields import marked
 from train_cc.io.figures import columns_of, markdown_table, with_arrow
+from train_cc.setup.arguments import GROUPS
 
-# The flags that make a recipe. No path is among them: it would say something of a machine.
-RECIPE = (
-    *("max_train_steps", "batch_size", "gradient_accumulation_steps", "ratio_update", "dynamic_steps"),
-    *("num_steps", "timestep_shift", "lora_rank", "use_lora_gen", "lora_scale_fake", "lora_scale_real"),
-    *("real_guidance_scale", "real_guidance_interval", "learning_rate_generator", "learning_rate_estimator"),
-    *("weight_decay_generator", "ema_decay", "encoder_type", "reward_weight", "mixed_precision", "seed"),
-)
 USE = """\
 ---
 library_name: diffusers
@@ -62,8 +57,9 @@ def model_card(
         last=classes - 1,
         named=", or a name of a class" if names else "",
     )
+    names_of = [name for name in marked("recipe", *GROUPS.values()) if name not in ("reward", "tilt")]
     rewards = [f"{kind}, weight {weight:g}" for kind, weight, *_ in recorded.get("reward") or []]
-    recipe = [[f"`--{key.replace('_', '-')}`", recorded[key]] for key in RECIPE if recorded.get(key) is not None]
+    recipe = [[f"`--{key.replace('_', '-')}`", recorded[key]] for key in names_of if recorded.get(key) is not None]
     recipe += [["`--reward`", "; ".join(rewards)]] if rewards else []
     parts = [use, "## Recipe\n", markdown_table(["flag", "value"], recipe), ""]
     files = [[what, f"`{sha}`"] for what, sha in hashes.items()]

@@ -6,29 +6,10 @@ from datetime import timedelta
 import numpy as np
 
 from evaluation.report.runs import RunLog
+from train_cc.io.fields import marked
 from train_cc.io.read import printable
+from train_cc.setup.arguments import GROUPS
 
-# Arguments that say what was run, shown for every run; others are shown where they differ.
-TOLD = (
-    "max_train_steps",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate_generator",
-    "learning_rate_estimator",
-    "ratio_update",
-    "lora_rank",
-    "use_lora_gen",
-    "num_steps",
-    "dynamic_steps",
-    "real_guidance_scale",
-    "real_guidance_interval",
-    "encoder_type",
-    "reward",
-    "reward_weight",
-    "ema_decay",
-    "seed",
-)
-OF_THE_FOLDER = ("output_dir", "auto_resume", "overwrite", "dry_run")  # differ always, and say nothing
 MACHINE = re.compile(r"on (\d+) x (\w+)(.*?), precision (\w+)")  # in log.txt, as setup/stage.py writes it
 
 
@@ -66,11 +47,12 @@ def facts_of(run: RunLog) -> dict[str, str]:
 
 def what_differs(runs: list[RunLog]) -> dict[str, list[list[str]]]:
     """Arguments by ``same`` and ``other``: those that all runs share, and those that differ, a cell for each run."""
-    names = dict.fromkeys([*TOLD, *sorted({name for run in runs for name in run.arguments if isinstance(name, str)})])
+    recipe, start = (marked(mark, *GROUPS.values()) for mark in ("recipe", "start"))
+    names = dict.fromkeys([*recipe, *sorted({name for run in runs for name in run.arguments if isinstance(name, str)})])
     found: dict[str, list[list[str]]] = {"other": [], "same": []}
     for name in names:
         values = [shown(run.arguments.get(name, "")) for run in runs]
         differ = len(set(values)) > 1
-        if name not in OF_THE_FOLDER and (differ or name in TOLD):
+        if name not in start and (differ or name in recipe):
             found["other" if differ else "same"].append([f"--{printable(name).replace('_', '-')}", *values])
     return found

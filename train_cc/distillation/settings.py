@@ -1,7 +1,4 @@
-"""What a run is: its settings, fixed once from the command line, and the parts that the turns work with.
-
-Flag, field and documentation have one name each. Below `train_cc/setup` nobody sees the command line.
-"""
+"""A run: its settings, fixed once from the command line, and the parts that the turns work with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,63 +14,7 @@ from train_cc.rewards.frechet import Frechet
 from train_cc.rewards.tilt import Tilt
 from train_cc.run.ema import Average
 from train_cc.run.session import Session
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is computed (docs/method.md)."""
-
-    num_steps: int = 1  # K of the generator
-    timestep_shift: float = 1.0  # s of its time grid
-    ratio_update: int = 5  # estimator turns per generator turn
-    lora_scale_fake: float = 2.0
-    lora_scale_real: float = 0.75  # at step 0
-    dynamic_steps: int = 0  # D of both schedules
-    renoise_alpha: float = 4.0
-    renoise_beta: float = 1.5
-    real_guidance_scale: float = 1.0  # at most 1 is off
-    real_guidance_interval: tuple[float, float] = (0.0, 1.0)
-    frechet_observe: int = 0  # estimator turns of a cycle whose samples a Frechet reward observes; 0: all
-
-
-@dataclass(frozen=True)
-class Optimisation:
-    """How the networks are updated."""
-
-    seed: int = 30
-    batch_size: int = 64  # per process
-    gradient_accumulation_steps: int = 1
-    learning_rate_generator: float = 2e-5
-    learning_rate_estimator: float = 2e-5
-    optimizer: str = "adamw"
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    weight_decay_generator: float = 0.01
-    weight_decay_estimator: float = 0.0
-    max_grad_norm: float = 1.0
-
-    def effective_batch(self, processes: int) -> int:
-        """Samples of one update, over accumulation and processes."""
-        return self.batch_size * self.gradient_accumulation_steps * processes
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where and when a run writes."""
-
-    output_dir: Path
-    max_train_steps: int
-    checkpoint_steps: int
-    sample_steps: int
-    keep_checkpoints: int = 0  # 0 keeps all
-    num_previews: int = 0
-    teacher_preview_steps: int = 0
-    protected: Path | None = None  # a torch_units file that rotation leaves alone
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.output_dir / "checkpoints"
+from train_cc.settings import Method, Optimisation, Output
 
 
 @dataclass

@@ -99,7 +99,7 @@ def save(run: Run) -> Path:
                 f"stopped, {checkpoints.kept(root)} (--keep-checkpoints N deletes older ones)"
             )
         checkpoints.write_checkpoint(root, run.step, parts, units)
-        checkpoints.rotate_checkpoints(root, run.output.keep_checkpoints, run.output.protected)
+        checkpoints.rotate_checkpoints(root, run.output.keep_checkpoints, run.output.resume_ckpt)
         logger.info("checkpoint %s", checkpoints.units_path(root, run.step))
 
     on_main(run.session, write)

@@ -3,15 +3,15 @@
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from train_cc.distillation.settings import Method, Optimisation, Output, Run, trainable
+from train_cc.distillation.settings import Run, trainable
 from train_cc.draws import Draws
 from train_cc.io.errors import InputError
+from train_cc.io.fields import of
 from train_cc.io.hub import hub_name, model_folder
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.generator import generator_lora_rank, read_rewards, trainable_generator
@@ -21,17 +21,12 @@ from train_cc.models.sit import SiT, choose_attention
 from train_cc.models.vae import require_decoder
 from train_cc.rewards.build import Built, Fit, build_rewards, require_judge_fits
 from train_cc.rewards.networks import Networks
+from train_cc.rewards.spec import rewards_of
 from train_cc.run.ema import Average
 from train_cc.run.session import COMPUTE_DTYPES, Session, configure_compiler, require_compiler
-from train_cc.setup.arguments import rewards_of
+from train_cc.settings import Method, Optimisation, Output
 
 CHECK = 5  # first key of the draws, after the seed, of the batch that a user's function is checked on
-
-
-def settings_of(kind: type, args: argparse.Namespace, **more: object) -> object:
-    """A frozen dataclass of settings, each field the flag of its name, or of ``more``."""
-    values = {field.name: getattr(args, field.name) for field in fields(kind) if field.name not in more}
-    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}, **more)
 
 
 def add_holdout(args: argparse.Namespace, fit: Fit, built: Built) -> None:
@@ -160,7 +155,7 @@ def judged(
     """Rewards, tilts and the held-out judge, on the device, each with the attention that is fast there."""
     device, dtype = session.device, COMPUTE_DTYPES[session.generator_accelerator.mixed_precision]
     own = {"num_classes": num_classes, "channels": channels, "device": device, "dtype": dtype, "networks": networks}
-    fit = settings_of(Fit, args, **own, reduce=session.total, checkpointing=args.reward_checkpointing)
+    fit = of(Fit, args, **own, reduce=session.total, checkpointing=args.reward_checkpointing)
     built = build_rewards(rewards_of(args), args.tilt, fit)
     add_holdout(args, fit, built)
     for judge in built.judges.values():
@@ -183,7 +178,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     """Load the teacher twice: as the estimator's frozen base, and as the generator's start."""
     networks = networks or Networks(session)
     compiled = compiler_works(args.compile, session)  # before anything is loaded
-    how = settings_of(Optimisation, args)
+    how = of(Optimisation, args)
     teacher, config, shown = load_teacher(args, networks)
     built, fit = judged(args, session, networks, config["num_classes"], shown)
     sample_shape, of_teacher = teacher.sample_shape, {"teacher": teacher.files}
@@ -203,9 +198,9 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     hashes = networks.hashes(of_teacher | built.files)
     return Run(
         session=session,
-        method=settings_of(Method, args),
+        method=of(Method, args),
         optimisation=how,
-        output=settings_of(Output, args, protected=args.resume_ckpt),
+        output=of(Output, args),
         **placed(session, generator, estimator, how, args.ema_decay),
         decode=decode,
         model_config=config,

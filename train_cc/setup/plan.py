@@ -19,7 +19,7 @@ UTILISATION = 0.4  # of a GPU's peak, that hours are told for
 
 def begins_at(stage: str, args: argparse.Namespace) -> int:
     """The step that the run starts from. Raises `InputError` for a checkpoint that is missing or not whole."""
-    checkpoint = newest_intact(args.output_dir / "checkpoints")[0] if args.auto_resume else None
+    checkpoint = newest_intact(args.output_dir / "checkpoints")[0] if args.auto_resume and not args.overwrite else None
     if checkpoint is None and args.resume_ckpt is not None:
         checkpoint = open_checkpoint(args.resume_ckpt)
     if checkpoint is None and stage == "dmdr_refl":

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from train_cc.io.errors import InputError
+from train_cc.io.fields import marked
 from train_cc.io.read import shown
 from train_cc.io.write import (
     RECORD,
@@ -32,9 +33,7 @@ from train_cc.run.checkpoint import (
 )
 from train_cc.run.folder import check_writable, exported_step, is_empty, is_run
 from train_cc.run.logbook import logger
-
-# Say how a command starts, and nothing about the run that it is.
-OF_THE_START = {"output_dir", "overwrite", "dry_run", "peak_tflops", "resume_ckpt", "auto_resume"}
+from train_cc.setup.arguments import GROUPS
 
 
 @dataclass
@@ -85,14 +84,15 @@ def find_start(stage: str, args: argparse.Namespace, space: int) -> Start:
 
 def _search(args: argparse.Namespace) -> Start:
     own = args.output_dir / "checkpoints"
-    if args.auto_resume:
+    resumes = args.auto_resume and not args.overwrite
+    if resumes:
         checkpoint, damaged = newest_intact(own)
         if checkpoint is not None:
             return Start(checkpoint, continues=True, damaged=damaged)
     source = args.resume_ckpt
     if source is not None and Path(os.path.realpath(own)) in Path(os.path.realpath(source)).parents:
         return Start(open_checkpoint(source), continues=True)
-    if not (args.auto_resume and died_early(args.output_dir)) and not is_empty(args.output_dir):
+    if not (resumes and died_early(args.output_dir)) and not is_empty(args.output_dir):
         if args.overwrite and not is_run(args.output_dir):
             raise InputError(f"{args.output_dir} has no {RECORD} of a training run: --overwrite deletes nothing there")
         check_output_dir(args.output_dir, args.overwrite)
@@ -141,7 +141,7 @@ def differences(args: argparse.Namespace, folder: Path, checkpoint: Checkpoint) 
     asked = json.loads(json.dumps(vars(args), default=str))
     told = [
         f"--{name.replace('_', '-')} is {shown(asked[name])}, recorded {shown(recorded[name])}"
-        for name in asked.keys() & recorded.keys() - OF_THE_START
+        for name in asked.keys() & recorded.keys() - set(marked("start", *GROUPS.values()))
         if asked[name] != recorded[name]
     ]
     return "; ".join(sorted(told))
