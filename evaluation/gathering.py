@@ -13,11 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from evaluation.images import FolderImages, Images, checked, open_images
+from evaluation.images import FolderImages, Images, batches_of, choose_workers, open_images
 from evaluation.moments import merged, shard_moments
 from train_cc.io.errors import InputError
 from train_cc.io.read import read_npz
@@ -84,15 +82,7 @@ def fill_shards(
         name: [range(first, min(first + args.batch_size, part.stop)) for first in part[:: args.batch_size]]
         for name, part in todo.items()
     }
-    loader = iter(
-        DataLoader(
-            images,
-            batch_sampler=[batch for parts in batches.values() for batch in parts],
-            num_workers=args.workers,
-            collate_fn=list,
-        )
-    )
-    shape = images.shape
+    read = batches_of(images, [batch for parts in batches.values() for batch in parts], args.workers)
     progress = tqdm(
         desc="images", total=sum(map(len, todo.values())), disable=not accelerator.is_main_process, mininterval=2
     )
@@ -100,7 +90,7 @@ def fill_shards(
         for name, parts in batches.items():
             features = []
             for indices in parts:
-                pixels = stacked(next(loader), indices, images, shape).to(accelerator.device)
+                pixels = next(read).to(accelerator.device)
                 with torch.no_grad(), without_tf32():
                     features.append(space(pixels.float() / 255))
                 progress.update(len(indices))
@@ -129,21 +119,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def stacked(batch: list[Tensor | str], indices: range, images: Images, shape: tuple[int, ...]) -> Tensor:
-    for index, image in zip(indices, batch, strict=True):
-        if checked(image).shape != shape:
-            raise InputError(
-                f"{images.name(index)} has the size {tuple(image.shape[1:])}, the first image {shape[1:]}; "
-                "images of one size are expected: crop them by --image-size"
-            )
-    return torch.stack(batch)
-
-
 # All of them ----------------------------------------------------------------------------------------------------
-
-
-def choose_workers(processes: int) -> int:
-    return max(0, min(8, (os.cpu_count() or 1) // processes - 1))
 
 
 def about(space: FeatureSpace, images: Images) -> dict:

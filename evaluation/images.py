@@ -2,17 +2,21 @@
 
 import hashlib
 import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from evaluation.files import MAX_LABEL
 from train_cc.io.errors import InputError
-from train_cc.io.read import parsing, read_npz, require_file, sha256
+from train_cc.io.read import first_line, parsing, read_npz, require_file, sha256
 from train_cc.pretrain.data import DATASETS, load_dataset
 
 EXPECTED = f"a folder of images, an .npz with arr_0 uint8 (N, H, W, C), or one of {', '.join(DATASETS)}"
@@ -21,15 +25,32 @@ EXPECTED = f"a folder of images, an .npz with arr_0 uint8 (N, H, W, C), or one o
 class Images:
     """``self[i]``: image i, uint8 (C, H, W), or the message of what is wrong: a worker process cannot raise it.
 
+    A batch is one numpy array. Tensors would travel from a worker by a file descriptor and shared memory each: both are
+    scarce (`ulimit -n`, a container's /dev/shm).
     ``labels``: (N,) int64, or None. ``shape``: of the first image. ``source``: what the images are, for a record.
     """
 
     def __init__(self, labels: Tensor | None, source: dict):
         self.labels, self.source = labels, source
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         return tuple(checked(self[0]).shape)
+
+    def __getitems__(self, indices: Sequence[int]) -> np.ndarray | str:
+        """The batch (B, C, H, W), or the message of its first bad image."""
+        batch = []
+        for index in indices:
+            image = self[index]
+            if isinstance(image, str):
+                return image
+            if image.shape != self.shape:
+                return (
+                    f"{self.name(index)} has the size {tuple(image.shape[1:])}, the first image {self.shape[1:]}; "
+                    "images of one size are expected: crop them by --image-size of evaluation.statistics"
+                )
+            batch.append(image.numpy())
+        return np.stack(batch)
 
     @property
     def num_classes(self) -> int | None:
@@ -94,10 +115,32 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def checked(image: Tensor | str) -> Tensor:
+def checked(image: Tensor | np.ndarray | str) -> Tensor | np.ndarray:
     if isinstance(image, str):
         raise InputError(image)
     return image
+
+
+def batches_of(images: Images, batches: Sequence[Sequence[int]], workers: int) -> Iterator[Tensor]:
+    """uint8 (B, C, H, W) of each of ``batches``, read by ``workers`` processes. Raises `InputError`."""
+    images.shape  # noqa: B018  read once, before the workers copy it
+    loader = DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=as_it_is)
+    try:
+        for batch in loader:
+            yield torch.from_numpy(checked(batch))
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"a process that reads {images.source['images']} has ended ({first_line(error)}); "
+            "was it short of memory? Lower --batch-size, or --workers of evaluation.statistics"
+        ) from error
+
+
+def as_it_is(batch: np.ndarray | str) -> np.ndarray | str:
+    return batch
+
+
+def choose_workers(processes: int) -> int:
+    return max(0, min(8, (os.cpu_count() or 1) // processes - 1))
 
 
 # Opening -----------------------------------------------------------------------------------------------------------

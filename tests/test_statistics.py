@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from evaluation import gathering
-from evaluation.images import centre_crop, open_images
+from evaluation.images import Images, batches_of, centre_crop, open_images
 from evaluation.moments import merged, shard_moments
 from evaluation.statistics import main
 from tests.conftest import refused
@@ -271,6 +272,36 @@ def test_folders_of_images_are_cropped_and_broken_ones_named(tmp_path, capsys):
     (folder / "c").rmdir()
     Image.new("L", (8, 8)).save(folder / "x.png")
     assert "images of its own" in told()
+
+
+def test_reading_needs_few_descriptors_and_no_shared_memory(space, tmp_path):
+    """As with `ulimit -n 1024`, 8 workers and batches of 250; a tensor an image would take 400 descriptors here."""
+    folder = write_folder(tmp_path / "images", *[(16, 16)] * 300, mode="L")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+    try:
+        many = made(folder, space, tmp_path / "many.npz", "--workers", 2, "--batch-size", 75)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    alone = made(folder, space, tmp_path / "alone.npz", "--batch-size", 75)
+    assert alone["mu"].std() > 0 and np.array_equal(many["sigma"], alone["sigma"])
+
+
+class Dying(Images):
+    """Its reader is killed, as by a machine that is out of memory."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(1, 8, 8, dtype=torch.uint8)
+
+
+def test_a_reading_process_that_is_killed_is_named():
+    with pytest.raises(InputError, match="reads here has ended .*Lower --batch-size"):
+        list(batches_of(Dying(None, {"images": "here"}), [range(4), range(4, 8)], 1))
 
 
 # Bad input
