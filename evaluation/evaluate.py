@@ -37,7 +37,7 @@ from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import printable, sha256
 from train_cc.io.saying import saying
-from train_cc.io.write import check_output_file, library_versions, record_of
+from train_cc.io.write import check_output_file, library_versions
 
 
 def row_name(text: str) -> str:
@@ -176,24 +176,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def draw(args: argparse.Namespace, names: list[str]) -> None:
     """The first images of each file; real ones are left out beside generated ones, whose columns they do not share."""
-    from train_cc.io.class_names import KNOWN
+    from train_cc.io.class_names import KNOWN, dataset_of
     from train_cc.run.pictures import save_grid
 
     files = {name: read_images(path) for name, path in zip(names, args.samples, strict=True)}
     paths = dict(zip(names, args.samples, strict=True))
     shown = [name for name in names if "generator_sha256" in (provenance_of(files[name], paths[name]) or {})] or names
     labels = [tuple(files[name].get("arr_1", [])[: args.picture_columns]) for name in shown]
-    data = next((dataset_of(space) for space in args.space), None)
+    kind, _, folder = args.space[0].partition(":")
+    data = dataset_of(Path(folder)) if kind == "classifier" else None
     known = data in KNOWN and len(set(labels)) == 1
     columns = [KNOWN[data][k].split(",")[0] for k in labels[0]] if known else None
     save_grid([files[name]["arr_0"][: args.picture_columns] for name in shown], args.picture, shown, columns)
     print(f"picture: {args.picture}")
-
-
-def dataset_of(space: str) -> str | None:
-    """The data set that a space's classifier was trained on, as its record says."""
-    kind, _, folder = space.partition(":")
-    return record_of(Path(folder)).get("arguments", {}).get("dataset") if kind == "classifier" else None
 
 
 def write(args: argparse.Namespace, judged: list[dict], means: dict[str, dict], size: int) -> None:

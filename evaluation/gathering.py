@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from evaluation.images import FolderImages, Images, batches_of, choose_workers, open_images
 from evaluation.moments import merged, shard_moments
+from train_cc.io.class_names import order_of
 from train_cc.io.errors import InputError
 from train_cc.io.read import read_npz
 from train_cc.io.write import (
@@ -146,6 +147,9 @@ def save(path: Path, moments: dict[str, np.ndarray], told: dict) -> None:
 
 def notes(images: Images, moments: dict[str, np.ndarray]) -> list[str]:
     lines, size = [], len(moments["mu"])
+    classes = images.source.get("classes")
+    if classes:
+        lines.append(order_of(classes))
     if len(images) <= size:
         lines.append(
             f"WARNING: {len(images)} images in {size} dimensions: the covariance is singular; give more images"

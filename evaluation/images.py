@@ -184,10 +184,25 @@ def open_npz(path: Path) -> ArrayImages:
     return ArrayImages(images, labels, {"images": str(path), "sha256": sha256(path)})
 
 
+def in_order(names: list[str], folder: Path) -> list[str]:
+    """Class folders as they are numbered: 2 or class_2 before 10, all others by the alphabet, as ImageNet's ids are.
+
+    Raises `InputError` for two folders of one number.
+    """
+    parts = [re.fullmatch(r"(\D*)([0-9]+)(\D*)", name) for name in names]
+    if not all(parts) or len({(part[1], part[3]) for part in parts}) > 1:
+        return sorted(names)
+    numbers = [int(part[2]) for part in parts]
+    if len(set(numbers)) < len(numbers):
+        twice = sorted(name for name, number in zip(names, numbers, strict=True) if numbers.count(number) > 1)
+        raise InputError(f"the class folders {', '.join(twice[:8])} of {folder} have one number; rename or merge them")
+    return [name for _, name in sorted(zip(numbers, names, strict=True))]
+
+
 def open_folder(folder: Path, size: int | None, channels: int) -> FolderImages:
-    """A folder a class, numbered in alphabetical order; or images without labels in ``folder`` itself."""
+    """A folder per class, in the order of `in_order`; or images without labels in ``folder`` itself."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    classes = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    classes = in_order([entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")], folder)
     flat = [entry.path for entry in entries if entry.is_file() and entry.name.lower().endswith(IMG_EXTENSIONS)]
     numbers = {name: i for i, name in enumerate(classes)}
     found = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True) if classes else []
@@ -202,6 +217,8 @@ def open_folder(folder: Path, size: int | None, channels: int) -> FolderImages:
     labels = torch.tensor([label for _, label in found]) if found else None
     names = "\n".join(os.path.relpath(path, folder) for path in paths)
     source = {"images": str(folder), "sha256_of_names": hashlib.sha256(names.encode(errors="replace")).hexdigest()}
+    if found:
+        source["classes"] = classes
     if size is not None:
         source["image_size"] = size
     return FolderImages(paths, labels, size, channels, source)

@@ -6,16 +6,23 @@ features). The command runs there, in this process.
 """
 
 import importlib
+import json
 import os
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from evaluation import statistics as gather
 from evaluation.standins import write_vae
 from tests.conftest import random_sit
+from train_cc.io.class_names import KNOWN
+from train_cc.io.write import record, write_record
 
 
 class Situation(NamedTuple):
@@ -61,7 +68,56 @@ CONVERSION: list[Situation] = []
 
 # Evaluation -------------------------------------------------------------------------------------------------------
 
-EVALUATION: list[Situation] = []
+FASHION = KNOWN["fashion-mnist"]
+FRECHET = (
+    "train_cc.cold_start --teacher fashion --vae none --mixed-precision no --num-previews 0 --max-train-steps 1 "
+    "--batch-size 2 --dynamic-steps 2 --lora-rank 4 --frechet-window 16 --reward frechet 1 s.npz --output-dir run"
+)
+
+
+def statistics_of(folder: Path, *names: str) -> None:
+    """Statistics of class folders ``names``, and a teacher of Fashion-MNIST, whose classes have other numbers."""
+    for k, name in enumerate(names):
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("L", (8, 8), 20 * k + i).save(folder / "images" / name / f"{i}.png")
+    gather.main(shlex.split(f"--images images --space classifier:{folder / 'classifier'} --output s.npz --workers 0"))
+    shutil.copytree(folder / "teacher", folder / "fashion")
+    write_record(folder / "fashion", record("pretrain.teacher", {"dataset": "fashion-mnist"}))
+
+
+def without_names(folder: Path) -> None:
+    """As statistics of class folders were written before the file named them."""
+    statistics_of(folder, *map(str, range(10)))
+    with np.load(folder / "s.npz") as file:
+        content = dict(file)
+    about = json.loads(str(content["space"]))
+    del about["source"]["classes"]
+    np.savez(folder / "s.npz", **content | {"space": np.array(json.dumps(about))})
+
+
+EVALUATION = [
+    Situation(
+        "a Frechet reward from class folders named as the teacher's classes, in another order",
+        lambda folder: statistics_of(folder, *FASHION),
+        FRECHET,
+        ("s.npz", "folder ankle boot is its class 1, but the model's class 9"),
+    ),
+    Situation(
+        "a Frechet reward from class folders named by the teacher's numbers",
+        lambda folder: statistics_of(folder, *map(str, range(10))),
+        FRECHET,
+        ("class 0 is 0, 1 is 1", "9 is 9, by the folders' names"),
+        code=0,
+    ),
+    Situation(
+        "a Frechet reward from statistics of class folders without their names",
+        without_names,
+        FRECHET,
+        ("WARNING: s.npz", "order of the alphabet, 10 before 2"),
+        code=0,
+    ),
+]
 
 # Sampling, pipelines, sharing -------------------------------------------------------------------------------------
 

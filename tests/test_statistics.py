@@ -115,6 +115,42 @@ def test_files_and_folders_say_the_same(npz, space, tmp_path):
     np.testing.assert_allclose(flat["mu"], of_file["class_mu"][3], rtol=1e-5, atol=1e-6)
 
 
+def class_folders(folder: Path, names: list[str]) -> Path:
+    """Image k, all of the grey value k, in the folder ``names[k]``."""
+    for k, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        Image.new("L", (8, 8), k).save(folder / name / "0.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [str(k) for k in range(12)],
+        [f"{k:03d}" for k in range(12)],
+        [str(k) for k in range(1, 13)],
+        [f"class_{k}" for k in range(12)],
+        ["ant", "bee", "cat 10", "cat 2"],  # names, not numbers: by the alphabet
+        ["n01440764", "n01443537", "n02123045"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_class_folders_are_numbered_as_their_names_are(names, tmp_path):
+    images = open_images(str(class_folders(tmp_path / "images", names)), None, 1)
+    assert images.source["classes"] == names
+    assert sorted(images.labels.tolist()) == list(range(len(names)))
+    assert [images[i].max().item() for i in range(len(images))] == images.labels.tolist()
+
+
+def test_the_order_of_class_folders_is_printed_and_recorded(space, tmp_path, capsys):
+    folder = class_folders(tmp_path / "images", [str(k) for k in range(11)])
+    made(folder, space, tmp_path / "s.npz")
+    assert "class 0 is 0, 1 is 1, 2 is 2, 3 is 3, ..., 10 is 10, by the folders' names" in capsys.readouterr().out
+    assert read_statistics(tmp_path / "s.npz").classes == [str(k) for k in range(11)]
+    (folder / "1").rename(folder / "010")
+    assert "folders 010, 10 of" in refused(main, words(folder, space, tmp_path / "t.npz"), capsys=capsys)
+
+
 # Processes and kills
 
 
@@ -300,7 +336,7 @@ class Dying(Images):
 
 
 def test_a_reading_process_that_is_killed_is_named():
-    with pytest.raises(InputError, match="reads here has ended .*Lower --batch-size"):
+    with pytest.raises(InputError, match=r"reads here has ended .*Lower --batch-size"):
         list(batches_of(Dying(None, {"images": "here"}), [range(4), range(4, 8)], 1))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from train_cc.distillation.settings import Method, Optimisation, Output, Run, trainable
 from train_cc.draws import Draws
+from train_cc.io.class_names import dataset_of
 from train_cc.io.errors import InputError
 from train_cc.io.hub import hub_name, model_folder
 from train_cc.models.estimator import ScoreEstimator
@@ -160,6 +161,7 @@ def judged(
     """Rewards, tilts and the held-out judge, on the device, each with the attention that is fast there."""
     device, dtype = session.device, COMPUTE_DTYPES[session.generator_accelerator.mixed_precision]
     own = {"num_classes": num_classes, "channels": channels, "device": device, "dtype": dtype, "networks": networks}
+    own["dataset"] = None if hub_name(args.teacher) else dataset_of(args.teacher)
     fit = settings_of(Fit, args, **own, reduce=session.total, checkpointing=args.reward_checkpointing)
     built = build_rewards(rewards_of(args), args.tilt, fit)
     add_holdout(args, fit, built)
