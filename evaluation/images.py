@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from evaluation.files import MAX_LABEL
+from evaluation.files import MAX_LABEL, array_shape, require_range
 from train_cc.io.errors import InputError
 from train_cc.io.read import first_line, parsing, read_npz, require_file, sha256
 from train_cc.pretrain.data import DATASETS, load_dataset
@@ -98,7 +98,7 @@ class FolderImages(Images):
             if file.mode.startswith(("I", "F")):
                 raise InputError(f"{path} has mode {file.mode}; images of 8 bits a channel are expected")
             if self.channels == 1 and file.mode not in ("1", "L"):
-                raise InputError(f"{path} has colours (mode {file.mode}); the feature space takes greyscale images")
+                raise InputError(f"{path} has colours (mode {file.mode}); greyscale images are expected")
             image = file.convert("L" if self.channels == 1 else "RGB")
         if self.size is not None:
             image = centre_crop(image, self.size)
@@ -162,16 +162,11 @@ def open_images(text: str, size: int | None, channels: int, data_dir: str | None
 
 def open_npz(path: Path) -> ArrayImages:
     content = read_npz(path, EXPECTED)
-    images, labels = content.get("arr_0"), content.get("arr_1")
-    if (
-        images is None
-        or images.ndim != 4
-        or images.dtype != np.uint8
-        or images.shape[3] not in (1, 3)
-        or not len(images)
-    ):
-        found = "no arr_0" if images is None else f"arr_0 {images.dtype} {images.shape}"
-        raise InputError(f"{path} has {found}; arr_0 uint8 (N, H, W, C) with C of 1 or 3 is expected")
+    array_shape({name: (array.shape, array.dtype) for name, array in content.items()}, path, EXPECTED)
+    images, labels = content["arr_0"], content.get("arr_1")
+    if not images.size:
+        raise InputError(f"{path} has arr_0 {images.shape}, without an image; {EXPECTED} is expected")
+    require_range(images, path)
     if labels is not None:
         if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
             raise InputError(
@@ -222,3 +217,11 @@ def open_folder(folder: Path, size: int | None, channels: int) -> FolderImages:
     if size is not None:
         source["image_size"] = size
     return FolderImages(paths, labels, size, channels, source)
+
+
+def open_samples(folder: Path) -> FolderImages:
+    """A folder of images of one size as they are; greyscale if the first one is."""
+    images = open_folder(folder, None, 3)
+    with parsing(images.paths[0], "an image"), Image.open(images.paths[0]) as file:
+        images.channels = 1 if file.mode in ("1", "L") else 3
+    return images

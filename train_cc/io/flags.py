@@ -9,7 +9,8 @@ from pathlib import Path
 from train_cc.io.errors import InputError
 
 FEATURE_SPACES = "classifier:FOLDER, dinov2, inception, timm:NAME"  # the notation of models/features.py
-JUDGING_SPACES = f"{FEATURE_SPACES}, pixels"  # pixels, whose size is that of the images, judge alone
+# These judge alone: the FID in inception-spatial is sFID, and the size of pixels is that of the images.
+JUDGING_SPACES = f"{FEATURE_SPACES}, inception-spatial, pixels"
 
 
 class Parser(argparse.ArgumentParser):
