@@ -269,6 +269,7 @@ def write_results(args: argparse.Namespace, rows: Table, spaces: list[dict]) -> 
     write_atomically(args.output_dir / "frontier.md", f"{text}\n<!-- {mark_of('a table')} -->\n")
     first, *more = means
     named = {"more_spaces": more, "set_size": first.get("set_size"), "table": str(args.table or args.recipe)}
+    named |= {"missing": first["missing"]} if "missing" in first else {}
     write_figures(args.output_dir / "frontier.json", first["rows"], features=first["features"], **named)
     from evaluation.scatter import picture  # matplotlib takes a second
 

@@ -158,6 +158,7 @@ def notes(images: Images, moments: dict[str, np.ndarray]) -> list[str]:
     if len(empty):
         lines.append(
             f"WARNING: classes {empty[:8].tolist()} have no image: the Frechet reward per class refuses the file"
+            + ("; do the labels count from 1?" if empty.tolist() == [0] else "")
         )
     return lines
 

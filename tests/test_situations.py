@@ -96,7 +96,200 @@ def without_names(folder: Path) -> None:
     np.savez(folder / "s.npz", **content | {"space": np.array(json.dumps(about))})
 
 
+def images_of(folder: Path, number: int = 60, name: str = "s.npz", **more: object) -> dict[str, np.ndarray]:
+    """Random images with balanced labels as ``name``; ``more`` arrays replace these, None leaves one out."""
+    rng = np.random.default_rng(0)
+    content = {"arr_0": rng.integers(0, 256, (number, 8, 8, 1), np.uint8), "arr_1": np.arange(number) % 10} | more
+    content = {key: value for key, value in content.items() if value is not None}
+    np.savez(folder / name, **content)
+    return content
+
+
+def classes_in_order(folder: Path) -> None:
+    """Black images to white ones, a grey value per class, so that a random network tells them apart."""
+    labels = np.arange(5200) // 520
+    images_of(folder, 40, "r.npz")
+    grey = (25 * labels).astype(np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2)
+    images_of(folder, 5200, arr_0=grey, arr_1=labels)
+
+
+def own_statistics(folder: Path) -> None:
+    images_of(folder)
+    images_of(folder, 200, "r.npz")
+    gather.main(shlex.split(f"--images r.npz --space classifier:{folder / 'classifier'} --output mu.npz"))
+
+
+def mu_and_sigma(folder: Path, size: int = 96, **more: object) -> None:
+    """As pytorch-fid writes it."""
+    images_of(folder)
+    np.savez(folder / "mu.npz", mu=np.zeros(size), sigma=np.eye(size), **more)
+
+
+def pngs(folder: Path, names: list[str], number: int = 10, mode: str = "L", side: int = 8) -> None:
+    """A reference, and ``number`` images in each of the folders ``names`` of ``png``; "" is ``png`` itself."""
+    images_of(folder, name="r.npz")
+    rng = np.random.default_rng(1)
+    for name in names:
+        (folder / "png" / name).mkdir(parents=True, exist_ok=True)
+        for i in range(number):
+            pixels = rng.integers(0, 256, (side, side) + ((3,) if mode == "RGB" else ()), np.uint8)
+            Image.fromarray(pixels).save(folder / "png" / name / f"{i}.png")
+
+
+def arrays(**more: object) -> Callable[[Path], object]:
+    def make(folder: Path) -> None:
+        images_of(folder, name="r.npz")
+        images_of(folder, **more)
+
+    return make
+
+
+PIXELS = np.random.default_rng(0).random((60, 8, 8, 3))
+EVALUATE = "evaluation.evaluate s.npz r.npz --space classifier:classifier"
+AGAINST_MU = "evaluation.evaluate s.npz mu.npz --space classifier:classifier"
+OF_PNG = "evaluation.evaluate png r.npz --space classifier:classifier"
+
 EVALUATION = [
+    Situation(
+        "a reference that evaluation.statistics wrote",
+        own_statistics,
+        AGAINST_MU + " --held-out halves --adm --bootstrap 2",
+        ("| FID-0.06k | IS-0.06k | accuracy |", "recall, precision, density", "need the reference's images", "ignored"),
+        code=0,
+    ),
+    Situation(
+        "a reference of mu and sigma, as pytorch-fid writes it",
+        mu_and_sigma,
+        AGAINST_MU,
+        ("| FID-0.06k | IS-0.06k |", "names no network", "a guess, of classifier:classifier"),
+        code=0,
+    ),
+    Situation(
+        "the check of a reference of mu and sigma, before there are samples",
+        mu_and_sigma,
+        AGAINST_MU.replace("s.npz", "none.npz") + " --check",
+        ("can be evaluated against: classifier:classifier", "FID and IS"),
+        code=0,
+    ),
+    Situation(
+        "mu and sigma of one space for two",
+        mu_and_sigma,
+        AGAINST_MU + " pixels",
+        ("mu.npz holds mu and sigma of classifier:classifier without images, and pixels needs images",),
+    ),
+    Situation(
+        "mu and sigma that name another network",
+        lambda folder: images_of(folder),
+        "evaluation.evaluate s.npz real.npz --space classifier:classifier",
+        ("real.npz stores statistics of classifier:", "none of the spaces here"),
+    ),
+    Situation(
+        "mu without sigma",
+        lambda folder: (images_of(folder), np.savez(folder / "mu.npz", mu=np.zeros(96))),
+        AGAINST_MU,
+        ("mu.npz stores mu alone",),
+    ),
+    Situation(
+        "samples of two sizes against a reference without images",
+        lambda folder: (mu_and_sigma(folder), images_of(folder, name="t.npz", arr_0=np.ones((60, 8, 9, 1), "u1") * 7)),
+        AGAINST_MU.replace("s.npz", "s.npz t.npz"),
+        ("t.npz holds images (8, 9, 1), s.npz (8, 8, 1)",),
+    ),
+    Situation(
+        "samples stored class by class",
+        classes_in_order,
+        EVALUATE,
+        ("warning: s", "class by class", "chunks of 5000", "in random order"),
+        code=0,
+    ),
+    Situation(
+        "fewer samples than features",
+        lambda folder: (images_of(folder), images_of(folder, 200, "r.npz")),
+        EVALUATE,
+        ("warning: s, classifier:classifier: 60 images have a singular covariance in 96 features",),
+        code=0,
+    ),
+    Situation(
+        "a folder of PNG as samples, without classes",
+        lambda folder: pngs(folder, [""], 60),
+        OF_PNG,
+        ("| png |", "Recall-0.06k"),
+        code=0,
+    ),
+    Situation(
+        "a folder of PNG as samples, a folder per class",
+        lambda folder: pngs(folder, [str(k) for k in range(10)]),
+        OF_PNG,
+        ("| png |", "accuracy"),
+        code=0,
+    ),
+    Situation(
+        "class folders that are not the classifier's classes",
+        lambda folder: pngs(folder, ["3", "5"]),
+        OF_PNG,
+        ("png has 2 class folders, classifier:classifier 10 classes",),
+    ),
+    Situation(
+        "PNG of another size than the reference",
+        lambda folder: pngs(folder, [""], side=9),
+        OF_PNG,
+        ("png holds images (9, 9, 1), the reference (8, 8, 1)",),
+    ),
+    Situation(
+        "PNG in colours against a greyscale reference",
+        lambda folder: pngs(folder, [""], mode="RGB"),
+        OF_PNG,
+        ("png holds images (8, 8, 3), the reference (8, 8, 1)",),
+    ),
+    Situation(
+        "a folder without images as samples",
+        lambda folder: (empty_folder(folder), images_of(folder, name="r.npz")),
+        OF_PNG.replace("png", "empty"),
+        ("empty holds no images",),
+    ),
+    Situation(
+        "samples as floats",
+        arrays(arr_0=PIXELS),
+        EVALUATE,
+        ("s.npz has arr_0 float64 (60, 8, 8, 3)", "(255 * x).round().astype(numpy.uint8)"),
+    ),
+    Situation(
+        "samples with the channels first",
+        arrays(arr_0=(255 * PIXELS).astype("u1").transpose(0, 3, 1, 2)),
+        EVALUATE,
+        ("s.npz has arr_0 uint8 (60, 3, 8, 8)", "arr_0.transpose(0, 2, 3, 1)"),
+    ),
+    Situation(
+        "samples in [0, 1], cast to whole numbers",
+        arrays(arr_0=PIXELS.round().astype("u1")[..., :1]),
+        EVALUATE,
+        ("s.npz holds no value above 1; images in [0, 255] are expected",),
+    ),
+    Situation(
+        "statistics of images in [0, 1], cast to whole numbers",
+        arrays(arr_0=PIXELS.round().astype("u1")[..., :1]),
+        "evaluation.statistics --images s.npz --space classifier:classifier --output o.npz",
+        ("s.npz holds no value above 1; images in [0, 255] are expected",),
+    ),
+    Situation(
+        "samples under another name",
+        arrays(arr_0=None, arr_1=None, images=(255 * PIXELS).astype("u1")),
+        EVALUATE,
+        ("s.npz has no arr_0 but images",),
+    ),
+    Situation(
+        "labels that count from 1",
+        arrays(arr_1=np.arange(60) % 10 + 1),
+        EVALUATE,
+        ("s.npz has labels from 1 to 10", "knows 0 to 9: do they count from 1?"),
+    ),
+    Situation(
+        "statistics of labels that count from 1",
+        arrays(arr_1=np.arange(60) % 10 + 1),
+        "evaluation.statistics --images s.npz --space classifier:classifier --output o.npz",
+        ("WARNING: classes [0] have no image", "do the labels count from 1?"),
+        code=0,
+    ),
     Situation(
         "a Frechet reward from class folders named as the teacher's classes, in another order",
         lambda folder: statistics_of(folder, *FASHION),
