@@ -42,7 +42,7 @@ def test_the_pipeline_samples_at_its_shift():
     for shift, images in expected.items():
         pipeline = DMDRPipeline(model, timestep_shift=shift)
         made = pipeline(labels, 2, generator=torch.Generator().manual_seed(7), output_type="np").images
-        assert np.abs(made.astype(int) - images).max() <= 1
+        assert np.abs(made * 255 - images).max() <= 1
 
 
 def test_the_pipeline_takes_labels_that_there_are_and_gives_what_is_asked_for():
@@ -50,14 +50,42 @@ def test_the_pipeline_takes_labels_that_there_are_and_gives_what_is_asked_for():
     for labels in ([], [-1], [10], [11], [3, 10], [-1, 3]):
         with pytest.raises(ValueError, match=r"one label or more of 0 to 9 are allowed"):
             grey(labels)
-    with pytest.raises(ValueError, match="output_type is 'pt'"):
-        grey([3], output_type="pt")
+    with pytest.raises(ValueError, match="output_type is 'tf'; allowed: 'pil', 'np', 'pt', 'latent'"):
+        grey([3], output_type="tf")
+    with pytest.raises(ValueError, match="a list of 2; allowed: one, or one for each of 3"):
+        grey([3, 4, 5], generator=[torch.Generator(), torch.Generator()])
     assert (grey.config.num_inference_steps, grey.config.timestep_shift) == (1, 1.0)
     for pipeline, mode in ((grey, "L"), (colour, "RGB")):
         pictures = pipeline([0, 9], generator=torch.Generator().manual_seed(1)).images
         arrays = pipeline((0, 9), generator=torch.Generator().manual_seed(1), output_type="np").images
         assert [(picture.mode, picture.size) for picture in pictures] == [(mode, (8, 8))] * 2
-        assert np.array_equal(np.stack([np.asarray(picture).reshape(8, 8, -1) for picture in pictures]), arrays)
+        shown = np.stack([np.asarray(picture).reshape(8, 8, -1) for picture in pictures])
+        assert np.array_equal(shown, (arrays * 255).round()) and shown.std() > 5
+
+
+def test_the_pipeline_gives_arrays_and_tensors_as_diffusers_pipelines_do():
+    """Floats in [0, 1]; images last in NumPy, first in torch; a tuple without return_dict."""
+    for pipeline in (DMDRPipeline(random_sit()), DMDRPipeline(random_sit(in_channels=3))):
+        channels = pipeline.generator.config.in_channels
+
+        def give(kind, pipeline=pipeline, **more):
+            return pipeline([0, 9], generator=torch.Generator().manual_seed(1), output_type=kind, **more)
+
+        arrays, tensor, latent = (give(kind).images for kind in ("np", "pt", "latent"))
+        assert arrays.dtype == np.float32 and arrays.shape == (2, 8, 8, channels)
+        assert 0 <= arrays.min() < 0.3 and 0.7 < arrays.max() <= 1
+        assert tensor.dtype == torch.float32 and torch.equal(tensor.permute(0, 2, 3, 1), torch.from_numpy(arrays))
+        assert torch.equal(((latent + 1) / 2).clamp(0, 1), tensor) and latent.max() > 1
+        given = give("np", return_dict=False)
+        assert type(given) is tuple and len(given) == 1 and np.array_equal(given[0], arrays)
+
+
+def test_a_list_of_generators_has_one_for_each_image():
+    pipeline = DMDRPipeline(random_sit())
+    seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    both = pipeline([0, 9], generator=seeds, output_type="pt").images
+    alone = pipeline(9, generator=torch.Generator().manual_seed(2), output_type="pt").images
+    assert torch.allclose(both[1:], alone, atol=1e-5) and alone.std() > 0.02
 
 
 def test_the_pipeline_keeps_no_graph(monkeypatch):
