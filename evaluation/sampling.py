@@ -167,11 +167,10 @@ def recorded_sampling(checkpoint: Checkpoint) -> tuple[int, float]:
 
 def resolve_sampling(args: argparse.Namespace, source: Source) -> None:
     """Set the steps and the shift that the command line leaves open. Raises `InputError`."""
-    if args.guidance_channels is not None and args.guidance_channels > source.in_channels:
-        told = (
-            f"--guidance-channels is {args.guidance_channels}, but {args.generator} has {source.in_channels} channels"
-        )
-        raise InputError(f"{told}; give 1 to {source.in_channels}, or leave it out to guide all")
+    channels = source.in_channels
+    if args.guidance_channels is not None and args.guidance_channels > channels:
+        told = f"allowed: 1 to {channels}, the channels of {args.generator}; without it all are guided"
+        raise InputError(f"--guidance-channels is {args.guidance_channels}; {told}")
     few = args.sampler == "few-step"
     if few and source.sampling is None and args.num_steps is None:
         note(
