@@ -9,10 +9,14 @@ no other class's), and as the data set of the generator's teacher has it for dig
 r-th image of that class of `evaluation.generate` with the same seed.
 """
 
+import argparse
+from pathlib import Path
+
 from evaluation.generate import add_sampling_arguments, check_sampling
 from train_cc.io import flags
+from train_cc.io.class_names import class_names
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.write import check_output_file
+from train_cc.io.write import check_output_file, record_of
 
 
 def build_parser() -> flags.Parser:
@@ -54,6 +58,25 @@ def class_of(text: str, names: list[str] | None, count: int) -> int:
     told = "several classes have that name" if found else "no class has that name"
     told += f", such as {near}" if near else ""
     raise InputError(f"--classes {text[:80]!r}: {told}; give a number from 0 to {count - 1} or another name")
+
+
+def data_of(source) -> str | None:
+    """The data set that the teacher of ``source.path`` was trained on, as far as records lead there."""
+    # A file is a run's checkpoints/torch_units/step-N.pt.
+    folder = source.path if source.path.is_dir() else source.path.resolve().parents[2]
+    for _ in range(3):  # the generator's folder, its run's, its teacher's
+        arguments = record_of(folder).get("arguments", {})
+        if isinstance(arguments.get("dataset"), str):
+            return arguments["dataset"]
+        folder = Path(str(arguments["teacher"])) if arguments.get("teacher") else folder.parent
+    return None
+
+
+def classes_of(args: argparse.Namespace, source) -> tuple[list[int], list[str] | None]:
+    """``args.classes`` as numbers, and the names of all classes if there are any. Raises `InputError`."""
+    given = str(args.names.absolute()) if args.names else "auto"  # a file, though it be named like a data set
+    names = class_names(given, source.num_classes, data_of(source), "--names")
+    return [class_of(text, names, source.num_classes) for text in args.classes], names
 
 
 @exits_on_input_error
