@@ -50,7 +50,9 @@ def decoder_of(
         return decoder, None, (height, width, channels)
     factor = 2 ** (len(decoder.vae.config.block_out_channels) - 1)
     decode, precision = in_parts(decoder), "fp32"
-    if half:
+    if half and decoder.needs_fp32:
+        print(f"images are decoded in fp32: the config of --vae {vae} has force_upcast", flush=True)
+    elif half:
         narrow = in_parts(copy.deepcopy(decoder).half())
         told = what_shows(decode, narrow, first()[:DECODED_AT_ONCE])
         if told:
