@@ -110,8 +110,8 @@ class DMDRPipeline(DiffusionPipeline):
         if self.vae is not None:
             x0 = self._decode_latents(self._unscaled(x0))
         if not torch.isfinite(x0).all():
-            dtype = self.generator.dtype
-            raise ValueError(f"the images hold NaN or infinity in {dtype}: load with torch_dtype=torch.float32")
+            problem = f"the images hold NaN or infinity, computed in {self.generator.dtype}"
+            raise ValueError(f"{problem}; torch_dtype=torch.float32 has the widest range")
         return ((x0 + 1) / 2).clamp(0, 1)
 
     def _unscaled(self, x0: torch.Tensor) -> torch.Tensor:

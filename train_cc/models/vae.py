@@ -154,32 +154,32 @@ def vae_files(vae: str, download: bool = True) -> tuple[Path, Path] | None:
 
 
 def _single_file(file: Path) -> str:
-    """The kind of ``file``, which is given as a VAE, and what makes a folder of it. Raises `InputError`."""
-    config = file.parent / "config.json"
-    if file.name in WEIGHTS_NAMES and config.is_file():
+    """The words for a file that is given as a VAE: its kind, and the command that makes a folder of it."""
+    if file.name in WEIGHTS_NAMES and (file.parent / "config.json").is_file():
         return f"{file} is the weights' file of a folder: give the folder, {file.parent}"
     if file.suffix == ".safetensors":
         names: Iterable = safetensors_shapes(file, EXPECTED)
     else:
         state = read_torch(file, EXPECTED)
-        state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
+        state = state.get("state_dict", state) if isinstance(state, Mapping) else ()
         names = map(str, state if isinstance(state, Mapping) else ())
-    return f"{file} is one file{_how_to_convert(file, names) or ', not a VAE'}; {EXPECTED} folder is expected"
+    kind = _layout(names)
+    expected = f"{EXPECTED} folder is expected"
+    return f"{file} is one file, a VAE with {kind}; {expected}{_conversion(file)}" if kind else f"{file}; {expected}"
 
 
-def _how_to_convert(file: Path, names: Iterable[str], config: str = "stabilityai/sd-vae-ft-ema") -> str:
-    """The command that makes a folder of a file with these names of tensors; "" where they are not a VAE's.
+def _layout(names: Iterable[str]) -> str:
+    """LDM's names: encoder.down.0.block.0, behind "first_stage_model." in a whole model; "" for no VAE's names."""
+    found = {match[1] for name in names if (match := re.search(r"(?:^|\.)encoder\.(down|down_blocks)\.\d", name))}
+    return "LDM's names" if "down" in found else "diffusers' names and no config.json" if found else ""
 
-    LDM's names: encoder.down.0.block.0, after "first_stage_model." in a whole model; diffusers': encoder.down_blocks.
-    """
-    kinds = {match[1] for name in names if (match := re.search(r"(?:^|\.)encoder\.(down|down_blocks)\.\d", name))}
-    if not kinds:
-        return ""
-    kind = "LDM's names" if "down" in kinds else "diffusers' names and no config.json"
-    call = f"AutoencoderKL.from_single_file('{file}', config='{config}').save_pretrained('{file.with_suffix('')}_vae')"
+
+def _conversion(file: Path, config: str = next(iter(PINNED_REVISIONS))) -> str:
+    """The words for diffusers' own conversion of ``file``."""
+    call = f"AutoencoderKL.from_single_file({str(file)!r}, config={config!r})"
     return (
-        f", a VAE with {kind}. This makes a folder of it (config: a folder or hub name of the same architecture): "
-        f'python -c "from diffusers import AutoencoderKL; {call}"'
+        ". This makes one (config: a folder or hub name of the same architecture): "
+        f'python -c "from diffusers import AutoencoderKL; {call}.save_pretrained({str(file.with_suffix(""))!r})"'
     )
 
 
@@ -210,9 +210,9 @@ def load_vae(vae: str) -> nn.Module:
 
 
 def _refuse_names_of_ldm(weights: Path, names: Iterable[str]) -> None:
-    told = _how_to_convert(weights, names, str(weights.parent))
-    if "LDM" in told:
-        raise InputError(f"{weights} is{told[1:]}")
+    if (kind := _layout(names)).startswith("LDM"):
+        how = _conversion(weights, str(weights.parent))
+        raise InputError(f"{weights} has {kind}; {EXPECTED} folder is expected{how}")
 
 
 def of_today(name: str) -> str:

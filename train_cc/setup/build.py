@@ -188,7 +188,10 @@ def load_decode(args: argparse.Namespace, built: Built, fit: Fit, latents: str |
     if isinstance(decode, nn.Module):  # pixel space has no decoder network
         built.files["vae"] = decode.files
         if decode.needs_fp32 and fit.dtype == torch.float16:
-            built.notes.append(f"--vae {args.vae} has force_upcast in its config: images are decoded in fp32, not fp16")
+            built.notes.append(
+                f"--vae {args.vae}: its config.json has force_upcast, so images are decoded in fp32, not fp16; "
+                "write false there if its activations are known to fit fp16"
+            )
         if args.reward_checkpointing and built.rewards:
             decode.enable_gradient_checkpointing()
     return decode
