@@ -115,8 +115,31 @@ class DMDRPipeline(DiffusionPipeline):
         return x0
 
     def _decode(self, x0: torch.Tensor) -> torch.Tensor:
-        """-> images in [0, 1], (B, C, H, W)."""
+        """-> images in [0, 1], (B, C, H, W). Raises `ValueError` where they are not finite."""
         if self.vae is not None:
-            latents = x0 / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-            x0 = self.vae.decode(latents.to(self.vae.dtype)).sample
+            x0 = self._decode_latents(self._unscaled(x0))
+        if not torch.isfinite(x0).all():
+            problem = f"the images hold NaN or infinity, computed in {self.generator.dtype}"
+            raise ValueError(f"{problem}; torch_dtype=torch.float32 has the widest range")
         return ((x0 + 1) / 2).clamp(0, 1)
+
+    def _unscaled(self, x0: torch.Tensor) -> torch.Tensor:
+        """The generator's latents -> the VAE's, by its config: x0 std / scale + mean, as diffusers' own pipelines."""
+        config, mean, std = self.vae.config, self.vae.config.get("latents_mean"), self.vae.config.get("latents_std")
+        if mean is None or std is None:
+            return x0 / config.scaling_factor + (config.shift_factor or 0.0)
+        mean, std = (torch.tensor(each, dtype=x0.dtype, device=x0.device).view(-1, 1, 1) for each in (mean, std))
+        return x0 * std / config.scaling_factor + mean
+
+    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """In the VAE's dtype; in fp32 where its config says that it overflows fp16 (force_upcast), or where it does."""
+        dtype = self.vae.dtype
+        if not (dtype == torch.float16 and self.vae.config.force_upcast):
+            images = self.vae.decode(latents.to(dtype)).sample
+            if dtype == torch.float32 or torch.isfinite(images).all():
+                return images
+        try:
+            self.vae.to(torch.float32)
+            return self.vae.decode(latents.float()).sample
+        finally:
+            self.vae.to(dtype)

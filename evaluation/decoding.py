@@ -68,10 +68,13 @@ def decoder_of(
     if not isinstance(decoder, VAEDecoder):
         return Decoder(decoder), None, (height, width, channels)
     factor = 2 ** (len(decoder.vae.config.block_out_channels) - 1)
-    wide = in_parts(decoder)
+    wide, main = in_parts(decoder), PartialState().is_main_process
     decode, precision = Decoder(wide), "fp32"
-    if half:
-        narrow, main = in_parts(copy.deepcopy(decoder).half()), PartialState().is_main_process
+    if half and decoder.needs_fp32:
+        if main:
+            print(f"images are decoded in fp32: the config of --vae {vae} has force_upcast", flush=True)
+    elif half:
+        narrow = in_parts(copy.deepcopy(decoder).half())
         words = [what_shows(wide, narrow, first()[:DECODED_AT_ONCE]) if main else ""]
         broadcast_object_list(words)
         if words[0] and main:

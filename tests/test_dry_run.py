@@ -112,6 +112,19 @@ def test_the_decoder_is_the_one_that_is_named(tmp_path, widths):
     assert 2 * own <= held < 2 * own + 512 * len(list(decoder.parameters()))
 
 
+def test_a_vae_that_overflows_fp16_is_planned_in_fp32(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "GIB", 1)  # sizes in bytes: of a small decoder
+    random_sit(in_channels=4).save_pretrained(tmp_path / "sit")
+    vae = write_vae(tmp_path / "vae", (32, 32, 32, 32))
+    more = ["--vae", vae, "--mixed-precision", "fp16"]
+    half = planned(capsys, tmp_path / "sit", tmp_path / "run", *more)
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(config | {"force_upcast": True}))
+    whole = planned(capsys, tmp_path / "sit", tmp_path / "run", *more)
+    assert gib(whole, "decoder weights") == pytest.approx(2 * gib(half, "decoder weights"), rel=0.1)
+    assert "force_upcast" in whole and "force_upcast" not in half
+
+
 # What is simulated, against what a run does -------------------------------------------------------------------------
 
 

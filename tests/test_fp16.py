@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 
 from evaluation.standins import write_vae
 from tests import rounded
-from tests.conftest import flags, refused, spread_lora_b, trained
+from tests.conftest import flags, random_sit, refused, spread_lora_b, trained
 from train_cc import cold_start
 from train_cc.distillation import loop
 from train_cc.distillation.state import restore, save
@@ -115,6 +115,16 @@ def test_decoding_with_rounding_is_near_to_half_precision(tmp_path):
         with rounded.decodes(torch.float16):
             rounding = decoder(x0)
     assert 0.5 < torch.dist(rounding, single) / torch.dist(half, single) < 2
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_vae_whose_config_says_so_is_in_fp32_and_the_log_says_it(tmp_path, named):
+    random_sit(in_channels=4).save_pretrained(tmp_path / "sit")
+    config = write_vae(tmp_path / "vae") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": named}))
+    run = half_run(tmp_path / "sit", tmp_path / "run", "--vae", tmp_path / "vae", "--num-previews", 2)
+    assert run.decode.vae.dtype == (torch.float32 if named else torch.float16)
+    assert any("force_upcast" in note for note in run.session.notes) == named
 
 
 @pytest.mark.parametrize("which", ["generator", "estimator"])

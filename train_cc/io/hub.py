@@ -79,7 +79,17 @@ def model_folder(source: Path | str) -> Path:
         raise InputError(
             f"{path} does not exist; a model folder, or org/name on the hub, is expected. To make one: {HOW_TO_MAKE}"
         )
+    if path.is_dir() and not (path / "config.json").is_file():
+        expected = f"a model folder, with config.json and {WEIGHTS_NAME}, is expected"
+        raise InputError(f"{path / 'config.json'} does not exist; {expected}{models_inside(path)}")
     return path
+
+
+def models_inside(folder: Path) -> str:
+    """The words for a folder that is no model's but holds some, such as a pipeline or a run; "" if it holds none."""
+    kind = " is a diffusers pipeline, and" if (folder / "model_index.json").is_file() else ""
+    inside = [str(path.parent) for path in sorted(folder.glob("*/config.json"))[:8]]
+    return f". {folder}{kind} holds the model folder(s) {', '.join(inside)}" if inside else ""
 
 
 def pinned(source: Path) -> Path:

@@ -222,6 +222,12 @@ def require_keys(config: Mapping, needed: Sequence[str], optional: Sequence[str]
         raise InputError(f"{source} does not fit: missing {missing[:8]}, unknown {unknown[:8]}")
 
 
+def kind_of(config: Mapping, expected: str) -> str:
+    """The class that a config.json names, as diffusers, timm or transformers do; ``expected`` if it names none."""
+    keys = ("_class_name", "architecture", "model_type")
+    return next((str(config[key])[:80] for key in keys if key in config), expected)
+
+
 def require_plain(content: object, path: Path) -> None:
     """``content`` can be written as JSON again: finite numbers, not nested without end. Raises `InputError`."""
     with parsing(path, "JSON of finite numbers, not deeply nested"):

@@ -61,6 +61,11 @@ def build_parser(description: str) -> Parser:
         help="model folder (convert_weight/sit_convert.py makes one), or org/name[@revision] on the hub",
     )
     model.add_argument(
+        "--teacher-is-distilled",
+        action="store_true",
+        help="permission for a --teacher that is itself a distilled generator of few steps",
+    )
+    model.add_argument(
         "--num-classes", type=flags.COUNT, help="checked against the teacher's; without it, the teacher's"
     )
     model.add_argument("--vae", default=DEFAULT_VAE, help="decoder: a hub name or folder; 'none' for pixel space")

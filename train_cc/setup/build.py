@@ -14,8 +14,9 @@ from train_cc.draws import Draws
 from train_cc.io.class_names import dataset_of
 from train_cc.io.errors import InputError
 from train_cc.io.hub import hub_name, model_folder
+from train_cc.io.weights import GENERATION_CONFIG
 from train_cc.models.estimator import ScoreEstimator
-from train_cc.models.generator import generator_lora_rank, read_rewards, trainable_generator
+from train_cc.models.generator import generator_lora_rank, read_rewards, read_sampling, trainable_generator
 from train_cc.models.latents import read_latent_space
 from train_cc.models.lora import hold_frozen_in
 from train_cc.models.sit import SiT, choose_attention
@@ -61,8 +62,20 @@ def build_optimizer(
     return torch.optim.AdamW(trainable(model).values(), fused=True, **options)
 
 
+def folder_of_teacher(args: argparse.Namespace) -> Path:
+    """A name on the hub is a folder of its cache; in a dry run the folder may be missing."""
+    return model_folder(args.teacher) if hub_name(args.teacher) else args.teacher
+
+
 def load_teacher(args: argparse.Namespace, networks: Networks) -> tuple[SiT, dict, int]:
     """-> the teacher, its config, and the channels of an image; the other flags fit them. Raises `InputError`."""
+    sampling = read_sampling(folder_of_teacher(args))
+    if sampling is not None and not args.teacher_is_distilled:
+        raise InputError(
+            f"--teacher {args.teacher} is a distilled generator: its {GENERATION_CONFIG} records {sampling[0]} step(s) "
+            "of inference. A multi-step teacher is expected, whose velocity holds at all times. If this one is meant: "
+            "--teacher-is-distilled"
+        )
     teacher = networks.sit(args.teacher)
     config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
     if args.num_classes not in (None, config["num_classes"]):
@@ -176,6 +189,11 @@ def load_decode(args: argparse.Namespace, built: Built, fit: Fit, latents: str |
     decode = fit.networks.decoder(args.vae if decoded else None, fit.device, fit.dtype, latents)
     if isinstance(decode, nn.Module):  # pixel space has no decoder network
         built.files["vae"] = decode.files
+        if decode.needs_fp32 and fit.dtype == torch.float16:
+            built.notes.append(
+                f"--vae {args.vae}: its config.json has force_upcast, so images are decoded in fp32, not fp16; "
+                "write false there if its activations are known to fit fp16"
+            )
         if args.reward_checkpointing and built.rewards:
             decode.enable_gradient_checkpointing()
     return decode
@@ -196,8 +214,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
     generator = trainable_generator(networks.sit(args.teacher), rank, args.seed)
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
-    # A name on the hub is a folder of its cache; in a dry run the folder may be missing.
-    teacher = model_folder(args.teacher) if hub_name(args.teacher) else args.teacher
+    teacher = folder_of_teacher(args)
     latents = read_latent_space(teacher)
     decode = load_decode(args, built, fit, latents)
     check_functions(built, decode, sample_shape, fit)

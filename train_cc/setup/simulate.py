@@ -83,7 +83,7 @@ def simulate(args: argparse.Namespace, precision: str, processes: int) -> Cost:
         cost.peaks[name] = sample(config, decode, args, gpu.device)
     if args.optimizer == "adamw8bit":
         in_8_bits(cost)
-    cost.notes = networks.notes
+    cost.notes = networks.notes + session.notes
     return cost
 
 
