@@ -12,6 +12,7 @@ from evaluation.sampling import Source, images_of_labels, load_sampler, open_sou
 from train_cc.io.class_names import class_names
 from train_cc.io.write import record_of, write_atomically
 from train_cc.models.vae import require_decoder
+from train_cc.run import devices
 from train_cc.run.pictures import above, grid, png_bytes
 
 
@@ -29,7 +30,7 @@ def data_of(source: Source) -> str | None:
 
 def sample(args: argparse.Namespace) -> None:
     """The command, its flags checked. Raises `InputError`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.device()
     source = open_source(args.generator)
     require_decoder(source.in_channels, args.vae, args.generator)
     resolve_sampling(args, source.sampling)

@@ -149,12 +149,11 @@ def main(argv: list[str] | None = None) -> None:
     names = check_arguments(args)
     # Networks take seconds to import: what is wrong with the command line has been said.
     with saying("loading libraries"):
-        import torch
-
         from evaluation.spaces import check_reference, judge, load_spaces, over_spaces, set_size, stored_by_space
         from evaluation.split import hold_out
+        from train_cc.run.devices import device
 
-    spaces = load_spaces(args, image_shape(args.reference)[1:], "cuda" if torch.cuda.is_available() else "cpu")
+    spaces = load_spaces(args, image_shape(args.reference)[1:], device())
     if args.check:
         check_reference(args.reference, spaces)
         hold_out(args.reference, args.held_out)
