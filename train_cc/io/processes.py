@@ -67,7 +67,7 @@ def require_same_count(wanted: int, count: int) -> None:
         raise InputError(f"NUM_PROCESSES is {wanted}, but 1 process(es) were started: use a launcher of scripts/")
     raise InputError(
         f"NUM_PROCESSES is {wanted}, but WORLD_SIZE is {count}, as clusters set it for their pods. For a run of "
-        f"{wanted} process(es) unset WORLD_SIZE, RANK and MASTER_ADDR; for one of all {count}: {ONE_A_NODE}"
+        f"{wanted} process(es) unset WORLD_SIZE, RANK and MASTER_ADDR. {ONE_A_NODE}"
     )
 
 
@@ -94,7 +94,7 @@ def started(exact: bool = False) -> Place:
         return Place(0, 1, "", 0)
     missing = [name for name in ("RANK", "MASTER_ADDR") if not environment.get(name)]
     if missing:
-        raise InputError(f"WORLD_SIZE is {count}, but {' and '.join(missing)} is missing. {ONE_A_NODE}")
+        raise InputError(f"WORLD_SIZE is {count}, but {' and '.join(missing)} not set. {ONE_A_NODE}")
     rank = number(environment, "RANK", 0, count - 1, "")
     number(environment, "LOCAL_RANK", 0, count - 1, 0)
     number(environment, "LOCAL_WORLD_SIZE", 1, count, 1)

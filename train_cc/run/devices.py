@@ -1,7 +1,9 @@
 """The devices and process groups of all commands: one way to open them, and to say why they cannot be used."""
 
+import contextlib
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -17,13 +19,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from train_cc.io.errors import InputError
 from train_cc.io.processes import Place, started
 from train_cc.io.read import first_line
+from train_cc.io.saying import FIRST
 
 T = TypeVar("T")
 # How long a process waits for the others. Some wait while one hashes, downloads or ends its part of a sampling.
 TIMEOUT = timedelta(hours=6)
 SHARDS_TIMEOUT = timedelta(days=2)  # with its shards done, a process waits for the slowest
 MEETING = timedelta(minutes=10)  # until all processes have come to the address where they meet
-TRY = timedelta(seconds=10)  # one attempt to meet; after each the log names the absent processes
 ON_THE_CPU = "CUDA_VISIBLE_DEVICES= (empty) before the command runs on the CPU"
 
 
@@ -131,20 +133,21 @@ def meet(place: Place) -> dist.Store:
     where = f"{place.address}:{place.port}"
     hosts = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
-    def connect() -> dist.Store:
-        end = (place.address, place.port, place.count, hosts, TRY)
-        return dist.TCPStore(*end, wait_for_workers=False, multi_tenant=True)
+    def answers() -> bool:  # a TCPStore that tries fills the screen with its warnings
+        with contextlib.suppress(OSError):
+            socket.create_connection((place.address, place.port), timeout=5).close()
+            return True
+        return False
 
-    if hosts:
-        try:
-            store = connect()
-        except RuntimeError as error:
-            raise InputError(f"process 0 cannot listen at {where}: {first_line(error)}. Free MASTER_PORT?") from None
-    else:
-        store = patiently(connect, dist.DistNetworkError, place, lambda: f"process 0 at {where}")
+    if not hosts:
+        patiently(answers, place, lambda: f"process 0 at {where}")
+    try:
+        end = (place.address, place.port, place.count, hosts, MEETING)
+        store = dist.TCPStore(*end, wait_for_workers=False, multi_tenant=True)
+    except dist.DistError as error:
+        raise InputError(f"process {place.rank} cannot use MASTER_PORT of {where}: {first_line(error)}") from None
     store = dist.PrefixStore(f"dmdr-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     keys = [f"process-{rank}" for rank in range(place.count)]
-    store.set(keys[place.rank], "")
 
     def absent() -> str:
         if place.rank > 0:  # one looks for all
@@ -153,27 +156,30 @@ def meet(place: Place) -> dist.Store:
         more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
         return f"process {', '.join(map(str, ranks[:8]))}{more} at {where}"
 
-    patiently(lambda: store.wait(keys, TRY), dist.DistStoreError, place, absent)
+    try:
+        store.set(keys[place.rank], "")
+        patiently(lambda: store.check(keys), place, absent)
+    except dist.DistError as error:
+        raise InputError(f"process 0 at {where} ended while the others came: {first_line(error)}") from None
     return store
 
 
-def patiently(attempt: Callable[[], T], fails: type[Exception], place: Place, whom: Callable[[], str]) -> T:
-    """``attempt()``, again until it no longer ``fails``; says for ``whom()`` it waits. Raises `InputError`."""
-    began = time.monotonic()
-    while True:
-        try:
-            return attempt()
-        except fails:
-            waited = time.monotonic() - began
-            words = f"process {place.rank} of {place.count}" if place.rank == 0 else f"one of {place.count} processes"
-            if waited > MEETING.total_seconds():
-                raise InputError(
-                    f"{words} waited {waited / 60:.0f} minutes for {whom()}, in vain: start all (WORLD_SIZE is "
-                    f"{place.count}), with the same MASTER_ADDR and MASTER_PORT, or unset WORLD_SIZE for one alone"
-                ) from None
-            print(f"{words}: waiting for {whom()}, {waited:.0f} s", file=sys.stderr, flush=True)
-        except RuntimeError as error:
-            raise InputError(f"the processes lost each other while they met: {first_line(error)}") from None
+def patiently(attempt: Callable[[], T], place: Place, whom: Callable[[], str]) -> T:
+    """The first true result of ``attempt()``; says for ``whom()`` it waits. Raises `InputError` after `MEETING`."""
+    who = "process 0" if place.rank == 0 else "one"
+    began = shown = time.monotonic()
+    while not (result := attempt()):
+        waited = time.monotonic() - began
+        if waited > MEETING.total_seconds():
+            raise InputError(
+                f"{who} of {place.count} processes waited {waited / 60:.0f} minutes in vain for {whom()}: start all "
+                "with the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or unset WORLD_SIZE for one process alone"
+            )
+        if time.monotonic() - shown > FIRST:
+            shown = time.monotonic()
+            print(f"{who} of {place.count} processes waits for {whom()}, {waited:.0f} s", file=sys.stderr, flush=True)
+        time.sleep(min(0.05 + waited / 20, 1))
+    return result
 
 
 def mesh_of(device_type: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
