@@ -170,12 +170,14 @@ def show(error: BaseException, folder: Path, came: list[int], plan: Plan) -> int
         for file in bugs:
             print(f"process {file.name[4:]} after it: {file.read_text().splitlines()[-1]}", file=sys.stderr)
         return 128 + number
-    if bugs:
+    if bugs and not came:
         print(bugs[0].read_text(), end="", file=sys.stderr)
         others = f", {len(bugs) - 1} more after it" if len(bugs) > 1 else ""
         print(f"error: process {bugs[0].name[4:]} failed first, with the traceback above{others}", file=sys.stderr)
         return 1
     if came:
+        for file in bugs:  # such as of a compiler that the same signal ended
+            print(f"process {file.name[4:]} after it: {file.read_text().splitlines()[-1]}", file=sys.stderr)
         print("stopped", file=sys.stderr)
         return 128 + came[0]
     return max(1, max(failure.exitcode for failure in error.failures.values()))
