@@ -10,12 +10,13 @@ from evaluation.sample import classes_of
 from evaluation.sampling import images_of_labels, load_sampler, open_source, resolve_sampling, say_decoded_again
 from train_cc.io.write import write_atomically
 from train_cc.models.vae import require_decoder
+from train_cc.run import devices
 from train_cc.run.pictures import above, grid, png_bytes
 
 
 def sample(args: argparse.Namespace) -> None:
     """The command, its flags checked. Raises `InputError`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.device()
     source = open_source(args.generator)
     require_decoder(source.in_channels, args.vae, args.generator)
     resolve_sampling(args, source)

@@ -158,13 +158,12 @@ def main(argv: list[str] | None = None) -> None:
     names = check_arguments(args)
     # Networks take seconds to import: what is wrong with the command line has been said.
     with saying("loading libraries"):
-        import torch
-
         from evaluation.spaces import check_reference, judge, load_spaces, over_spaces, set_size, statistics_for
         from evaluation.split import hold_out
+        from train_cc.run.devices import device
 
     shape = reference_shape(args.reference) or (None if args.check else image_shape(args.samples[0]))
-    spaces = load_spaces(args, shape and shape[1:], "cuda" if torch.cuda.is_available() else "cpu")
+    spaces = load_spaces(args, shape and shape[1:], device())
     if args.check:
         check_reference(args.reference, spaces)
         hold_out(args.reference, args.held_out)

@@ -7,12 +7,11 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import PartialState
 from tqdm import tqdm
 
 from evaluation.images import FolderImages, Images, batches_of, choose_workers, open_images
@@ -36,6 +35,7 @@ from train_cc.io.write import (
 )
 from train_cc.models.features import FeatureSpace, load_space, without_tf32
 from train_cc.rewards.statistics import read_space
+from train_cc.run.devices import SHARDS_TIMEOUT, open_processes
 
 # Shards -----------------------------------------------------------------------------------------------------------
 
@@ -76,7 +76,7 @@ def shards_of(count: int, size: int) -> dict[str, range]:
 
 
 def fill_shards(
-    folder: Path, todo: dict[str, range], images: Images, space: FeatureSpace, accelerator: Accelerator, args
+    folder: Path, todo: dict[str, range], images: Images, space: FeatureSpace, accelerator: PartialState, args
 ) -> None:
     """Read, embed and sum up the images of ``todo``, a shard at a time; one loader for all keeps its workers busy."""
     batches = {
@@ -165,9 +165,7 @@ def notes(images: Images, moments: dict[str, np.ndarray]) -> list[str]:
 
 def gather(args: argparse.Namespace) -> None:
     """The command, its flags checked. Raises `InputError`."""
-    # Whoever is done first waits for the slowest.
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patient])
+    accelerator = open_processes(SHARDS_TIMEOUT)
     if args.workers is None:
         args.workers = choose_workers(accelerator.num_processes)
     space = load_space(args.space, accelerator.device, args.dinov2_backbone, args.inception_weights)

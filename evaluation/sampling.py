@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,6 +40,7 @@ from train_cc.models.latents import read_latent_space
 from train_cc.models.sit import SiT, choose_attention, read_sit_config
 from train_cc.models.vae import DECODED_AT_ONCE, images_to_uint8, require_decoder, vae_files
 from train_cc.run.checkpoint import Checkpoint, open_checkpoint
+from train_cc.run.devices import SHARDS_TIMEOUT, open_processes
 from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample, sde_sample
 
 IMAGES, RANDOM_LABEL = 11, 12  # first keys of the draws, after the seed
@@ -231,7 +232,7 @@ def load_sampler(args: argparse.Namespace, source: Source, device: torch.device)
 
 
 def fill_shards(
-    args: argparse.Namespace, folder: Path, provenance: dict, source: Source, accelerator: Accelerator
+    args: argparse.Namespace, folder: Path, provenance: dict, source: Source, accelerator: PartialState
 ) -> None:
     """Make this process's share of the shards that are missing or damaged. The decoder's precision is noted."""
     model, decode, provenance["decoder"], image_shape = load_sampler(args, source, accelerator.device)
@@ -273,7 +274,7 @@ def write_png_dir(args: argparse.Namespace, paths: list[Path], provenance: dict)
 
 def generate(args: argparse.Namespace) -> None:
     """The command, its flags checked. Raises `InputError`."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = open_processes(SHARDS_TIMEOUT)
     if accelerator.is_main_process:
         check_outputs(args)
     args.generator = pinned(args.generator)

@@ -212,7 +212,7 @@ def test_patience_grows_with_the_updates(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(stop_room.time, "monotonic", lambda: now[0])
     stop = stop_room.StopSignal()
-    assert stop.patience() == 600
+    assert stop.patience() == 45
     for seconds, patience in ((1, 60), (100, 300), (2, 300)):
         with stop.update():
             now[0] += seconds

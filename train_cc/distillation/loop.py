@@ -61,7 +61,8 @@ def train(run: Run) -> None:
             last = run.step == output.max_train_steps
             sampled = bool(output.num_previews) and (last or run.step % output.sample_steps == 0)
             if sampled:
-                row |= show(run, step)
+                with stop.update():
+                    row |= show(run, step)
             write_rows(run, logs, estimator_rows, row, seconds)
             tell(run, progress, row, sampled)
             if last or stopping or run.step % output.checkpoint_steps == 0:

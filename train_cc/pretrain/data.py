@@ -140,10 +140,11 @@ def through_vae(name: str, images: "Tensor") -> "Tensor":
 
     from train_cc.models.latents import encode_images
     from train_cc.models.vae import DECODED_AT_ONCE, VAEDecoder, images_to_uint8, load_vae
+    from train_cc.run.devices import device
 
     if images.shape[1] != 3:
         raise InputError(f"--vae is {name}, but the images have {images.shape[1]} channel; three are needed")
-    vae = load_vae(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    vae = load_vae(name).to(device())
     latents = encode_images(vae, images)
     decode = VAEDecoder(vae)
     with torch.no_grad():
