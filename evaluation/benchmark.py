@@ -197,7 +197,7 @@ def benchmark_parser() -> flags.Parser:
         help=f"estimate, on any machine: {', '.join(CARDS)}, or PEAK,BANDWIDTH in TFLOP/s and TB/s",
     )
     parser.add_argument("--threads", type=flags.integer(1, 4096), help="CPU threads")
-    parser.add_argument("--output", type=flags.path, help="JSON file")
+    parser.add_argument("--output", type=flags.output_file, help="JSON file")
     parser.add_argument(
         "--compare", type=flags.path, nargs=2, metavar=("BEFORE", "AFTER"), help="two JSON files; runs nothing"
     )

@@ -80,8 +80,8 @@ def build_parser() -> flags.Parser:
     parser.add_argument(
         "--bootstrap", type=flags.integer(0, 100_000), default=0, metavar="N", help="95 %% intervals from N resamplings"
     )
-    parser.add_argument("--output", type=flags.path, help="the JSON file to write")
-    parser.add_argument("--picture", type=flags.path, help="the PNG to write")
+    parser.add_argument("--output", type=flags.output_file, help="the JSON file to write")
+    parser.add_argument("--picture", type=flags.output_file, help="the PNG to write")
     parser.add_argument("--picture-columns", type=flags.integer(1, 1000), default=20, help="images a row of --picture")
     parser.add_argument(
         "--check", action="store_true", help="check the reference, the features and the outputs; samples need not exist"

@@ -28,7 +28,7 @@ def build_parser() -> flags.Parser:
         required=True,
         help="a run's generator/, a teacher folder, a torch_units/step-N.pt, or org/name[@revision] on the hub",
     )
-    parser.add_argument("--output", type=flags.path, required=True, help="the .npz to write")
+    parser.add_argument("--output", type=flags.output_file, required=True, help="the .npz to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an --output and --png-dir of this command")
     parser.add_argument("--png-dir", type=flags.path, help="also write the images as PNG files there")
     parser.add_argument("--num-images", type=flags.COUNT, default=50_000, help="images in all")

@@ -28,7 +28,7 @@ def build_parser() -> flags.Parser:
         help="a run's generator/, a teacher folder, or a torch_units/step-N.pt",
     )
     parser.add_argument("--classes", nargs="+", required=True, help="numbers or names")
-    parser.add_argument("--grid", type=flags.path, required=True, help="the PNG to write")
+    parser.add_argument("--grid", type=flags.output_file, required=True, help="the PNG to write")
     parser.add_argument("--per-class", type=flags.integer(1, 1000), default=4, help="images of each class")
     parser.add_argument("--names", type=flags.path, help="a file with the classes' names, a line each")
     add_sampling_arguments(parser)

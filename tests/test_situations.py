@@ -58,6 +58,84 @@ RUNS = [
     ),
 ]
 
+# Paths to write ---------------------------------------------------------------------------------------------------
+
+OF_FILES = {  # command without its output -> the flag of a file that it writes
+    "evaluation.generate --generator teacher --num-images 2": "--output",
+    "evaluation.sample --generator teacher --classes 1": "--grid",
+    "evaluation.statistics --images digits --space classifier:classifier": "--output",
+    "evaluation.evaluate a.npz real.npz --space pixels --check": "--output",
+    "evaluation.evaluate a.npz real.npz --space pixels": "--picture",
+    "evaluation.report.page teacher": "--output",
+    "evaluation.benchmark --roofline h100": "--output",
+    "train_cc.pretrain.data --dataset digits --num-images 2": "--output",
+}
+OF_FOLDERS = {
+    "train_cc.cold_start --teacher teacher --vae none": "--output-dir",
+    "train_cc.pretrain.teacher --dataset digits": "--output-dir",
+    "evaluation.generate --generator teacher --output s.npz": "--png-dir",
+    "evaluation.report.page teacher": "--curves",
+    "convert_weight.sit_convert --input teacher": "--save-dir",
+    "convert_weight.export_generator --checkpoint units.pt": "--pipeline",
+}
+NO_NAMES = (".", "./", "/", "..", "a/", "a/.", "a/..", "''")
+
+
+def a_file(folder: Path) -> None:
+    (folder / "file").write_text("x")
+    (folder / "units.pt").write_bytes(b"x")
+
+
+def a_pipe(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+
+
+PATHS = [
+    *(
+        Situation(f"{command} {flag} {text}", nothing, f"{command} {flag} {text}", (f"{flag} is ", "allowed: a path"))
+        for command, flag in OF_FILES.items()
+        for text in NO_NAMES
+    ),
+    *(
+        Situation(f"{command} {flag} {text}", a_file, f"{command} {flag} {text}", words)
+        for command, flag in OF_FOLDERS.items()
+        for text, words in {
+            "file": ("file is a file; a folder is expected",),
+            "file/in/it": ("file is a file; a folder is expected",),
+            "n" * 300: ("nnn", "File name too long"),
+        }.items()
+    ),
+    *(
+        Situation(f"a generator at {text}", a_file, f"{command} {text}", ("holds the current folder", "name a folder"))
+        for command in ("convert_weight.export_generator --checkpoint units.pt --output-dir",)
+        for text in ("/", "//", "/.")
+    ),
+    Situation(
+        "a file's path whose parent is a file",
+        a_file,
+        "evaluation.sample --generator teacher --classes 1 --grid file/grid.png",
+        ("file/grid.png cannot be written", "file is a file; a folder is expected"),
+    ),
+    Situation(
+        "a folder in place of a file",
+        empty_folder,
+        "evaluation.sample --generator teacher --classes 1 --grid empty",
+        ("--grid empty is a folder; a file is expected",),
+    ),
+    Situation(
+        "a pipe in place of a file",
+        a_pipe,
+        "evaluation.sample --generator teacher --classes 1 --grid pipe",
+        ("--grid pipe exists and is not a file of this project",),
+    ),
+    Situation(
+        "an adapter over the current folder",
+        a_file,
+        "convert_weight.export_generator --checkpoint /proc/self/comm --adapter .",
+        ("holds the current folder",),
+    ),
+]
+
 # Devices and processes --------------------------------------------------------------------------------------------
 
 PROCESSES: list[Situation] = []
@@ -582,7 +660,7 @@ SAMPLING = [
 
 # The table is run -------------------------------------------------------------------------------------------------
 
-SITUATIONS = RUNS + PROCESSES + PRECISION + CONVERSION + EVALUATION + LATENTS + SAMPLING
+SITUATIONS = RUNS + PATHS + PROCESSES + PRECISION + CONVERSION + EVALUATION + LATENTS + SAMPLING
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -106,6 +107,13 @@ def path(text: str) -> Path:
     if not text or "\0" in text:
         refuse(repr(text), "a path")
     return Path(text)
+
+
+def output_file(text: str) -> Path:
+    """The path of a file to write. Whatever ends in "/", "." or ".." is a folder, though `Path` may drop that end."""
+    if os.path.basename(text) in ("", ".", ".."):
+        refuse(repr(text), "a path that ends in the name of a file")
+    return path(text)
 
 
 class TimeInterval(argparse.Action):
