@@ -90,7 +90,9 @@ def images_of_labels(model: SiT, decode, indices: range, y: Tensor, args: argpar
     """uint8 (B, H, W, C): image i of ``indices``, of the class y[i]. Raises `InputError` where they are not finite."""
     x0 = samples_of(model, indices, y, args)
     images = decode(x0)
-    of_network = f"the weights are damaged, the guidance scale is too large, or --dtype {args.dtype} too narrow"
+    of_network = "the weights are damaged, or the guidance scale is too large"
+    if args.dtype != "fp32":
+        of_network += f", or --dtype {args.dtype} is too narrow: fp32 shows which"
     of_decoder = f"they are so in fp32 too, of finite samples: the weights of --vae {args.vae} are damaged"
     for what, values, why in (("samples", x0, of_network), ("decoded images", images, of_decoder)):
         if not torch.isfinite(values).all():
@@ -178,6 +180,9 @@ def resolve_sampling(args: argparse.Namespace, source: Source) -> None:
             f"{args.generator} does not record for how many steps it was distilled: it is sampled in one step. For a "
             "multi-step teacher give --sampler euler, heun or sde; --num-steps 1 asks for one step"
         )
+    elif not few and source.sampling is not None:
+        recorded = f"{args.generator} is distilled (num_inference_steps {source.sampling[0]})"
+        note(f"{recorded}; --sampler {args.sampler} is for a multi-step teacher")
     steps, shift = source.sampling if source.sampling and few else (1, 1.0)
     args.num_steps = steps if args.num_steps is None else args.num_steps
     args.timestep_shift = shift if args.timestep_shift is None else args.timestep_shift

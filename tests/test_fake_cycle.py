@@ -24,7 +24,7 @@ from train_cc.models.vae import new_vae
 from train_cc.run.fake_gpu import PROJECT, Event, FakeGpu, fake_gpu, on_gpu
 from train_cc.run.fake_processes import fake_processes
 from train_cc.run.meters import tensors_in
-from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample
+from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample, sde_sample
 
 needed = "_setup_privateuseone_for_python_backend"
 pytestmark = pytest.mark.skipif(not hasattr(backend_registration, needed), reason=f"torch has no {needed}")
@@ -220,7 +220,7 @@ def test_previews_mix_no_devices(gpu, built, sources):
     assert (run.output.output_dir / "samples" / f"step-{run.step}" / "grid.png").exists()
 
 
-@pytest.mark.parametrize("sampler", [few_step_sample, euler_sample, heun_sample])
+@pytest.mark.parametrize("sampler", [few_step_sample, euler_sample, heun_sample, sde_sample])
 def test_guided_sampling_waits_for_nothing(gpu, sampler):
     model = random_sit().to(gpu.device)
     noise, y = torch.randn(3, 1, 8, 8, device=gpu.device), torch.zeros(3, dtype=torch.long, device=gpu.device)

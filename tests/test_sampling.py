@@ -208,8 +208,10 @@ def test_the_images_of_the_sde_are_those_of_the_sampler(teacher, tmp_path):
     assert len(noises) == 1 and np.abs(pixels(x0).astype(int) - found).max() <= 1
 
 
-def test_the_sde_takes_250_steps_unless_told(teacher, tmp_path):
-    assert made(teacher, tmp_path / "a.npz", "--sampler", "sde", count=1)[2]["num_steps"] == "250"
+def test_the_sde_takes_250_steps_unless_told():
+    args = generate.build_parser().parse_args(words("--generator", "g", "--output", "s.npz", "--sampler", "sde"))
+    generate.check_sampling(args)
+    assert args.num_steps == 250
 
 
 def test_guided_channels_are_recorded(tmp_path):
@@ -256,6 +258,7 @@ def test_one_step_of_what_was_not_distilled_is_noted(teacher, tmp_path, capfd):
         (generate.main, teacher, ("--num-steps", 1), 0),
         (generate.main, teacher, ("--sampler", "euler"), 0),
         (generate.main, tmp_path / "distilled", (), 0),
+        (generate.main, tmp_path / "distilled", ("--sampler", "heun", "--num-steps", 2), 0),
         (sample.main, teacher, grid, 1),
         (sample.main, tmp_path / "distilled", grid, 0),
     ]):  # fmt: skip
