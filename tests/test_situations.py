@@ -125,7 +125,7 @@ def mu_and_sigma(folder: Path, size: int = 96, **more: object) -> None:
     np.savez(folder / "mu.npz", mu=np.zeros(size), sigma=np.eye(size), **more)
 
 
-def pngs(folder: Path, names: list[str], number: int = 10, mode: str = "L", side: int = 8) -> None:
+def pngs(folder: Path, names: list[str], number: int = 10, mode: str = "L", side: int = 8, suffix: str = "png") -> None:
     """A reference, and ``number`` images in each of the folders ``names`` of ``png``; "" is ``png`` itself."""
     images_of(folder, name="r.npz")
     rng = np.random.default_rng(1)
@@ -133,7 +133,7 @@ def pngs(folder: Path, names: list[str], number: int = 10, mode: str = "L", side
         (folder / "png" / name).mkdir(parents=True, exist_ok=True)
         for i in range(number):
             pixels = rng.integers(0, 256, (side, side) + ((3,) if mode == "RGB" else ()), np.uint8)
-            Image.fromarray(pixels).save(folder / "png" / name / f"{i}.png")
+            Image.fromarray(pixels).save(folder / "png" / name / f"{i}.{suffix}")
 
 
 def arrays(**more: object) -> Callable[[Path], object]:
@@ -221,6 +221,13 @@ EVALUATION = [
         lambda folder: pngs(folder, [str(k) for k in range(10)]),
         OF_PNG,
         ("| png |", "accuracy"),
+        code=0,
+    ),
+    Situation(
+        "a folder of JPEG as samples",
+        lambda folder: pngs(folder, [""], suffix="JPEG"),
+        OF_PNG,
+        ("| png |", "warning: png holds JPEG files"),
         code=0,
     ),
     Situation(
