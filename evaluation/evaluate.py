@@ -20,10 +20,10 @@ import os
 import sys
 from pathlib import Path
 
-from evaluation.asked import content_sha256
 from evaluation.files import (
     HELD_OUT,
     apart,
+    content_sha256,
     image_shape,
     over_seeds,
     provenance_of,

@@ -237,6 +237,10 @@ def test_a_folder_of_png_has_the_figures_of_its_npz(digits, classifier, teacher,
     evaluate.main([*pair, "--picture", str(tmp_path / "p.png")])
     record = read_figures(tmp_path / "p.json")
     assert len(record["rows"]["png"]["generation"]["generator_sha256"]) == len(record["reference_sha256"]) == 64
+    before = record["reference_sha256"]
+    Image.new("L", (8, 8), 9).save(classes / "3" / "0000.png")
+    evaluate.main(pair)
+    assert read_figures(tmp_path / "p.json")["reference_sha256"] != before
 
 
 def test_class_folders_in_another_order_than_the_classifiers_are_refused(digits, classifier, tmp_path, capsys):

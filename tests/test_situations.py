@@ -206,7 +206,14 @@ EVALUATION = [
         "fewer samples than features",
         lambda folder: (images_of(folder), images_of(folder, 200, "r.npz")),
         EVALUATE,
-        ("warning: s, classifier:classifier: 60 images have a singular covariance in 96 features",),
+        ("warning: s, classifier:classifier: 60 images in 96 features: the covariance is singular",),
+        code=0,
+    ),
+    Situation(
+        "fewer reference images than features",
+        lambda folder: (images_of(folder), images_of(folder, 50, "r.npz")),
+        EVALUATE,
+        ("from the reference's 50 images", "the covariance of so few is singular in 96 features"),
         code=0,
     ),
     Situation(
