@@ -582,6 +582,15 @@ def test_inceptions_statistics_are_of_no_other_space_as_wide(tmp_path):
     assert list(stored_by_space(content, tmp_path, [wide, inception])) == ["inception"]
 
 
+def test_adms_second_statistics_are_those_of_sfid(tmp_path):
+    content = {"mu": np.zeros(8), "sigma": np.eye(8), "mu_s": np.ones(6), "sigma_s": 2 * np.eye(6)}
+    spaces = [SimpleNamespace(name=name, size=size) for name, size in (("inception", 8), ("inception-spatial", 6))]
+    stored = stored_by_space(content, tmp_path, spaces)
+    assert stored.keys() == {"inception", "inception-spatial"}
+    assert np.array_equal(stored["inception-spatial"][1], 2 * np.eye(6))
+    assert list(stored_by_space(content, tmp_path, spaces[:1])) == ["inception"]
+
+
 def test_stored_statistics_find_their_space(digits, two_classifiers, tmp_path, capsys):
     """By the hash where the file names a space, else by the number of features, and only where that is one space's."""
     images, (first, second) = np.load(digits)["arr_0"], two_classifiers
