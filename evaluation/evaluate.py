@@ -20,10 +20,10 @@ import os
 import sys
 from pathlib import Path
 
-from evaluation.asked import content_sha256
 from evaluation.files import (
     HELD_OUT,
     apart,
+    content_sha256,
     image_shape,
     over_seeds,
     provenance_of,
@@ -117,6 +117,8 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
             raise InputError(f"{path} holds images {tuple(shape)}, {first} {expected}")
         if os.path.samefile(path, args.reference) or content_sha256(path) == content_sha256(args.reference):
             print(f"warning: {path} is the reference itself, not samples", file=sys.stderr)
+        if path.is_dir() and any(each.suffix.lower() in (".jpg", ".jpeg") for each in path.rglob("*")):
+            print(f"warning: {path} holds JPEG files: their compression is in all figures", file=sys.stderr)
     counts = sorted({shape[0] for shape in shapes.values()})
     if len(counts) > 1:
         raise InputError(f"the sample files hold {counts} images: figures of different counts do not compare")

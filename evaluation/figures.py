@@ -89,6 +89,8 @@ class Reference:
         else:
             self.statistics = statistics(self.features)
             self.source = f"computed from the reference's {len(self.features)} images: it stores no mu and sigma"
+            if len(self.features) <= self.features.shape[1]:
+                self.source += f", and the covariance of so few is singular in {self.features.shape[1]} features"
         self._root = root_of(self.statistics[1])
 
     def distance(self, features: Tensor) -> float:
@@ -184,7 +186,7 @@ def notes_of(embedded: Embedded) -> list[str]:
     """Warnings about the samples: too few for a covariance, or class by class."""
     (count, size), notes = embedded.features.shape, []
     if count <= size:
-        notes.append(f"{count} images have a singular covariance in {size} features: FID is far above that of more")
+        notes.append(f"{count} images in {size} features: the covariance is singular, and FID too high")
     if embedded.logits is None or count <= CHUNK:
         return notes
     classes = embedded.logits.argmax(dim=1).numpy() if embedded.labels is None else embedded.labels

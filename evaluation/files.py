@@ -1,5 +1,6 @@
 """The files of this room: images as .npz, figures as JSON, pictures. Checked here, where they come in."""
 
+import hashlib
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import numpy as np
 
 from train_cc.io.errors import InputError
 from train_cc.io.figures import columns_of, markdown_table
-from train_cc.io.read import npz_headers, parsing, read_json, read_npz, require_plain
+from train_cc.io.read import npz_headers, parsing, read_json, read_npz, require_plain, sha256
 from train_cc.io.write import mark_of, record_of, write_atomically
 
 HEADLINE = 50_000  # images of a figure that needs no suffix
@@ -88,6 +89,15 @@ def folder_shape(folder: Path) -> tuple[int, ...]:
     images = open_samples(folder)
     channels, height, width = images.shape
     return len(images), height, width, channels
+
+
+def content_sha256(path: Path) -> str:
+    """The hash of a file, or of a folder's files with their names, also those of class folders."""
+    if not path.is_dir():
+        return sha256(path)
+    files = sorted(each for each in path.rglob("*") if each.is_file())
+    names = "".join(f"{each.relative_to(path)} {sha256(each)}\n" for each in files)
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
 def read_folder(folder: Path) -> dict[str, np.ndarray]:

@@ -126,7 +126,7 @@ def judge(args: argparse.Namespace, names: list[str], space: FeatureSpace, held:
     if held.out is not None:
         embedded = embed(held.out, held.path, space, args.batch_size, "held-out")
         ceiling = row_of(embedded, reference, size, held=True)
-    if args.adm and images:
+    if args.adm:
         halved = args.held_out == HALVES
         reference.whole = torch.cat([reference.features, embedded.features]) if halved else reference.features
     real = ceiling and ceiling["distances"]

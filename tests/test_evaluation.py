@@ -237,6 +237,10 @@ def test_a_folder_of_png_has_the_figures_of_its_npz(digits, classifier, teacher,
     evaluate.main([*pair, "--picture", str(tmp_path / "p.png")])
     record = read_figures(tmp_path / "p.json")
     assert len(record["rows"]["png"]["generation"]["generator_sha256"]) == len(record["reference_sha256"]) == 64
+    before = record["reference_sha256"]
+    Image.new("L", (8, 8), 9).save(classes / "3" / "0000.png")
+    evaluate.main(pair)
+    assert read_figures(tmp_path / "p.json")["reference_sha256"] != before
 
 
 def test_class_folders_in_another_order_than_the_classifiers_are_refused(digits, classifier, tmp_path, capsys):
@@ -576,6 +580,15 @@ def test_inceptions_statistics_are_of_no_other_space_as_wide(tmp_path):
         stored_by_space(content, tmp_path, [wide])
     inception = SimpleNamespace(name="inception", size=2048)
     assert list(stored_by_space(content, tmp_path, [wide, inception])) == ["inception"]
+
+
+def test_adms_second_statistics_are_those_of_sfid(tmp_path):
+    content = {"mu": np.zeros(8), "sigma": np.eye(8), "mu_s": np.ones(6), "sigma_s": 2 * np.eye(6)}
+    spaces = [SimpleNamespace(name=name, size=size) for name, size in (("inception", 8), ("inception-spatial", 6))]
+    stored = stored_by_space(content, tmp_path, spaces)
+    assert stored.keys() == {"inception", "inception-spatial"}
+    assert np.array_equal(stored["inception-spatial"][1], 2 * np.eye(6))
+    assert list(stored_by_space(content, tmp_path, spaces[:1])) == ["inception"]
 
 
 def test_stored_statistics_find_their_space(digits, two_classifiers, tmp_path, capsys):

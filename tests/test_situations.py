@@ -207,7 +207,7 @@ def mu_and_sigma(folder: Path, size: int = 96, **more: object) -> None:
     np.savez(folder / "mu.npz", mu=np.zeros(size), sigma=np.eye(size), **more)
 
 
-def pngs(folder: Path, names: list[str], number: int = 10, mode: str = "L", side: int = 8) -> None:
+def pngs(folder: Path, names: list[str], number: int = 10, mode: str = "L", side: int = 8, suffix: str = "png") -> None:
     """A reference, and ``number`` images in each of the folders ``names`` of ``png``; "" is ``png`` itself."""
     images_of(folder, name="r.npz")
     rng = np.random.default_rng(1)
@@ -215,7 +215,7 @@ def pngs(folder: Path, names: list[str], number: int = 10, mode: str = "L", side
         (folder / "png" / name).mkdir(parents=True, exist_ok=True)
         for i in range(number):
             pixels = rng.integers(0, 256, (side, side) + ((3,) if mode == "RGB" else ()), np.uint8)
-            Image.fromarray(pixels).save(folder / "png" / name / f"{i}.png")
+            Image.fromarray(pixels).save(folder / "png" / name / f"{i}.{suffix}")
 
 
 def arrays(**more: object) -> Callable[[Path], object]:
@@ -288,7 +288,14 @@ EVALUATION = [
         "fewer samples than features",
         lambda folder: (images_of(folder), images_of(folder, 200, "r.npz")),
         EVALUATE,
-        ("warning: s, classifier:classifier: 60 images have a singular covariance in 96 features",),
+        ("warning: s, classifier:classifier: 60 images in 96 features: the covariance is singular",),
+        code=0,
+    ),
+    Situation(
+        "fewer reference images than features",
+        lambda folder: (images_of(folder), images_of(folder, 50, "r.npz")),
+        EVALUATE,
+        ("from the reference's 50 images", "the covariance of so few is singular in 96 features"),
         code=0,
     ),
     Situation(
@@ -303,6 +310,13 @@ EVALUATION = [
         lambda folder: pngs(folder, [str(k) for k in range(10)]),
         OF_PNG,
         ("| png |", "accuracy"),
+        code=0,
+    ),
+    Situation(
+        "a folder of JPEG as samples",
+        lambda folder: pngs(folder, [""], suffix="JPEG"),
+        OF_PNG,
+        ("| png |", "warning: png holds JPEG files"),
         code=0,
     ),
     Situation(
