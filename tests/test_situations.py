@@ -446,7 +446,9 @@ def vae_with(**changes: object) -> Callable[[Path], None]:
     return make
 
 
-COLD = "train_cc.cold_start --output-dir run"
+COLD = (
+    "train_cc.cold_start --output-dir run --max-train-steps 1 --batch-size 2 --num-previews 2"  # if not refused, short
+)
 OF_LATENTS = f"{COLD} --teacher latent_teacher"
 SAMPLES = "evaluation.generate --num-images 2 --output samples.npz"
 FROM_ONE_FILE = "AutoencoderKL.from_single_file('{}', config='{}')"
@@ -496,19 +498,10 @@ LATENTS = [
         ("torch_units/step-3.pt is a run's checkpoint", "--resume-ckpt", "export_generator.py --checkpoint"),
     ),
     Situation(
-        "a VAE as the teacher", nothing, f"{COLD} --teacher vae --vae none", ("vae/config.json is of a AutoencoderKL",)
-    ),
-    Situation(
         "a classifier as the teacher",
         nothing,
         f"{COLD} --teacher classifier --vae none",
         ("classifier/config.json is of a test_", "a SiT's model folder is expected"),
-    ),
-    Situation(
-        "a teacher as the VAE",
-        nothing,
-        f"{OF_LATENTS} --vae latent_teacher",
-        ("latent_teacher/config.json is of a SiT",),
     ),
     Situation(
         "a VAE in LDM's names as one file",
