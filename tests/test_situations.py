@@ -98,6 +98,20 @@ def without_gpus(name: str, listed: str) -> Situation:
     return Situation(f"device {listed} on a machine without any: {name}", samples, command, words)
 
 
+def two_gpus(folder: Path) -> None:
+    """An nvidia-smi that shows two GPUs, which torch does not have."""
+    samples(folder)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "nvidia-smi").write_text('#!/bin/sh\necho "GPU 0: NVIDIA A100"\necho "GPU 1: NVIDIA A100"\n')
+    (folder / "bin" / "nvidia-smi").chmod(0o755)
+
+
+def unusable_gpus(name: str) -> Situation:
+    words = ("nvidia-smi shows 2 GPU(s), but torch cannot use them", "CUDA_VISIBLE_DEVICES= (empty)")
+    command = f"PATH=bin CUDA_VISIBLE_DEVICES=0,1 {(TO_MEET | ALONE)[name]}"
+    return Situation(f"GPUs that torch cannot use: {name}", two_gpus, command, words)
+
+
 PROCESSES = [
     *map(on_a_pod, STARTED),
     *map(by_mpi, STARTED),
@@ -106,6 +120,7 @@ PROCESSES = [
         for setting, message in VARIABLES.items()
     ),
     *map(without_gpus, TO_MEET | ALONE, LISTED),
+    *map(unusable_gpus, TO_MEET | ALONE),
     Situation(
         "a batch script of Slurm is one task",
         nothing,
