@@ -138,7 +138,85 @@ PATHS = [
 
 # Devices and processes --------------------------------------------------------------------------------------------
 
-PROCESSES: list[Situation] = []
+TO_MEET = {
+    "train": "train_cc.cold_start --teacher teacher --vae none --output-dir run",
+    "generate": "evaluation.generate --generator teacher --output s.npz",
+    "statistics": "evaluation.statistics --images digits --space classifier:classifier --output s.npz",
+    "benchmark": "evaluation.benchmark --size SiT-S/2",
+}
+STARTED = TO_MEET | {"launcher": f"scripts.launch {TO_MEET['train']}"}
+ALONE = {
+    "sample": "evaluation.sample --generator teacher --classes 1 --grid g.png",
+    "evaluate": "evaluation.evaluate samples.npz samples.npz --space classifier:classifier",
+    "pretrain.teacher": "train_cc.pretrain.teacher --output-dir new",
+    "pretrain.classifier": "train_cc.pretrain.classifier --output-dir new",
+}
+VARIABLES = {
+    "OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=0": "OMPI_COMM_WORLD_SIZE is 4",
+    "MV2_COMM_WORLD_SIZE=4": "MV2_COMM_WORLD_SIZE is 4",
+    "SLURM_NTASKS=4 SLURM_PROCID=3": "SLURM_NTASKS is 4",
+    "SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=0": "SLURM_STEP_NUM_TASKS is 4",
+    "WORLD_SIZE=4 RANK=0": "MASTER_ADDR not set",
+    "WORLD_SIZE=2 RANK=2 MASTER_ADDR=localhost": "RANK is 2; allowed: 0 to 1",
+    "WORLD_SIZE=many": "WORLD_SIZE is many; allowed",
+    "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=ssh": "MASTER_PORT is ssh; allowed",
+}
+LISTED = ["0,1", "0", "1", "GPU-1", "MIG-1", "0,1,2,3", "0", "7"]  # one per command
+
+
+def samples(folder: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    np.savez(folder / "samples.npz", arr_0=pixels, arr_1=np.arange(40) % 10)
+
+
+def on_a_pod(name: str) -> Situation:
+    words = ("NUM_PROCESSES is 1, but WORLD_SIZE is 8", "unset WORLD_SIZE", "docs/multi_gpu.md")
+    command = f"WORLD_SIZE=8 RANK=0 MASTER_ADDR=localhost NUM_PROCESSES=1 {STARTED[name]}"
+    return Situation(f"a pod of 8 where one process is started: {name}", nothing, command, words)
+
+
+def by_mpi(name: str) -> Situation:
+    words = ("PMI_SIZE is 2", "one task per node", "unset PMI_SIZE")
+    return Situation(f"srun --mpi=pmi2: {name}", nothing, f"PMI_SIZE=2 PMI_RANK=1 {STARTED[name]}", words)
+
+
+def without_gpus(name: str, listed: str) -> Situation:
+    words = (f"CUDA_VISIBLE_DEVICES is {listed} ", "no GPU here that torch can use", "CUDA_VISIBLE_DEVICES= (empty)")
+    command = f"CUDA_VISIBLE_DEVICES={listed} {(TO_MEET | ALONE)[name]}"
+    return Situation(f"device {listed} on a machine without any: {name}", samples, command, words)
+
+
+def two_gpus(folder: Path) -> None:
+    """An nvidia-smi that shows two GPUs, which torch does not have."""
+    samples(folder)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "nvidia-smi").write_text('#!/bin/sh\necho "GPU 0: NVIDIA A100"\necho "GPU 1: NVIDIA A100"\n')
+    (folder / "bin" / "nvidia-smi").chmod(0o755)
+
+
+def unusable_gpus(name: str) -> Situation:
+    words = ("nvidia-smi shows 2 GPU(s), but torch cannot use them", "CUDA_VISIBLE_DEVICES= (empty)")
+    command = f"PATH=bin CUDA_VISIBLE_DEVICES=0,1 {(TO_MEET | ALONE)[name]}"
+    return Situation(f"GPUs that torch cannot use: {name}", two_gpus, command, words)
+
+
+PROCESSES = [
+    *map(on_a_pod, STARTED),
+    *map(by_mpi, STARTED),
+    *(
+        Situation(message, nothing, f"{setting} {TO_MEET['train']}", (message,))
+        for setting, message in VARIABLES.items()
+    ),
+    *map(without_gpus, TO_MEET | ALONE, LISTED),
+    *map(unusable_gpus, TO_MEET | ALONE),
+    Situation(
+        "a batch script of Slurm is one task",
+        nothing,
+        f"SLURM_NTASKS=8 SLURM_PROCID=0 {TO_MEET['generate']} --num-images 1",
+        ("1 images",),
+        code=0,
+    ),
+]
 
 # Half precision ---------------------------------------------------------------------------------------------------
 
@@ -686,6 +764,9 @@ def test_situation(situation, links, tmp_path, monkeypatch, capfd):
         os.symlink(target, tmp_path / name)
     situation.make(tmp_path)
     module, *arguments = shlex.split(situation.command)
+    while "=" in module:  # a variable of the environment, as in a shell
+        monkeypatch.setenv(*module.split("=", 1))
+        module, *arguments = arguments
     code = 0
     try:
         importlib.import_module(module).main(arguments)
