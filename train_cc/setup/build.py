@@ -74,8 +74,8 @@ def refuse_distilled(args: argparse.Namespace) -> None:
     if steps is not None:
         raise InputError(
             f"--teacher {args.teacher} is a distilled generator: its {GENERATION_CONFIG} records {shown(steps)} "
-            "step(s) of inference. A multi-step teacher is expected, whose velocity holds at all times. If this one is meant: "
-            "--teacher-is-distilled"
+            "step(s) of inference. A multi-step teacher is expected, whose velocity holds at all times. If this one is "
+            "meant: --teacher-is-distilled"
         )
 
 
