@@ -120,7 +120,7 @@ class DMDRPipeline(DiffusionPipeline):
             x0 = self._decode_latents(self._unscaled(x0))
         if not torch.isfinite(x0).all():
             problem = f"the images hold NaN or infinity, computed in {self.generator.dtype}"
-            raise ValueError(f"{problem}; torch_dtype=torch.float32 has the widest range")
+            raise ValueError(f"{problem}: a wider torch_dtype is needed, or the weights are damaged")
         return ((x0 + 1) / 2).clamp(0, 1)
 
     def _unscaled(self, x0: torch.Tensor) -> torch.Tensor:

@@ -615,7 +615,7 @@ LATENTS = [
         "another file as the VAE",
         vae_files,
         f"{OF_LATENTS} --vae other.safetensors",
-        ("the VAE other.safetensors", "AutoencoderKL folder is expected"),
+        ("other.safetensors is a file without a VAE's tensors", "AutoencoderKL folder is expected"),
     ),
     Situation(
         "means per channel without deviations",

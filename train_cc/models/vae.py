@@ -163,9 +163,10 @@ def _single_file(file: Path) -> str:
         state = read_torch(file, EXPECTED)
         state = state.get("state_dict", state) if isinstance(state, Mapping) else ()
         names = map(str, state if isinstance(state, Mapping) else ())
-    kind = _layout(names)
-    expected = f"{EXPECTED} folder is expected"
-    return f"{file} is one file, a VAE with {kind}; {expected}{_conversion(file)}" if kind else f"{file}; {expected}"
+    kind, expected = _layout(names), f"{EXPECTED} folder is expected"
+    if not kind:
+        return f"{file} is a file without a VAE's tensors; {expected}"
+    return f"{file} is one file, a VAE with {kind}; {expected}{_conversion(file)}"
 
 
 def _layout(names: Iterable[str]) -> str:

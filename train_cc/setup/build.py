@@ -14,9 +14,10 @@ from train_cc.draws import Draws
 from train_cc.io.class_names import dataset_of
 from train_cc.io.errors import InputError
 from train_cc.io.hub import hub_name, model_folder
+from train_cc.io.read import read_json, shown
 from train_cc.io.weights import GENERATION_CONFIG
 from train_cc.models.estimator import ScoreEstimator
-from train_cc.models.generator import generator_lora_rank, read_rewards, read_sampling, trainable_generator
+from train_cc.models.generator import generator_lora_rank, read_rewards, trainable_generator
 from train_cc.models.latents import read_latent_space
 from train_cc.models.lora import hold_frozen_in
 from train_cc.models.sit import SiT, choose_attention
@@ -67,15 +68,22 @@ def folder_of_teacher(args: argparse.Namespace) -> Path:
     return model_folder(args.teacher) if hub_name(args.teacher) else args.teacher
 
 
+def refuse_distilled(args: argparse.Namespace) -> None:
+    """Raises `InputError` for a teacher whose folder records steps of inference, as generators' folders do."""
+    path = folder_of_teacher(args) / GENERATION_CONFIG
+    steps = read_json(path, "a model's sampling and latents").get("num_inference_steps") if path.exists() else None
+    if steps is not None:
+        raise InputError(
+            f"--teacher {args.teacher} is a distilled generator: its {GENERATION_CONFIG} records {shown(steps)} "
+            "step(s) of inference. A multi-step teacher is expected, whose velocity holds at all times. If this one is "
+            "meant: --teacher-is-distilled"
+        )
+
+
 def load_teacher(args: argparse.Namespace, networks: Networks) -> tuple[SiT, dict, int]:
     """-> the teacher, its config, and the channels of an image; the other flags fit them. Raises `InputError`."""
-    sampling = read_sampling(folder_of_teacher(args))
-    if sampling is not None and not args.teacher_is_distilled:
-        raise InputError(
-            f"--teacher {args.teacher} is a distilled generator: its {GENERATION_CONFIG} records {sampling[0]} step(s) "
-            "of inference. A multi-step teacher is expected, whose velocity holds at all times. If this one is meant: "
-            "--teacher-is-distilled"
-        )
+    if not args.teacher_is_distilled:
+        refuse_distilled(args)
     teacher = networks.sit(args.teacher)
     config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
     if args.num_classes not in (None, config["num_classes"]):
@@ -204,8 +212,8 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     networks = networks or Networks(session)
     compiled = compiler_works(args.compile, session)  # before anything is loaded
     how = settings_of(Optimisation, args)
-    teacher, config, shown = load_teacher(args, networks)
-    built, fit = judged(args, session, networks, config["num_classes"], shown)
+    teacher, config, channels = load_teacher(args, networks)
+    built, fit = judged(args, session, networks, config["num_classes"], channels)
     sample_shape, of_teacher = teacher.sample_shape, {"teacher": teacher.files}
     estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
     # Before the generator is loaded: never two copies in fp32.
