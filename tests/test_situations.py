@@ -5,13 +5,16 @@ classes), ``vae`` and ``latent_teacher`` (4 x 8 x 8), ``classifier`` and ``real.
 features). The command runs there, in this process.
 """
 
+import argparse
+import gzip
 import importlib
 import json
 import os
 import shlex
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -224,7 +227,148 @@ PRECISION: list[Situation] = []
 
 # Conversion and teachers ------------------------------------------------------------------------------------------
 
-CONVERSION: list[Situation] = []
+CONVERT = "convert_weight.sit_convert --input {} --save-dir out --num-heads 2 --no-check"
+
+
+def names(*names: str, nest: str | None = None) -> Callable[[Path], object]:
+    """A checkpoint in.pt whose tensors have these names."""
+    state = {name: torch.zeros(2, 2) for name in names}
+    return lambda folder: torch.save({nest: state} if nest else state, folder / "in.pt")
+
+
+def content(file: str, data: bytes | str) -> Callable[[Path], object]:
+    return lambda folder: (folder / file).write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def sit_with(**more) -> Callable[[Path], object]:
+    """in.pt: a SiT under "model", and ``more`` beside it."""
+    return lambda folder: torch.save({"model": random_sit().state_dict(), **more}, folder / "in.pt")
+
+
+def with_rows(rows: int) -> Callable[[Path], object]:
+    def make(folder: Path) -> None:
+        torch.save(random_sit(num_classes=rows - 1).state_dict(), folder / "in.pt")
+
+    return make
+
+
+def accelerate_folder(folder: Path) -> None:
+    (folder / "saved").mkdir()
+    save_file(random_sit().state_dict(), folder / "saved" / "model.safetensors")
+    (folder / "saved" / "scheduler.bin").touch()
+
+
+def deepspeed(**more) -> dict:
+    """As DeepSpeed writes beside "module"; in half precision."""
+    state = {name: value.half() for name, value in random_sit().state_dict().items()}
+    counters = {"global_steps": 20000, "skipped_steps": 3, "dp_world_size": 8, "mp_world_size": 1, "ds_version": "0.15"}
+    shapes = [OrderedDict((name, value.shape) for name, value in state.items())]
+    return {"module": state, "buffer_names": ["pos_embed"], "optimizer": None, "param_shapes": shapes} | {
+        "lr_scheduler": None,
+        "sparse_tensor_module_names": set(),
+        "ds_config": {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}},
+        **counters,
+        **more,
+    }
+
+
+ARGUMENTS = argparse.Namespace(
+    out=PosixPath("/runs/a"), lr=np.float64(1e-4), dtype=np.dtype("float32"), seed=np.int64(3)
+)
+BLOCK = "blocks.0.attn.qkv.weight"
+ANCHOR = "x_embedder.proj.weight"
+REFUSED = {
+    "a LightningDiT": (names(ANCHOR, BLOCK, "blocks.0.mlp.w12.weight", "blocks.0.norm1.weight"), "LightningDiT"),
+    "a SiT with qk-norm": (names(ANCHOR, BLOCK, "blocks.0.attn.q_norm.weight", nest="ema"), "qk-norm"),
+    "a diffusers DiT": (names("pos_embed.proj.weight", "transformer_blocks.0.attn1.to_q.weight"), "a diffusers DiT"),
+    "a U-Net": (names("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", nest="state_dict"), "a U-Net"),
+    "a VAE": (names("encoder.conv_in.weight", "decoder.conv_in.weight", "quant_conv.weight"), "a VAE"),
+    "a LoRA": (names("blocks.0.attn.qkv.lora_A.weight", "blocks.0.attn.qkv.lora_B.weight"), "a LoRA without"),
+    "the authors' estimator": (names(ANCHOR, BLOCK, "blocks.0.attn.lora.lora_QA", nest="module"), "LoRA in it"),
+    "a vision transformer": (names("cls_token", "patch_embed.proj.weight", BLOCK), "a vision transformer"),
+    "an MMDiT": (names("joint_blocks.0.x_block.attn.qkv.weight"), "an MMDiT"),
+    "an optimizer": (lambda folder: torch.save({"state": {}, "param_groups": []}, folder / "in.pt"), "an optimizer"),
+    "a whole module": (lambda folder: torch.save(random_sit(), folder / "in.pt"), "of class train_cc.models.sit.SiT"),
+    "a web page": (content("in.pt", "<!DOCTYPE html><html></html>"), "a web page"),
+    "a pointer of Git LFS": (content("in.pt", "version https://git-lfs.github.com/spec/v1\noid sha256:0"), "Git LFS"),
+    "an empty file": (content("in.pt", ""), "an empty file"),
+    "a gzip archive": (content("in.pt", gzip.compress(b"a" * 100)), "gzip"),
+    "two prefixes of one tensor": (names(ANCHOR, f"module.{ANCHOR}"), "the same name"),
+    "1000 rows": (with_rows(1000), "--num-classes"),
+}
+CONVERSION = [
+    Situation(name, make, CONVERT.format("in.pt"), ("in.pt" if "LoRA" in words else "", words))
+    for name, (make, words) in REFUSED.items()
+]
+CONVERSION += [
+    Situation(
+        "a sharded index",
+        content("model.safetensors.index.json", '{"weight_map": {}}'),
+        CONVERT.format("model.safetensors.index.json"),
+        ("index", "several files"),
+    ),
+    Situation(
+        "a folder of accelerate", accelerate_folder, CONVERT.format("saved"), ("saved/model.safetensors", "--input")
+    ),
+    Situation("safetensors", accelerate_folder, CONVERT.format("saved/model.safetensors"), ("model folder: out",), 0),
+    Situation(
+        "numpy and paths in the arguments",
+        sit_with(args=ARGUMENTS, best=np.float32(0.5)),
+        CONVERT.format("in.pt"),
+        ('"model" of a checkpoint with args', "model folder: out"),
+        0,
+    ),
+    Situation(
+        "DeepSpeed",
+        lambda folder: torch.save(deepspeed(args=ARGUMENTS), folder / "in.pt"),
+        CONVERT.format("in.pt"),
+        ('"module" of a checkpoint', "model folder: out"),
+        0,
+    ),
+    Situation(
+        "a direction of time that is guessed",
+        sit_with(),
+        CONVERT.format("in.pt"),
+        ("guessed", "data-at-0", "--time-direction decides"),
+        0,
+    ),
+    Situation(
+        "a direction of time that is given",
+        sit_with(),
+        CONVERT.format("in.pt") + " --time-direction data-at-1",
+        ("folded", "model folder: out"),
+        0,
+    ),
+    Situation(
+        "a null row that is guessed",
+        with_rows(8),
+        CONVERT.format("in.pt"),
+        ("guessed", "7 classes and a null row", "--num-classes decides"),
+        0,
+    ),
+    Situation(
+        "a null row that is missing",
+        with_rows(8),
+        CONVERT.format("in.pt") + " --num-classes 8",
+        ("8 rows", "null row is missing"),
+    ),
+    Situation(
+        "as many classes as it has", with_rows(8), CONVERT.format("in.pt") + " --num-classes 7", ("model folder",), 0
+    ),
+    Situation(
+        "random weights under the check",
+        sit_with(),
+        "convert_weight.sit_convert --input in.pt --num-heads 2 --save-dir out --check",
+        ("cannot tell",),
+    ),
+    Situation(
+        "random weights, not asked",
+        sit_with(),
+        "convert_weight.sit_convert --input in.pt --num-heads 2 --save-dir out",
+        ("warning: the check cannot tell", "model folder: out"),
+        0,
+    ),
+]
 
 # Evaluation -------------------------------------------------------------------------------------------------------
 
