@@ -6,8 +6,9 @@
 
 Any flag of a stage can be appended; `--encoder-type dinov2` times the ReFL stage. Weights are random, of the official
 sizes. Phases are timed from outside, around the calls that the two turns make, so that what is timed is what trains;
-on a GPU each phase ends with a synchronisation. The first cycle warms up and counts the FLOP; the best of the others
-is reported. Utilisation = FLOP / (seconds x the matmul peak that this process measured).
+on a GPU each phase ends with a synchronisation. The first cycle counts the FLOP, uncompiled; the second compiles and
+warms up; the best of the others is reported. Utilisation = FLOP / (seconds x the matmul peak that this process
+measured).
 
 `--roofline` estimates the cycle on a card that need not be there; where there is a GPU, it is measured as well.
 """
@@ -52,16 +53,22 @@ GIB = 2**30
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP per second of the fastest of some matrix products of SiT-XL's shapes, best of five."""
-    best = 0.0
-    for rows, inner, columns in ((256, 1152, 4608), (2048, 1152, 4608), (2048, 2048, 2048)):
+    """FLOP per second of the fastest of some matrix products, best of five.
+
+    On a GPU ten products of 8192 between two synchronisations: small ones would time their launch.
+    """
+    gpu, best = device.type != "cpu", 0.0
+    times = 10 if gpu else 1
+    of_sit_xl = ((256, 1152, 4608), (2048, 1152, 4608), (2048, 2048, 2048))
+    for rows, inner, columns in ((8192, 8192, 8192),) if gpu else of_sit_xl:
         a = torch.randn(rows, inner, device=device).to(dtype)
         b = torch.randn(columns, inner, device=device).to(dtype)
         for _ in range(5):
             stopwatch = Stopwatch(device)
             with stopwatch.phase("matmul"):
-                torch.nn.functional.linear(a, b)
-            best = max(best, 2 * rows * inner * columns / stopwatch.seconds["matmul"])
+                for _ in range(times):
+                    torch.nn.functional.linear(a, b)
+            best = max(best, times * 2 * rows * inner * columns / stopwatch.seconds["matmul"])
     return best
 
 
@@ -116,27 +123,28 @@ def write_random_inputs(folder: Path, size: str, reward: bool) -> list[str]:
 
 
 def measure(run: Run, args: argparse.Namespace, cycles: int) -> dict:
-    """One warm-up cycle with the FLOP counted, then ``cycles`` timed ones."""
+    """A cycle with the FLOP counted, which is not compiled; one that compiles; then ``cycles`` timed ones."""
     device, memory = run.session.device, PeakMemory(run.session.device)
     figures: dict = {"peak_memory_loading_gib": memory.peak() / GIB}
     if run.rewards:
         figures |= measure_reward(run, args, memory)
-    memory.reset()
-    with FlopCounter() as counter:
+    with torch.compiler.set_stance("force_eager"), FlopCounter() as counter:
         loop.cycle(run, 0)
     figures["tflop_per_cycle"] = counter.total / 1e12
+    loop.cycle(run, 1)
+    memory.reset()
     measured = []
-    for step in range(1, cycles + 1):
+    for step in range(2, cycles + 2):
         stopwatch = Stopwatch(device)
         with phases_watched(run, stopwatch.phase), stopwatch.phase("other"):
             loop.cycle(run, step)
         measured.append(dict(stopwatch.seconds))
+    figures["peak_memory_gib"] = memory.peak() / GIB
     best = min(measured, key=lambda phases: sum(phases.values()))
     seconds = sum(best.values())
     peak = matmul_peak(device, COMPUTE_DTYPES[run.session.generator_accelerator.mixed_precision])
     batch = args.batch_size * args.gradient_accumulation_steps * run.session.world_size
     figures |= {
-        "peak_memory_gib": memory.peak() / GIB,
         "seconds_per_cycle": seconds,
         "seconds_of_all_cycles": [round(sum(phases.values()), 4) for phases in measured],
         "seconds_by_phase": dict(sorted(best.items(), key=lambda item: -item[1])),
@@ -190,7 +198,7 @@ def compare(before: Path, after: Path) -> str:
 def benchmark_parser() -> flags.Parser:
     parser = flags.Parser(description=__doc__)
     parser.add_argument("--size", default="SiT-XL/2", choices=SIT_SIZES, help="random weights of this size")
-    parser.add_argument("--cycles", type=flags.integer(1, 10_000), default=3, help="timed, after one that warms up")
+    parser.add_argument("--cycles", type=flags.integer(1, 10_000), default=3, help="timed, after two that warm up")
     parser.add_argument(
         "--roofline",
         metavar="CARD",

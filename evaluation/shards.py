@@ -35,7 +35,8 @@ from train_cc.io.write import (
 from train_cc.run.pictures import png_bytes
 
 LOCK, NOTE, WHOLE = ".lock", "provenance.json", "whole.tmp"
-SHARD = re.compile(r"\d{8,}\.npz")
+SHARD = re.compile(r"([0-9]{8}|[1-9][0-9]{8,})\.npz")
+PICTURE = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.png")
 # What a run that was killed can leave before its first shard.
 LEFT = re.compile(rf"\.lock|({re.escape(NOTE)})?{UNFINISHED}")
 OURS = re.compile(rf"{SHARD.pattern}(\.tmp)?|whole\.tmp|provenance\.json|{LEFT.pattern}")
@@ -183,5 +184,5 @@ def write_pngs(parts: Iterable[np.ndarray], folder: Path, content: dict) -> None
             os.replace(temporary, folder / f"{number:06d}.png")
             number += 1
     for path in folder.glob("*.png"):  # of an earlier, larger set
-        if re.fullmatch(r"\d{6,}\.png", path.name) and int(path.stem) >= number and is_ours(path, "a picture"):
+        if PICTURE.fullmatch(path.name) and int(path.stem) >= number and is_ours(path, "a picture"):
             path.unlink()

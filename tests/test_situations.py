@@ -52,7 +52,45 @@ def empty_folder(folder: Path) -> None:
 
 # Runs and their checkpoints ---------------------------------------------------------------------------------------
 
+
+def saved(value: object) -> Callable[[Path], object]:
+    """A torch_units file with ``value`` among the arguments."""
+    return lambda folder: torch.save({"format_version": 3, "arguments": {"a": value}}, folder / "step-1.pt")
+
+
+RESUMED = "train_cc.cold_start --teacher teacher --vae none --output-dir run --resume-ckpt step-1.pt"
+DMDR = "train_cc.dmdr_refl --teacher teacher --vae none --reward classifier 1 classifier --output-dir run --dry-run"
 RUNS = [
+    Situation(
+        "a checkpoint with a numpy scalar inside",
+        saved(np.float32(1)),
+        RESUMED,
+        ("step-1.pt holds numpy.", "multiarray.scalar", "was not run"),
+    ),
+    Situation(
+        "a checkpoint with a path inside",
+        saved(Path("a")),
+        RESUMED,
+        ("step-1.pt holds pathlib.", "Path, a class", "was not run"),
+    ),
+    Situation(
+        "a checkpoint with its command line inside",
+        saved(argparse.Namespace(a=1)),
+        RESUMED,
+        ("step-1.pt holds argparse.Namespace", "was not run"),
+    ),
+    Situation(
+        "a checkpoint with a whole network inside",
+        saved(torch.nn.Linear(2, 2)),
+        RESUMED,
+        ("step-1.pt holds torch.nn.modules.linear.Linear", "was not run"),
+    ),
+    Situation(
+        "a plan from a checkpoint that is missing elsewhere",
+        nothing,
+        f"{DMDR} --resume-ckpt step-07.pt",
+        ("step-07.pt does not exist; a checkpoints/torch_units/step-N.pt is expected",),
+    ),
     Situation(
         "a teacher folder without files",
         empty_folder,

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from train_cc.distillation.settings import Run, trainable
-from train_cc.io.errors import InputError
+from train_cc.io.errors import InputError, message_of
 from train_cc.io.hub import model_folder
 from train_cc.io.read import Number, check_numbers, sha256
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
@@ -74,7 +74,7 @@ def save(run: Run) -> Path:
         "accelerator_2/optimizer.pt": states.optimizer_state(estimator, run.estimator_optimizer.optimizer),
     }
     if run.ema is not None:
-        parts["accelerator_1/ema.safetensors"] = {name: states.whole(value) for name, value in run.ema.values.items()}
+        parts[AVERAGE] = states.whole_on_main(run.session, run.ema.values)
     if run.memories:
         memories = {name: memory.state_dict() for name, memory in run.memories.items()}
         parts[MEMORIES] = {f"{name}.{key}": value for name, state in memories.items() for key, value in state.items()}
@@ -98,7 +98,14 @@ def save(run: Run) -> Path:
                 f"{root} has {free / 1e9:.2f} GB free, the checkpoint of step {run.step} needs {needed / 1e9:.2f} GB; "
                 f"stopped, {checkpoints.kept(root)} (--keep-checkpoints N deletes older ones)"
             )
-        checkpoints.write_checkpoint(root, run.step, parts, units)
+        try:
+            checkpoints.write_checkpoint(root, run.step, parts, units)
+        except Exception as error:
+            if (message := message_of(error)) is None:
+                raise
+            checkpoints.delete_leftovers(root)
+            path = checkpoints.units_path(root, run.step)
+            raise InputError(f"{path} is not written, {checkpoints.kept(root)}: {message}") from error
         checkpoints.rotate_checkpoints(root, run.output.keep_checkpoints, run.output.protected)
         logger.info("checkpoint %s", checkpoints.units_path(root, run.step))
 
