@@ -29,6 +29,7 @@ from tests.conftest import ldm_names, random_sit
 from train_cc.io.class_names import KNOWN
 from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.io.write import record, write_record
+from train_cc.models.classifier import ImageClassifier
 from train_cc.models.generator import save_generator
 
 
@@ -261,7 +262,84 @@ PROCESSES = [
 
 # Half precision ---------------------------------------------------------------------------------------------------
 
-PRECISION: list[Situation] = []
+
+def beyond(folder: Path) -> None:
+    """A teacher whose second block leaves the range of fp16."""
+    model = random_sit()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.bias += 3e4
+    model.save_pretrained(folder / "beyond")
+
+
+def beyond_in_one_class(folder: Path) -> None:
+    model = random_sit()
+    with torch.no_grad():
+        model.y_embedder.embedding_table.weight[3] *= 3e3
+    model.save_pretrained(folder / "beyond")
+
+
+def judge_beyond(folder: Path) -> None:
+    judge = ImageClassifier.from_pretrained(folder / "classifier")
+    with torch.no_grad():
+        judge.network.fc.weight *= 1e6
+    judge.save_pretrained(folder / "judge")
+
+
+def nan_at_the_second_update(folder: Path) -> None:
+    """A function of images is called once before the first update."""
+    (folder / "mine.py").write_text(
+        "calls = []\ndef f(images, y):\n    calls.append(0)\n"
+        "    return images.flatten(1).mean(1) * (float('nan') if len(calls) == 3 else 1)\n"
+    )
+
+
+SMALL_RUN = (
+    "--vae none --output-dir run --batch-size 4 --lora-rank 4 --ratio-update 1 --num-previews 0 --max-train-steps 3"
+)
+RANGE = f"evaluation.benchmark --fp16-range {SMALL_RUN}"
+PRECISION = [
+    Situation(
+        "fp16 without a GPU",
+        nothing,
+        f"train_cc.cold_start --teacher teacher {SMALL_RUN} --mixed-precision fp16",
+        ("--mixed-precision fp16 needs a GPU", "bf16"),
+    ),
+    Situation("the range of no teacher", nothing, RANGE, ("--fp16-range", "--teacher")),
+    Situation(
+        "the range of a good teacher",
+        nothing,
+        f"{RANGE} --teacher teacher",
+        ("generator: fp16 bears it", "estimator: fp16 bears it", "gradient", "within a quarter"),
+        code=0,
+    ),
+    Situation(
+        "the range of a teacher that overflows",
+        beyond,
+        f"{RANGE} --teacher beyond",
+        ("estimator: fp16 does not bear block 1", "--mixed-precision bf16"),
+        code=0,
+    ),
+    Situation(
+        "the range of a teacher that overflows in one class",
+        beyond_in_one_class,
+        f"{RANGE} --teacher beyond",
+        ("on samples of several classes, overflows in block 0",),
+        code=0,
+    ),
+    Situation(
+        "the range of a judge that overflows",
+        judge_beyond,
+        f"{RANGE} --teacher teacher --encoder-type classifier --reward-classifier judge",
+        ("generator: fp16 bears it", "reward_classifier: fp16 does not bear network.fc"),
+        code=0,
+    ),
+    Situation(
+        "a reward that is NaN at the second update",
+        nan_at_the_second_update,
+        f"train_cc.cold_start --teacher teacher {SMALL_RUN} --checkpoint-steps 100 --reward python 1 mine.py:f",
+        ("step 2: loss_reward_f is nan", "Stopped; the checkpoint of step 2 is kept"),
+    ),
+]
 
 # Conversion and teachers ------------------------------------------------------------------------------------------
 

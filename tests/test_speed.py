@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -442,6 +443,24 @@ def test_compiling_by_default_is_for_cuda_and_its_failure_a_line_in_the_log(monk
     assert found[:2] == [(False, False, []), (True, True, [])]
     works, _, (note,) = found[2]
     assert not works and note.startswith("WARNING") and "no Triton" in note
+
+
+def test_a_compiler_that_fails_in_the_backward_is_found_first(teacher, tmp_path, monkeypatch, capsys):
+    """Inductor may be well for the forward alone: asked for, it is an error, and else a line in the log."""
+
+    def broken(graph, inputs):
+        raise RuntimeError("no kernel for the backward")
+
+    good = lambda graph, inputs: make_boxed_func(graph)  # noqa: E731
+    backend = aot_autograd(fw_compiler=good, bw_compiler=broken)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    message = refused(cold_start.main, flags(teacher, tmp_path / "run", "--compile"), capsys=capsys)
+    assert "--compile" in message and "no kernel for the backward" in message and not (tmp_path / "run").exists()
+    session = SimpleNamespace(device=torch.device("cuda"), notes=[])
+    with torch._dynamo.config.patch(suppress_errors=True, recompile_limit=8, optimize_ddp=True):
+        assert not compiler_works("auto", session)
+    (note,) = session.notes
+    assert note.startswith("WARNING") and "no kernel for the backward" in note
 
 
 def test_an_optimizer_without_its_library_is_refused(monkeypatch):

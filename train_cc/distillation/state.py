@@ -63,8 +63,11 @@ def require_finite_run(run: Run, moments: bool = True) -> None:
         raise InputError(message)
 
 
-def save(run: Run) -> Path:
-    """Write a complete checkpoint of this step. -> its torch_units file. Raises `InputError` for what is not finite."""
+def save(run: Run, rotate: bool = True) -> Path:
+    """Write a complete checkpoint of this step. -> its torch_units file. Raises `InputError` for what is not finite.
+
+    ``rotate``: delete older ones, as --keep-checkpoints has it.
+    """
     require_finite_run(run)
     generator, estimator = run.plain_generator, run.plain_estimator
     parts = {
@@ -88,6 +91,7 @@ def save(run: Run) -> Path:
         "arguments": run.arguments,
         "scalers": [a.scaler and a.scaler.state_dict() for a in accelerators(run)],
         "ema_updates": run.ema.updates if run.ema else 0,
+        **overflow_state(run),
     }
     root = run.output.checkpoints
 
@@ -106,11 +110,28 @@ def save(run: Run) -> Path:
             checkpoints.delete_leftovers(root)
             path = checkpoints.units_path(root, run.step)
             raise InputError(f"{path} is not written, {checkpoints.kept(root)}: {message}") from error
-        checkpoints.rotate_checkpoints(root, run.output.keep_checkpoints, run.output.protected)
+        if rotate:
+            checkpoints.rotate_checkpoints(root, run.output.keep_checkpoints, run.output.protected)
         logger.info("checkpoint %s", checkpoints.units_path(root, run.step))
 
     on_main(run.session, write)
     return checkpoints.units_path(root, run.step)
+
+
+def overflow_state(run: Run) -> dict[str, dict]:
+    """What overflows in fp16 left: the counts in a row, and rewards' lowered scales. Without overflows: no fields."""
+    in_a_row = {name: count for name, count in run.overflows.items() if count}
+    scales = {r.name: {"backoff": r.backoff, "good_turns": r.good_turns} for r in run.rewards if r.backoff < 1}
+    return ({"overflows": in_a_row} if in_a_row else {}) | ({"reward_scales": scales} if scales else {})
+
+
+def restore_overflows(run: Run, units: dict) -> None:
+    """The fields of `overflow_state`; a reward that they do not name begins anew."""
+    run.overflows = dict(units.get("overflows", {}))
+    scales = units.get("reward_scales", {})
+    for reward in run.rewards:
+        state = scales.get(reward.name, {"backoff": 1.0, "good_turns": 0})
+        reward.backoff, reward.good_turns = state["backoff"], state["good_turns"]
 
 
 def lora_state(estimator: ScoreEstimator) -> dict[str, Tensor]:
@@ -137,6 +158,7 @@ def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     run.rewards_sha256 |= set(theirs.get("rewards_sha256", []))
     restore_average(run, checkpoint)
     restore_memories(run, checkpoint)
+    restore_overflows(run, theirs)
     for accelerator, state in zip(accelerators(run), checkpoint.units["scalers"], strict=True):
         if accelerator.scaler is not None and state:
             accelerator.scaler.load_state_dict(state)

@@ -101,6 +101,7 @@ def frechet_reward(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Rewar
         fit.frechet_unconditional,
         fit.device,
         fit.reduce,
+        half=fit.dtype == torch.float16,
     )
     built.files[f"reward_{name}"] = [path]
     built.spaces.add(space.sha256)
@@ -150,7 +151,7 @@ def python_reward(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Reward
     reward = fit.networks.function(spec.source, fit.device)
     built.files[f"reward_{name}"] = [Path(spec.source.rpartition(":")[0])]
     built.checks.append(partial(reward.check, with_gradient=True))
-    return Reward(name, spec.weight, reward.losses)
+    return Reward(name, spec.weight, reward.losses, users=True)
 
 
 BUILDERS = {
@@ -167,7 +168,7 @@ def tilt_of(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Tilt:
         reward = fit.networks.function(spec.source, fit.device)
         built.files[f"tilt_{name}"] = [Path(spec.source.rpartition(":")[0])]
         built.checks.append(partial(reward.check, with_gradient=False))
-        return Tilt(name, spec.weight, reward.rewards)
+        return Tilt(name, spec.weight, reward.rewards, users=True)
     judge = judge_of(spec, name, fit, built)
 
     def log_probability(images: Tensor, y: Tensor) -> Tensor:

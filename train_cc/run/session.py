@@ -206,20 +206,6 @@ def make_session(precision: str, sharded: bool, report_to: str = "none", folder:
     return session
 
 
-def require_compiler() -> None:
-    """Raises `InputError` where `torch.compile` finds no compiler for this machine."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # whatever the missing piece raises
-        missing = "Triton" if device == "cuda" else "a C++ compiler such as g++"
-        told = str(error).strip().splitlines()
-        raise InputError(
-            f"--compile found no working compiler on this machine: {missing} is needed. Install it, or leave "
-            f"--compile away ({type(error).__name__}: {told[0] if told else ''})"
-        ) from error
-
-
 # Small kernels that do not wait for one another, such as the casts of weights, become one where that is faster by the
 # card's own clock.
 INDUCTOR = {"combo_kernels": True, "benchmark_combo_kernel": True}

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,19 +17,23 @@ from train_cc.io.errors import InputError
 from train_cc.io.hub import hub_name, model_folder
 from train_cc.io.read import read_json, shown
 from train_cc.io.weights import GENERATION_CONFIG
-from train_cc.models.estimator import ScoreEstimator
+from train_cc.models.estimator import CHECKED_STEPS, ScoreEstimator
 from train_cc.models.generator import generator_lora_rank, read_rewards, trainable_generator
+from train_cc.models.half import MARGIN, overflowing
 from train_cc.models.latents import read_latent_space
 from train_cc.models.lora import hold_frozen_in
+from train_cc.models.network import SiTBlock
 from train_cc.models.sit import SiT, choose_attention
 from train_cc.models.vae import require_decoder
 from train_cc.rewards.build import Built, Fit, build_rewards, require_judge_fits
 from train_cc.rewards.networks import Networks
 from train_cc.run.ema import Average
-from train_cc.run.session import COMPUTE_DTYPES, Session, configure_compiler, require_compiler
+from train_cc.run.session import COMPUTE_DTYPES, Session, configure_compiler
+from train_cc.samplers import euler_sample
 from train_cc.setup.arguments import rewards_of
 
-CHECK = 5  # first key of the draws, after the seed, of the batch that a user's function is checked on
+CHECK = 5  # first key of the draws, after the seed, of the batch that users' functions and fp16 are checked on
+SAMPLED = 4  # samples that decoder and judges are checked on in fp16
 
 
 def settings_of(kind: type, args: argparse.Namespace, **more: object) -> object:
@@ -91,6 +96,29 @@ def load_teacher(args: argparse.Namespace, networks: Networks) -> tuple[SiT, dic
     return teacher, config, require_decoder(config["in_channels"], args.vae, args.teacher)
 
 
+def require_compiler() -> None:
+    """Compile and run a small block of the networks, forward and backward, under autocast, at two batch sizes.
+
+    Raises `InputError` if `torch.compile` cannot do it on this machine.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    block = SiTBlock(hidden_size=64, num_heads=2, mlp_ratio=4.0).to(device)
+    try:
+        compiled = torch.compile(lambda x: block(x, x.mean(dim=1)))
+        for batch in (2, 3):
+            x = torch.zeros(batch, 16, 64, device=device, requires_grad=True)
+            with torch._dynamo.config.patch(suppress_errors=False), torch.autocast(device):
+                out = compiled(x)
+            out.float().sum().backward()
+    except Exception as error:  # whatever the missing piece raises
+        words = " ".join(str(error).strip().splitlines()[:2])
+        missing = "Triton" if device == "cuda" else "a C++ compiler such as g++"
+        raise InputError(
+            f"--compile found no working compiler on this machine: {missing} is needed, and did not compile a small "
+            f"block, forward and backward. Install it, or leave --compile away ({type(error).__name__}: {words})"
+        ) from error
+
+
 def compiler_works(asked: bool | str, session: Session) -> bool:
     """Whether to compile, as ``asked``: "auto" is on CUDA alone, and a compiler that is missing is one line in the log.
 
@@ -115,16 +143,51 @@ def prepare_scores(estimator: ScoreEstimator, source: Path, session: Session, dt
 
     Sharded weights are gathered in the compute dtype alone. Raises `InputError` where fp16 was asked for and overflows.
     """
-    if dtype == torch.float32 or session.device.type == "cpu" or session.sharded:
+    if session.device.type == "cpu" or dtype == torch.float32 or (session.sharded and dtype != torch.float16):
         return
-    block = estimator.to(session.device).overflowing_block(torch.float16, session.device)
-    if block is None:
+    where = estimator.to(session.device).overflowing_block(torch.float16, session.device)
+    if where is not None and dtype == torch.float16:
+        raise_overflow(where, source)
+    elif where is not None:
+        session.notes.append(f"fp16 overflows in {where} of {source}: scores are computed in bf16")
+    elif not session.sharded:
         hold_frozen_in(estimator, torch.float16)
         estimator.score_dtype = torch.float16
-    elif dtype == torch.float16:
-        raise InputError(f"fp16 overflows in block {block} of {source}: take --mixed-precision bf16, or no")
-    else:
-        session.notes.append(f"fp16 overflows in block {block} of {source}: scores are computed in bf16")
+
+
+def raise_overflow(where: str, source: object) -> None:
+    told = f"its largest value is beyond {torch.finfo(torch.float16).max / MARGIN:.0f}, a quarter of the range"
+    raise InputError(f"fp16 overflows in {where} of {source} ({told}): take --mixed-precision bf16, or no")
+
+
+@torch.no_grad()
+def require_range(
+    args: argparse.Namespace, estimator: ScoreEstimator, built: Built, decode: Callable[[Tensor], Tensor], fit: Fit
+) -> None:
+    """Decoder, judges and feature spaces bear fp16, if they compute in it, on a few samples of the teacher.
+
+    Raises `InputError` that names the network and its layer.
+    """
+    networks: dict[str, Callable] = {f"the decoder {args.vae}": decode}
+    networks |= {f"the {name.replace('_', ' ')}": judge for name, judge in built.judges.items()}
+    networks |= {f"the reward {r.name}": r.memory.features_of for r in built.rewards if r.memory is not None}
+    halves = {name: each for name, each in networks.items() if in_half(each)}
+    if not halves:
+        return
+    device = next(estimator.parameters()).device
+    noise = Draws(0, CHECK, device=device).noise(SAMPLED, *estimator.network.sample_shape)
+    y = torch.arange(SAMPLED, device=device) % fit.num_classes
+    x0 = euler_sample(partial(estimator, lora_scale=1.0), noise, y, CHECKED_STEPS).to(fit.device)
+    images = decode(x0)
+    for name, network in halves.items():
+        given = x0 if network is decode else images
+        if where := overflowing(network, torch.float16, lambda network=network, given=given: network(given)):
+            raise_overflow(where, name)
+
+
+def in_half(network: Callable) -> bool:
+    weights = network.parameters() if isinstance(network, nn.Module) else iter(())
+    return any(weight.dtype == torch.float16 for weight in weights)
 
 
 def prepare_network(
@@ -218,13 +281,16 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
     # Before the generator is loaded: never two copies in fp32.
     prepare_scores(estimator, args.teacher, session, fit.dtype)
+    teacher = folder_of_teacher(args)
+    latents = read_latent_space(teacher)
+    decode = load_decode(args, built, fit, latents)
+    require_range(args, estimator, built, decode, fit)
+    if session.sharded:
+        estimator.cpu()  # sharding moves it again, when there is room for it
     prepare_network(estimator, args, fit.device, fit.dtype, compiled)
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
     generator = trainable_generator(networks.sit(args.teacher), rank, args.seed)
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
-    teacher = folder_of_teacher(args)
-    latents = read_latent_space(teacher)
-    decode = load_decode(args, built, fit, latents)
     check_functions(built, decode, sample_shape, fit)
     session.notes += built.notes
     hashes = networks.hashes(of_teacher | built.files)
