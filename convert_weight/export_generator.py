@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_cc.io import flags
 from train_cc.io.class_names import EXPECTED as CLASS_NAMES
 from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.hub import check_hub_name, push_folder
 from train_cc.io.read import require_file, sha256
 from train_cc.io.saying import saying
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
@@ -87,6 +88,8 @@ def check_targets(args: argparse.Namespace, content: dict) -> bool:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     targets = targets_of(args)
+    if args.push_to_hub is not None:
+        check_hub_name(args.push_to_hub, "--push-to-hub")
     # Networks take seconds to import: what is wrong with the command line has been said.
     with saying("loading libraries"):
         from convert_weight.exports import export
@@ -108,8 +111,6 @@ def main(argv: list[str] | None = None) -> None:
             kind = "generator" if flag == "--output-dir" else flag.removeprefix("--")
             print(f"{kind} after {step} updates -> {folder}, outputs verified")
     if args.push_to_hub is not None:
-        from train_cc.io.hub import push_folder
-
         print(f"pipeline -> {push_folder(args.pipeline, args.push_to_hub)}")
 
 

@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 MOST_STEPS = 1000
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class DMDRPipeline(DiffusionPipeline):
@@ -49,23 +50,31 @@ class DMDRPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
-    ) -> ImagePipelineOutput:
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
         """``class_labels``: a number or a name of `id2label`, or several. ``num_inference_steps``: as trained, if None.
 
-        ``generator``: torch's random one, of all noise. ``output_type``: "pil", or "np" for uint8 (B, H, W, C). Raises
-        `ValueError` for what is not allowed.
+        ``generator``: torch's random one, of all noise, or a list of one per image. ``output_type``: "pil"; "np", float
+        (B, H, W, C) in [0, 1]; "pt", a float tensor (B, C, H, W) in [0, 1]; "latent", the samples before the VAE.
+        ``return_dict``: False for a tuple. Raises `ValueError` for what is not allowed.
         """
         labels = self.label_ids(class_labels)
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
             raise ValueError(f"num_inference_steps is {steps!r}; allowed: a whole number, 1 to {MOST_STEPS}")
-        if output_type not in ("pil", "np"):
-            raise ValueError(f"output_type is {output_type!r}; allowed: 'pil', 'np'")
-        images = self._decode(self._sample(torch.tensor(labels, device=self._execution_device), steps, generator))
-        images = (images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; allowed: {', '.join(map(repr, OUTPUT_TYPES))}")
+        if isinstance(generator, list) and len(generator) not in (1, len(labels)):
+            raise ValueError(f"generator is a list of {len(generator)}; allowed: one, or one for each of {len(labels)}")
+        images = self._sample(torch.tensor(labels, device=self._execution_device), steps, generator)
+        if output_type != "latent":
+            images = self._decode(images).float()
+        if output_type in ("pil", "np"):
+            images = images.permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "pil":
-            images = [Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image) for image in images]
-        return ImagePipelineOutput(images=images)
+            pixels = (images * 255).round().astype("uint8")
+            images = [Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image) for image in pixels]
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def label_ids(self, class_labels: int | str | Sequence[int | str]) -> list[int]:
         """Numbers of classes that are given as numbers or names. Raises `ValueError`."""
@@ -106,8 +115,31 @@ class DMDRPipeline(DiffusionPipeline):
         return x0
 
     def _decode(self, x0: torch.Tensor) -> torch.Tensor:
-        """-> images in [0, 1], (B, C, H, W)."""
+        """-> images in [0, 1], (B, C, H, W). Raises `ValueError` where they are not finite."""
         if self.vae is not None:
-            latents = x0 / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-            x0 = self.vae.decode(latents.to(self.vae.dtype)).sample
+            x0 = self._decode_latents(self._unscaled(x0))
+        if not torch.isfinite(x0).all():
+            problem = f"the images hold NaN or infinity, computed in {self.generator.dtype}"
+            raise ValueError(f"{problem}: a wider torch_dtype is needed, or the weights are damaged")
         return ((x0 + 1) / 2).clamp(0, 1)
+
+    def _unscaled(self, x0: torch.Tensor) -> torch.Tensor:
+        """The generator's latents -> the VAE's, by its config: x0 std / scale + mean, as diffusers' own pipelines."""
+        config, mean, std = self.vae.config, self.vae.config.get("latents_mean"), self.vae.config.get("latents_std")
+        if mean is None or std is None:
+            return x0 / config.scaling_factor + (config.shift_factor or 0.0)
+        mean, std = (torch.tensor(each, dtype=x0.dtype, device=x0.device).view(-1, 1, 1) for each in (mean, std))
+        return x0 * std / config.scaling_factor + mean
+
+    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """In the VAE's dtype; in fp32 where its config says that it overflows fp16 (force_upcast), or where it does."""
+        dtype = self.vae.dtype
+        if not (dtype == torch.float16 and self.vae.config.force_upcast):
+            images = self.vae.decode(latents.to(dtype)).sample
+            if dtype == torch.float32 or torch.isfinite(images).all():
+                return images
+        try:
+            self.vae.to(torch.float32)
+            return self.vae.decode(latents.float()).sample
+        finally:
+            self.vae.to(dtype)

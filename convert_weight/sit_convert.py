@@ -2,7 +2,9 @@
 
 `python convert_weight/sit_convert.py` downloads REPA's SiT-XL/2 into sit_weights/ and converts it. With `--input FILE`:
 REPA's release or a training checkpoint of it, legacy `decoder_blocks` names, the SiT authors' checkpoint (8 channels,
-reversed time), or a folder of ours. Sizes are read off the tensors.
+reversed time), DeepSpeed's mp_rank_00_model_states.pt, .pt or .safetensors, nested and prefixed; or a folder of ours.
+Sizes are read off the tensors. A file does not say its direction of time or what it predicts: guesses are printed and
+tested by denoising.
 """
 
 import argparse
@@ -14,10 +16,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from convert_weight.foreign import read_checkpoint
 from train_cc.io import flags
 from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.read import read_torch, sha256
+from train_cc.io.read import sha256
 from train_cc.io.saying import saying
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME, fit, load_weights
 from train_cc.io.whole import check_whole_folder, is_there, was_interrupted, whole_folder
@@ -34,23 +37,28 @@ REPA_URL = (
 
 REPA_BYTES = 4 * 683_242_512  # of its tensors alone
 WRITTEN = ("config.json", WEIGHTS_NAME, "source.json", GENERATION_CONFIG)
-EXPECTED = "a SiT checkpoint or a model folder"
+UNSAID = "guessed: it predicts a velocity, as SiT's files do; a DiT's eps has the same names"
+FOLDED = "folded v(x, t) = -v_theirs(x, 1 - t) in"
 
 
-def read_checkpoint(path: Path) -> object:
-    """A .pt file's content without running code from it; argparse.Namespace is the one class that is allowed."""
-    return read_torch(path, EXPECTED, allowed=[argparse.Namespace])
-
-
-def convert(content: object, num_heads: int | None = None, encoder_depth: int = 8) -> "tuple[SiT, list[str]]":
-    """-> the model, and lines that say what was recognised and what was dropped. Raises `InputError`."""
+def convert(
+    content: object,
+    num_heads: int | None = None,
+    encoder_depth: int = 8,
+    time_direction: str | None = None,
+    num_classes: int | None = None,
+) -> "tuple[SiT, list[str]]":
+    """-> the model, and lines that say what was recognised, guessed and dropped. Raises `InputError`."""
     import torch
 
     from convert_weight import state_dicts
+    from convert_weight.foreign import network_kind
     from train_cc.models.sit import SIT_SIZES, SiT
 
     state, place = state_dicts.unnest(content)
     told = [f"weights: {place}"]
+    if kind := network_kind(state):
+        raise InputError(f"this is {kind}; a SiT is expected")
     state, dropped = state_dicts.drop_projectors(state)
     if dropped:
         told.append(f"dropped: {len(dropped)} tensors of REPA's projectors")
@@ -58,7 +66,10 @@ def convert(content: object, num_heads: int | None = None, encoder_depth: int = 
         state = state_dicts.rename_decoder_blocks(state, encoder_depth)
         told.append(f"legacy names: decoder_blocks.N became blocks.N + {encoder_depth}")
     config = state_dicts.config_of(state, num_heads)
+    config["num_classes"], null_row = state_dicts.classes_of(config["num_classes"] + 1, num_classes)
     variance = state_dicts.has_variance_channels(state, config)
+    direction, time = state_dicts.time_direction(state, config, bool(dropped), time_direction)
+    told += [guess for guess in (null_row, time, None if dropped else UNSAID) if guess]
     with torch.device("meta"):
         model = SiT(**config)
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -67,8 +78,11 @@ def convert(content: object, num_heads: int | None = None, encoder_depth: int = 
             own[name] = (2 * own[name][0], *own[name][1:])
     fit(own, state, "this SiT")
     if variance:
-        state = state_dicts.reverse_time(state_dicts.keep_velocity_channels(state, config))
-        told.append("the SiT authors' layout: kept 4 of 8 output channels, folded v(x, t) = -v_theirs(x, 1 - t) in")
+        state = state_dicts.keep_velocity_channels(state, config)
+        told.append(f"kept {config['in_channels']} of {2 * config['in_channels']} output channels")
+    if direction == "data-at-1":
+        state = state_dicts.reverse_time(state)
+        told.append(f"data at time 1, as in the SiT authors' files: {FOLDED}")
     load_weights(model, state, "this SiT")
     names = [name for name, size in SIT_SIZES.items() if size.items() <= config.items()]
     count = sum(value.numel() for value in model.state_dict().values())
@@ -99,7 +113,21 @@ def build_parser() -> flags.Parser:
     parser.add_argument(
         "--encoder-depth", type=flags.integer(0, 1000), default=8, help="for legacy decoder_blocks names"
     )
-    parser.add_argument("--check", action="store_true", help="test sign and time direction by denoising")
+    parser.add_argument(
+        "--time-direction",
+        choices=["data-at-0", "data-at-1"],
+        help="the time of data in the file: 0 in REPA's, 1 in the SiT authors'; without it guessed from the channels",
+    )
+    parser.add_argument(
+        "--num-classes",
+        type=flags.integer(1, 10**6),
+        help="classes of the label table, whose last row is the null class; without it all rows but one",
+    )
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        help="test by denoising what the network predicts, and its direction of time; without it if that was guessed",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model folder of this command")
     return parser
 
@@ -107,18 +135,22 @@ def build_parser() -> flags.Parser:
 def load_source(args: argparse.Namespace) -> "tuple[SiT, list[str], Path]":
     """-> the model, what was recognised, and the file or folder that was read. Raises `InputError`."""
     if args.input is not None and args.input.is_dir():
+        from convert_weight.foreign import require_checkpoint_file
         from train_cc.models.sit import SiT
 
+        require_checkpoint_file(args.input)
         return SiT.from_pretrained(args.input), [f"recognised: a model folder of ours, {args.input}"], args.input
     source = args.input or args.save_dir / "last.pt"
     if args.input is None:
         download(REPA_URL, source, least=REPA_BYTES, problem=whole_archive, hint="--input takes a local file")
     try:
         with saying(f"reading {source}"):
-            return *convert(read_checkpoint(source), args.num_heads, args.encoder_depth), source
+            options = (args.num_heads, args.encoder_depth, args.time_direction, args.num_classes)
+            return *convert(read_checkpoint(source), *options), source
     except InputError as error:
         again = "" if args.input else f"; delete {source}, and the same command downloads it again"
-        raise InputError(f"{error}{again}") from error
+        where = "" if str(source) in str(error) else f"{source}: "
+        raise InputError(f"{where}{error}{again}") from error
 
 
 def target_of(args: argparse.Namespace, config: dict | None = None) -> Path:
@@ -157,6 +189,20 @@ def check_target(args: argparse.Namespace, target: Path, content: dict) -> bool:
     return overwrite
 
 
+def check(args: argparse.Namespace, model: "SiT", told: list[str]) -> None:
+    """Denoise, if asked for or if the file does not say what it predicts. Raises `InputError`."""
+    if args.check is None and UNSAID not in told and not any("--time-direction" in line for line in told):
+        return
+    if args.check is False:
+        print("not checked: --no-check")
+        return
+    from convert_weight.denoising import require_denoising
+
+    direction = "data-at-1" if any(FOLDED in line for line in told) else "data-at-0"
+    with saying("sampling and denoising (about 25 passes of four images; --no-check omits them)"):
+        require_denoising(model, direction, strict=args.check is True)
+
+
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
@@ -169,12 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     model, told, source = load_source(args)
     content = content if content["inputs"] else content_of(args)  # it was downloaded
     print("\n".join(told))
-    if args.check:
-        from convert_weight.denoising import require_denoising
-
-        with saying("sampling and denoising in four ways"):
-            require_denoising(model)
-
+    check(args, model, told)
     target = target_of(args, model.config)
     if is_made(args, target, content):
         return

@@ -2,36 +2,106 @@
 
 import math
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from convert_weight.foreign import content_kind, network_kind
 from train_cc.io.errors import InputError
 from train_cc.io.weights import block_count, require_tensors
 from train_cc.models.sit import SIT_SIZES, check_sit_config
 
 State = dict[str, Tensor]
+GUESS = "guessed: "
+
+
+# Keys under which training code nests a network's weights, the preferred ones first. No other key is followed.
+NESTS = (
+    *("generator", "gen", "gen_model", "model", "module", "state_dict", "model_state_dict", "model_state", "net"),
+    *(
+        "network",
+        "weights",
+        "model_weights",
+        "params",
+        "student",
+        "sit",
+        "dit",
+        "transformer",
+        "shadow",
+        "shadow_params",
+    ),
+)
+# Before names or inside them: DDP, torch.compile, FSDP, activation checkpointing.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
+ANCHOR = "x_embedder.proj.weight"
+
+
+def is_average(key: str) -> bool:
+    return bool({"ema", "averaged", "average"} & set(re.split(r"[^a-z]+", key.lower())))
+
+
+def networks_in(content: object, place: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], State]]:
+    """Every SiT at a known place of ``content``, with its keys, the last of them a prefix of its names."""
+    if not isinstance(content, Mapping) or len(place) > 6:
+        return []
+    found = []
+    raw = [name for name in content if name != "n_averaged"]  # torch's AveragedModel counts in there
+    names = {WRAPPERS.sub("", str(name)): name for name in raw}
+    prefixes = [name.removesuffix(ANCHOR) for name in names if f".{name}".endswith(f".{ANCHOR}")]
+    if prefixes and len(names) < len(raw):
+        raise InputError("two tensors have the same name without the prefixes of DDP, FSDP and torch.compile")
+    for prefix in prefixes:
+        others = tuple(other for other in prefixes if len(other) > len(prefix))
+        own = [name for name in names if name.startswith(prefix) and not name.startswith(others)]
+        keys = tuple(prefix.rstrip(".").split(".")) if prefix else ()
+        found.append(((*place, *keys), {name.removeprefix(prefix): content[names[name]] for name in own}))
+    for key, value in content.items():
+        if isinstance(key, str) and (key.lower() in NESTS or is_average(key)):
+            found += networks_in(value, (*place, key))
+    return found
+
+
+def preference(place: tuple[str, ...]) -> tuple[bool, int]:
+    """An average first, then by the order of `NESTS`."""
+    orders = [NESTS.index(key.lower()) for key in place if key.lower() in NESTS]
+    return not any(is_average(key) for key in place), min(orders, default=-1)
 
 
 def unnest(content: object) -> tuple[State, str]:
-    """-> the state dict and where it stood. Training checkpoints nest; their EMA is preferred. Raises `InputError`."""
+    """-> the state dict and its place. Checkpoints nest and prefix; an EMA is preferred. Raises `InputError`."""
     expected = 'a state dict, or one nested as "ema" or "model",'
-    if isinstance(content, dict):
-        for key in ("ema", "model"):
-            if isinstance(content.get(key), dict) and content[key]:
-                others = ", ".join(str(name)[:40] for name in list(content)[:8])
-                return require_tensors(content[key], f'"{key}"', expected), f'"{key}" of a checkpoint with {others}'
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            return require_tensors(content, "this file", expected), "a bare state dict"
+    found = networks_in(content)
+    if not found:
+        raise InputError(nothing_found(content, expected))
+    place, state = min(found, key=lambda network: preference(network[0]))
+    if not place:
+        return require_tensors(state, "this file", expected), "a bare state dict"
+    told = f'"{".".join(place)}"'
+    others = sorted({str(name)[:40].split(".")[0] for name in content} - {place[0]})[:8]
+    beside = f" of a checkpoint with {', '.join(others)}" if others else ""
+    return require_tensors(state, told, expected), f"{told}{beside}"
+
+
+def nothing_found(content: object, expected: str) -> str:
+    """The words for a file without a SiT, with its kind if that is known."""
+    state, where = content, content
+    while isinstance(where, Mapping):  # down to the first dict of tensors
+        state = where
+        where = next((value for key, value in where.items() if str(key).lower() in NESTS or is_average(str(key))), None)
+    if kind := content_kind(content) or (network_kind(state) if isinstance(state, Mapping) else None):
+        return f"this is {kind}; a SiT is expected"
+    if isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values()):
+        return f"this is no SiT: missing {ANCHOR}; it has {', '.join(sorted(map(str, state))[:6])}, ..."
     kind = f"a {type(content).__name__}"
-    if isinstance(content, dict):
+    if isinstance(content, Mapping):
         kind = f"keys {sorted(str(name)[:40] for name in content)[:6]}"
-    raise InputError(f"no weights found: {expected} is expected; this is {kind}")
+    return f"no weights found: {expected} is expected; this is {kind}"
 
 
 def drop_projectors(state: State) -> tuple[State, list[str]]:
     """REPA's alignment heads serve its training alone."""
-    dropped = [name for name in state if name.startswith("projectors.")]
+    dropped = [name for name in state if re.match(r"projectors?\.", name)]
     return {name: value for name, value in state.items() if name not in dropped}, dropped
 
 
@@ -45,6 +115,32 @@ def rename_decoder_blocks(state: State, encoder_depth: int) -> State:
     if len(renamed) != len(state):
         raise InputError(f"decoder_blocks overlap with blocks at --encoder-depth {encoder_depth}")
     return renamed
+
+
+def classes_of(rows: int, num_classes: int | None) -> tuple[int, str | None]:
+    """-> the classes of a label table, whose last row is the null class, and the words for a guess."""
+    if num_classes is None:
+        if rows == 1000:
+            told = "ImageNet's 1000 classes without a null row? Training needs one (label dropout)"
+            raise InputError(f"the label table has 1000 rows: {told}. --num-classes 999: 999 classes and a null row")
+        guess = None if rows == 1001 else f"{GUESS}{rows - 1} classes and a null row; --num-classes decides"
+        return rows - 1, guess
+    if rows == num_classes:
+        told = "a null row is missing: the network was trained without label dropout, and cannot be a teacher here"
+        raise InputError(f"the label table has {rows} rows for --num-classes {num_classes}: {told}")
+    if rows != num_classes + 1:
+        raise InputError(f"the label table has {rows} rows; --num-classes {num_classes} needs {num_classes + 1}")
+    return num_classes, None
+
+
+def time_direction(state: State, config: dict, repa: bool, chosen: str | None) -> tuple[str, str | None]:
+    """-> data-at-0 or data-at-1, and the words for a guess. REPA's own files are known by their projectors."""
+    two = has_variance_channels(state, config)
+    if chosen is not None or (repa and not two):
+        return chosen or "data-at-0", None
+    guess = "data-at-1" if two and not repa else "data-at-0"
+    why = f"{'two sets' if two else 'one set'} of output channels{', projectors' if repa else ''}"
+    return guess, f"{GUESS}time has {guess}, from {why}; --time-direction decides"
 
 
 def config_of(state: State, num_heads: int | None) -> dict:

@@ -6,8 +6,12 @@
 
 Any flag of a stage can be appended; `--encoder-type dinov2` times the ReFL stage. Weights are random, of the official
 sizes. Phases are timed from outside, around the calls that the two turns make, so that what is timed is what trains;
-on a GPU each phase ends with a synchronisation. The first cycle warms up and counts the FLOP; the best of the others
-is reported. Utilisation = FLOP / (seconds x the matmul peak that this process measured).
+on a GPU each phase ends with a synchronisation. The first cycle counts the FLOP, uncompiled; the second compiles and
+warms up; the best of the others is reported. Utilisation = FLOP / (seconds x the matmul peak that this process
+measured).
+
+`--fp16-range` prints, in place of times, the largest activation and gradient of each layer in one cycle of the run
+that the flags of a stage describe (`--teacher` and so on, with real weights), and if fp16 bears them.
 
 `--roofline` estimates the cycle on a card that need not be there; where there is a GPU, it is measured as well.
 """
@@ -19,6 +23,7 @@ share_cores()  # OpenMP reads what it is told when torch is imported
 # isort: split
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
@@ -41,6 +46,7 @@ from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import Number, check_numbers, printable, read_json
 from train_cc.io.write import check_output_file, library_versions, mark_of, write_atomically
 from train_cc.models import SIT_SIZES, SiT
+from train_cc.models.half import MARGIN, Seen, watched
 from train_cc.rewards.at_x0 import rewards_at_x0
 from train_cc.run.meters import FlopCounter
 from train_cc.run.roofline import CARDS, card_of
@@ -52,16 +58,22 @@ GIB = 2**30
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP per second of the fastest of some matrix products of SiT-XL's shapes, best of five."""
-    best = 0.0
-    for rows, inner, columns in ((256, 1152, 4608), (2048, 1152, 4608), (2048, 2048, 2048)):
+    """FLOP per second of the fastest of some matrix products, best of five.
+
+    On a GPU ten products of 8192 between two synchronisations: small ones would time their launch.
+    """
+    gpu, best = device.type != "cpu", 0.0
+    times = 10 if gpu else 1
+    of_sit_xl = ((256, 1152, 4608), (2048, 1152, 4608), (2048, 2048, 2048))
+    for rows, inner, columns in ((8192, 8192, 8192),) if gpu else of_sit_xl:
         a = torch.randn(rows, inner, device=device).to(dtype)
         b = torch.randn(columns, inner, device=device).to(dtype)
         for _ in range(5):
             stopwatch = Stopwatch(device)
             with stopwatch.phase("matmul"):
-                torch.nn.functional.linear(a, b)
-            best = max(best, 2 * rows * inner * columns / stopwatch.seconds["matmul"])
+                for _ in range(times):
+                    torch.nn.functional.linear(a, b)
+            best = max(best, times * 2 * rows * inner * columns / stopwatch.seconds["matmul"])
     return best
 
 
@@ -116,27 +128,28 @@ def write_random_inputs(folder: Path, size: str, reward: bool) -> list[str]:
 
 
 def measure(run: Run, args: argparse.Namespace, cycles: int) -> dict:
-    """One warm-up cycle with the FLOP counted, then ``cycles`` timed ones."""
+    """A cycle with the FLOP counted, which is not compiled; one that compiles; then ``cycles`` timed ones."""
     device, memory = run.session.device, PeakMemory(run.session.device)
     figures: dict = {"peak_memory_loading_gib": memory.peak() / GIB}
     if run.rewards:
         figures |= measure_reward(run, args, memory)
-    memory.reset()
-    with FlopCounter() as counter:
+    with torch.compiler.set_stance("force_eager"), FlopCounter() as counter:
         loop.cycle(run, 0)
     figures["tflop_per_cycle"] = counter.total / 1e12
+    loop.cycle(run, 1)
+    memory.reset()
     measured = []
-    for step in range(1, cycles + 1):
+    for step in range(2, cycles + 2):
         stopwatch = Stopwatch(device)
         with phases_watched(run, stopwatch.phase), stopwatch.phase("other"):
             loop.cycle(run, step)
         measured.append(dict(stopwatch.seconds))
+    figures["peak_memory_gib"] = memory.peak() / GIB
     best = min(measured, key=lambda phases: sum(phases.values()))
     seconds = sum(best.values())
     peak = matmul_peak(device, COMPUTE_DTYPES[run.session.generator_accelerator.mixed_precision])
     batch = args.batch_size * args.gradient_accumulation_steps * run.session.world_size
     figures |= {
-        "peak_memory_gib": memory.peak() / GIB,
         "seconds_per_cycle": seconds,
         "seconds_of_all_cycles": [round(sum(phases.values()), 4) for phases in measured],
         "seconds_by_phase": dict(sorted(best.items(), key=lambda item: -item[1])),
@@ -187,17 +200,70 @@ def compare(before: Path, after: Path) -> str:
     return "\n".join(map(printable, lines))
 
 
+# The range of fp16 ------------------------------------------------------------------------------------------------
+
+
+def fp16_range(asked: argparse.Namespace) -> str:
+    """A table of the largest activation and gradient of each layer in one cycle, uncompiled and in a wider range."""
+    if asked.teacher == roofline.SHAPES:
+        raise InputError("--fp16-range is of real weights: give --teacher, and the other flags of the run")
+    wider = {"auto": "bf16" if torch.cuda.is_available() else "no", "fp16": "bf16"}
+    session = open_session(wider.get(asked.mixed_precision, asked.mixed_precision))
+    run = build(argparse.Namespace(**vars(asked) | {"compile": False}), session)
+    networks = {"generator": run.plain_generator, "estimator": run.plain_estimator.network, **run.judges}
+    networks |= {"decoder": run.decode} if isinstance(run.decode, nn.Module) else {}
+    networks |= {f"features of {name}": memory.features_of for name, memory in run.memories.items()}
+    with contextlib.ExitStack() as stack:
+        seen = {name: stack.enter_context(watched(network)) for name, network in networks.items()}
+        loop.cycle(run, 0)
+    where = run.plain_estimator.overflowing_block(torch.float16, session.device)
+    of_classes = f"overflows in {where}: --mixed-precision bf16" if where else "is within a quarter of fp16's range"
+    lines = [f"{'network':24}{'layer':28}{'activation':>12}{'gradient':>12}"]
+    summary = []
+    for name, both in seen.items():
+        activations, gradients = map(by_place, both)
+        lines += [
+            f"{name:24}{where:28}{value:12.4g}{gradients.get(where, 0.0):12.4g}{'' if bears(value) else '  beyond'}"
+            for where, value in activations.items()
+        ]
+        summary.append(verdict(name, activations, gradients))
+    return "\n".join([*lines, "", *summary, f"the teacher, on samples of several classes, {of_classes}"])
+
+
+def by_place(seen: Seen) -> dict[str, float]:
+    largest: dict[str, float] = {}
+    for where, value in seen:
+        largest[where] = max(value.item(), largest.get(where, 0.0), key=lambda x: (x != x, x))  # NaN stays
+    return largest
+
+
+def bears(value: float) -> bool:
+    return value * MARGIN < torch.finfo(torch.float16).max
+
+
+def verdict(name: str, activations: dict[str, float], gradients: dict[str, float]) -> str:
+    beyond = [where for where, value in activations.items() if not bears(value)]
+    words = f"fp16 does not bear {', '.join(beyond)}: --mixed-precision bf16" if beyond else "fp16 bears it"
+    largest = max(gradients.values(), default=0.0)
+    limit = torch.finfo(torch.float16).max / MARGIN
+    scale = f"; its gradients bear a further scale of {limit / largest:.3g}" if largest else ""
+    return f"{name}: {words} (a factor of {MARGIN:g} is kept){scale}"
+
+
 def benchmark_parser() -> flags.Parser:
     parser = flags.Parser(description=__doc__)
     parser.add_argument("--size", default="SiT-XL/2", choices=SIT_SIZES, help="random weights of this size")
-    parser.add_argument("--cycles", type=flags.integer(1, 10_000), default=3, help="timed, after one that warms up")
+    parser.add_argument("--cycles", type=flags.integer(1, 10_000), default=3, help="timed, after two that warm up")
     parser.add_argument(
         "--roofline",
         metavar="CARD",
         help=f"estimate, on any machine: {', '.join(CARDS)}, or PEAK,BANDWIDTH in TFLOP/s and TB/s",
     )
     parser.add_argument("--threads", type=flags.integer(1, 4096), help="CPU threads")
-    parser.add_argument("--output", type=flags.path, help="JSON file")
+    parser.add_argument("--output", type=flags.output_file, help="JSON file")
+    parser.add_argument(
+        "--fp16-range", action="store_true", help="largest activations and gradients of a run, against fp16's range"
+    )
     parser.add_argument(
         "--compare", type=flags.path, nargs=2, metavar=("BEFORE", "AFTER"), help="two JSON files; runs nothing"
     )
@@ -227,6 +293,9 @@ def main(argv: list[str] | None = None) -> None:
     shapes = ["--teacher", str(roofline.SHAPES), "--output-dir", "-", "--num-previews", "0"]
     asked = build_parser("flags of a stage").parse_args([*shapes, *stage])
     validate(asked)  # before gigabytes are written
+    if own.fp16_range:
+        print(fp16_range(asked))
+        return
     record = {
         "made_by": mark_of("a benchmark"),
         "command": ["python", "-m", "evaluation.benchmark", *(sys.argv[1:] if argv is None else argv)],

@@ -7,6 +7,7 @@ ADM's protocol for FID (against the reference's stored mu and sigma where it has
 Inception Score (of the samples alone, in consecutive chunks of 5000, unshuffled). Precision, recall, density, coverage
 (k = 3) and sliced Wasserstein (SW) are means over disjoint sets of one size on both sides: that of the smallest file.
 A figure of fewer than 50 000 images says so: FID-5k. KID has no bias from the count, and a standard error.
+A reference of mu and sigma without images (of pytorch-fid, or of evaluation.statistics) gives FID and IS.
 
 `--held-out`: other real images, or `halves`: one half of the reference, the other is measured against. They are the
 last row, the ceiling; FDr and SWr are the Frechet and the sliced Wasserstein distance of sets, over that of the
@@ -22,10 +23,12 @@ from pathlib import Path
 from evaluation.files import (
     HELD_OUT,
     apart,
+    content_sha256,
     image_shape,
     over_seeds,
     provenance_of,
     read_images,
+    reference_shape,
     rewarded_here,
     rewarded_within,
     suffered,
@@ -35,9 +38,9 @@ from evaluation.files import (
 )
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.read import printable, sha256
+from train_cc.io.read import printable
 from train_cc.io.saying import saying
-from train_cc.io.write import check_output_file, library_versions, record_of
+from train_cc.io.write import check_output_file, library_versions
 
 
 def row_name(text: str) -> str:
@@ -48,8 +51,8 @@ def row_name(text: str) -> str:
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(description=__doc__)
-    parser.add_argument("samples", type=flags.path, nargs="+", help="sample .npz files")
-    parser.add_argument("reference", type=flags.path, help="reference .npz")
+    parser.add_argument("samples", type=flags.path, nargs="+", help="sample .npz files, or folders of images")
+    parser.add_argument("reference", type=flags.path, help="reference .npz: images, or mu and sigma; or a folder")
     space = parser.add_mutually_exclusive_group(required=True)
     space.add_argument("--space", nargs="+", help=flags.JUDGING_SPACES)
     space.add_argument("--classifier", type=flags.path, help="the same as --space classifier:FOLDER")
@@ -63,7 +66,7 @@ def build_parser() -> flags.Parser:
     )
     parser.add_argument("--inception-weights", type=flags.path, help="torch-fidelity's file; without it, downloaded")
     parser.add_argument("--dinov2-backbone", help="official file or URL, for the space dinov2")
-    parser.add_argument("--held-out", help="real images for the ceiling's row, .npz; halves: of the reference")
+    parser.add_argument("--held-out", help="real images for the ceiling's row; halves: of the reference")
     parser.add_argument(
         "--names", type=row_name, nargs="+", help="a name for each sample file; without it, the file's own"
     )
@@ -77,8 +80,8 @@ def build_parser() -> flags.Parser:
     parser.add_argument(
         "--bootstrap", type=flags.integer(0, 100_000), default=0, metavar="N", help="95 %% intervals from N resamplings"
     )
-    parser.add_argument("--output", type=flags.path, help="the JSON file to write")
-    parser.add_argument("--picture", type=flags.path, help="the PNG to write")
+    parser.add_argument("--output", type=flags.output_file, help="the JSON file to write")
+    parser.add_argument("--picture", type=flags.output_file, help="the PNG to write")
     parser.add_argument("--picture-columns", type=flags.integer(1, 1000), default=20, help="images a row of --picture")
     parser.add_argument(
         "--check", action="store_true", help="check the reference, the features and the outputs; samples need not exist"
@@ -102,13 +105,20 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
         if path is not None:
             check_output_file(path, flag=flag, kind=kind)
     apart((("--output", args.output), ("--picture", args.picture)))
-    _, *real = image_shape(args.reference, "reference")
+    real = reference_shape(args.reference)
+    if real is None and (args.held_out or args.adm):
+        print("warning: --held-out and --adm are ignored: the reference holds no images", file=sys.stderr)
+        args.held_out, args.adm = None, False
     shapes = {path: image_shape(path) for path in args.samples if not args.check}
     for path, (_, *shape) in shapes.items():
-        if shape != real:
-            raise InputError(f"{path} holds images {tuple(shape)}, the reference {tuple(real)}")
-        if os.path.samefile(path, args.reference) or sha256(path) == sha256(args.reference):
+        first = "the reference" if real else args.samples[0]
+        expected = (real or shapes[args.samples[0]])[1:]
+        if tuple(shape) != expected:
+            raise InputError(f"{path} holds images {tuple(shape)}, {first} {expected}")
+        if os.path.samefile(path, args.reference) or content_sha256(path) == content_sha256(args.reference):
             print(f"warning: {path} is the reference itself, not samples", file=sys.stderr)
+        if path.is_dir() and any(each.suffix.lower() in (".jpg", ".jpeg") for each in path.rglob("*")):
+            print(f"warning: {path} holds JPEG files: their compression is in all figures", file=sys.stderr)
     counts = sorted({shape[0] for shape in shapes.values()})
     if len(counts) > 1:
         raise InputError(f"the sample files hold {counts} images: figures of different counts do not compare")
@@ -135,7 +145,8 @@ def show(args: argparse.Namespace, judged: list[dict], means: dict[str, dict], s
         print(table(each["rows"], count, size))
         if args.over_seeds:
             print(table_over_seeds(each["rows"], count, size))
-        print(f"features: {each['features']}; FID reference: {each['fid_reference']}; sets of {size} images")
+        sets = each.get("missing", f"sets of {size} images")
+        print(f"features: {each['features']}; FID reference: {each['fid_reference']}; {sets}")
         print("".join(f"{line}\n" for line in suffered(each["rows"], args.over_seeds)))
     if means and len(judged) > 1:
         shown = table_over_seeds if args.over_seeds else table
@@ -149,23 +160,25 @@ def main(argv: list[str] | None = None) -> None:
     names = check_arguments(args)
     # Networks take seconds to import: what is wrong with the command line has been said.
     with saying("loading libraries"):
-        import torch
-
-        from evaluation.spaces import check_reference, judge, load_spaces, over_spaces, set_size, stored_by_space
+        from evaluation.spaces import check_reference, judge, load_spaces, over_spaces, set_size, statistics_for
         from evaluation.split import hold_out
+        from train_cc.run.devices import device
 
-    spaces = load_spaces(args, image_shape(args.reference)[1:], "cuda" if torch.cuda.is_available() else "cpu")
+    shape = reference_shape(args.reference) or (None if args.check else image_shape(args.samples[0]))
+    spaces = load_spaces(args, shape and shape[1:], device())
     if args.check:
         check_reference(args.reference, spaces)
         hold_out(args.reference, args.held_out)
         return
     held = hold_out(args.reference, args.held_out)
-    stored = stored_by_space(held.reference, args.reference, spaces)
+    stored = statistics_for(held.reference, args.reference, spaces)
     judged = [judge(args, names, space, held, stored) for space in spaces]
     for each in judged:
         made_by = [(name, each["rows"][name]["generation"]) for name in names]
         for line in rewarded_here(made_by, each["features_sha256"]):
             print(f"warning: {each['features']}: {line}", file=sys.stderr)
+        for name, note in ((name, note) for name, row in each["rows"].items() for note in row["notes"]):
+            print(f"warning: {name}, {each['features']}: {note}", file=sys.stderr)
     means = over_spaces(judged) if held.out is not None else {}
     if args.output:
         write(args, judged, means, set_size(args, held))
@@ -176,24 +189,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def draw(args: argparse.Namespace, names: list[str]) -> None:
     """The first images of each file; real ones are left out beside generated ones, whose columns they do not share."""
-    from train_cc.io.class_names import KNOWN
+    from train_cc.io.class_names import KNOWN, dataset_of
     from train_cc.run.pictures import save_grid
 
     files = {name: read_images(path) for name, path in zip(names, args.samples, strict=True)}
     paths = dict(zip(names, args.samples, strict=True))
     shown = [name for name in names if "generator_sha256" in (provenance_of(files[name], paths[name]) or {})] or names
     labels = [tuple(files[name].get("arr_1", [])[: args.picture_columns]) for name in shown]
-    data = next((dataset_of(space) for space in args.space), None)
+    kind, _, folder = args.space[0].partition(":")
+    data = dataset_of(Path(folder)) if kind == "classifier" else None
     known = data in KNOWN and len(set(labels)) == 1
     columns = [KNOWN[data][k].split(",")[0] for k in labels[0]] if known else None
     save_grid([files[name]["arr_0"][: args.picture_columns] for name in shown], args.picture, shown, columns)
     print(f"picture: {args.picture}")
-
-
-def dataset_of(space: str) -> str | None:
-    """The data set that a space's classifier was trained on, as its record says."""
-    kind, _, folder = space.partition(":")
-    return record_of(Path(folder)).get("arguments", {}).get("dataset") if kind == "classifier" else None
 
 
 def write(args: argparse.Namespace, judged: list[dict], means: dict[str, dict], size: int) -> None:
@@ -204,13 +212,13 @@ def write(args: argparse.Namespace, judged: list[dict], means: dict[str, dict], 
     content = {name: value for name, value in first.items() if name != "rows"}
     content |= {"more_spaces": more, "over_spaces": means, "set_size": size}
     if args.held_out not in (None, "halves"):
-        content["held_out_sha256"] = sha256(Path(args.held_out))
+        content["held_out_sha256"] = content_sha256(Path(args.held_out))
     write_figures(
         args.output,
         first["rows"],
         **content,
         reference=str(args.reference),
-        reference_sha256=sha256(args.reference),
+        reference_sha256=content_sha256(args.reference),
         arguments=vars(args),
         versions=library_versions(),
     )

@@ -14,10 +14,22 @@ from torch import Tensor
 
 from evaluation.distances import LEAST_SUBSETS, equal_sets, kid, mean_over, sliced_wasserstein
 from evaluation.files import LEAST_IMAGES
-from evaluation.metrics import check_features, distance_of_checked, inception_score, neighbours, root_of, statistics
+from evaluation.metrics import (
+    CHUNK,
+    check_features,
+    distance_of_checked,
+    inception_score,
+    neighbours,
+    root_of,
+    statistics,
+)
 from train_cc.draws import rng_of
+from train_cc.io.class_names import contradiction, dataset_of
 from train_cc.io.errors import InputError
 from train_cc.models.features import FeatureSpace
+
+ORDER = 25  # first key of the draws
+LEAST_SHARE = 0.8  # of the classes that a chunk in random order has
 
 
 @dataclass(frozen=True)
@@ -42,27 +54,43 @@ def embed(content: Mapping[str, np.ndarray], path: Path, space: FeatureSpace, ba
     features, logits = space.of(content["arr_0"], batch)
     check_features(features, what, LEAST_IMAGES)
     labels = content.get("arr_1")
-    if labels is not None and space.knows_labels and not (labels.min() >= 0 and labels.max() < logits.shape[1]):
-        raise InputError(
-            f"{path} has labels from {labels.min()} to {labels.max()}, {space.name} knows 0 to {logits.shape[1] - 1}"
-        )
+    if labels is not None and space.knows_labels:
+        if not (labels.min() >= 0 and labels.max() < logits.shape[1]):
+            hint = ": do they count from 1?" if (labels.min(), labels.max()) == (1, logits.shape[1]) else ""
+            told = f"{path} has labels from {labels.min()} to {labels.max()}"
+            raise InputError(f"{told}, {space.name} knows 0 to {logits.shape[1] - 1}{hint}")
+        if "classes" in content:
+            require_classes(content["classes"].tolist(), path, space)
     return Embedded(features, logits, labels, space.knows_labels)
 
 
+def require_classes(folders: list[str], path: Path, space: FeatureSpace) -> None:
+    """The class folders are the classes of the space's classifier, in their order. Raises `InputError`."""
+    number = space.num_logits
+    if len(folders) != number:
+        told = f"{path} has {len(folders)} class folders, {space.name} {number} classes"
+        raise InputError(f"{told}: which is which is not known; give all of them, or one folder without classes")
+    if wrong := contradiction(folders, number, dataset_of(Path(space.name.partition(":")[2]))):
+        raise InputError(f"{path}: {wrong} ({space.name}); name the folders by the model's numbers (0, 1, ...)")
+
+
 class Reference:
-    """The real side of the figures: features of its images, and the statistics for FID.
+    """The real side of the figures: features of its images (None: it has none), and the statistics for FID.
 
     ``stored``: mu and sigma of this space that the file holds, checked; None: those of its images.
     """
 
-    def __init__(self, embedded: Embedded, stored: tuple[np.ndarray, np.ndarray] | None = None):
-        self.features, self.labels = embedded.features, embedded.labels
+    def __init__(self, embedded: Embedded | None, stored: tuple[np.ndarray, np.ndarray] | None = None):
+        self.features = None if embedded is None else embedded.features
+        self.labels = None if embedded is None else embedded.labels
         self.whole: Tensor | None = None  # with --adm: the features of all images of the file, halved or not
         if stored is not None:
             self.statistics, self.source = stored, "mu and sigma stored in the reference"
         else:
             self.statistics = statistics(self.features)
             self.source = f"computed from the reference's {len(self.features)} images: it stores no mu and sigma"
+            if len(self.features) <= self.features.shape[1]:
+                self.source += f", and the covariance of so few is singular in {self.features.shape[1]} features"
         self._root = root_of(self.statistics[1])
 
     def distance(self, features: Tensor) -> float:
@@ -130,27 +158,55 @@ def row_of(
     embedded: Embedded, reference: Reference, size: int, rounds: int = 0, real: dict | None = None, held: bool = False
 ) -> dict:
     """``size``: of the sets. ``real``: the distances of held-out real images, for the ratios; ``held``: of these."""
-    sets = Sets(embedded.features, reference, size)
-    figures, errors = {"FID": reference.distance(embedded.features)} | sets.figures(), {}
+    sets = None if reference.features is None else Sets(embedded.features, reference, size)
+    figures, errors, distances = {"FID": reference.distance(embedded.features)}, {}, {}
     if embedded.logits is not None:
         figures["IS"] = inception_score(embedded.logits)
-    if min(len(embedded.features), len(reference.features)) >= 2 * LEAST_SUBSETS:
-        figures["KID"], errors["KID"] = kid(reference.features, embedded.features)
     if embedded.right is not None:
         figures["accuracy"] = embedded.right.mean().item()
+    if sets is not None:
+        distances = sets.distances(frechet=held or real is not None)
+        figures |= sets.figures() | {"SW": distances["SW"]} | ratios(distances, real)
+        if min(len(embedded.features), len(reference.features)) >= 2 * LEAST_SUBSETS:
+            figures["KID"], errors["KID"] = kid(reference.features, embedded.features)
     if reference.whole is not None:
         adm = neighbours(reference.whole, embedded.features).figures()
         figures |= {"ADM recall": adm["Recall"], "ADM precision": adm["Precision"]}
-    distances = sets.distances(frechet=held or real is not None)
-    figures |= {"SW": distances["SW"]} | ratios(distances, real)
     row = {"figures": figures, "images": len(embedded.features), "standard_errors": errors, "distances": distances}
-    row["classes"] = {"recall": sets.recall_of_classes()}
+    row["classes"] = {"recall": sets and sets.recall_of_classes()}
     if embedded.right is not None:
         row["classes"]["accuracy"] = by_class(embedded.right, embedded.labels)
     if rounds:
-        row["draws"] = bootstrap(embedded, sets, rounds, real)
+        row["draws"] = bootstrap(embedded, reference, sets, rounds, real)
         row["intervals"] = intervals(row)
-    return row
+    return row | {"notes": notes_of(embedded)}
+
+
+def notes_of(embedded: Embedded) -> list[str]:
+    """Warnings about the samples: too few for a covariance, or class by class."""
+    (count, size), notes = embedded.features.shape, []
+    if count <= size:
+        notes.append(f"{count} images in {size} features: the covariance is singular, and FID too high")
+    if embedded.logits is None or count <= CHUNK:
+        return notes
+    classes = embedded.logits.argmax(dim=1).numpy() if embedded.labels is None else embedded.labels
+    order = torch.randperm(count, generator=rng_of(ORDER, count))
+    if classes_in_chunks(classes) < LEAST_SHARE * classes_in_chunks(classes[order.numpy()]):
+        scores = [inception_score(logits) for logits in (embedded.logits, embedded.logits[order])]
+        notes.append(
+            f"the samples are stored class by class, and IS is of consecutive chunks of {CHUNK}: {scores[0]:.2f}, "
+            f"in random order {scores[1]:.2f}; shuffle the file for a figure that compares"
+        )
+    return notes
+
+
+def classes_in_chunks(classes: np.ndarray) -> float:
+    """exp(entropy) of the classes (N,) in each of the Inception Score's chunks, the mean."""
+    found = []
+    for start in range(0, len(classes), CHUNK):
+        shares = np.unique(classes[start : start + CHUNK], return_counts=True)[1] / len(classes[start : start + CHUNK])
+        found.append(np.exp(-(shares * np.log(shares)).sum()))
+    return float(np.mean(found))
 
 
 def ratios(distances: dict[str, float], real: dict[str, float] | None) -> dict[str, float]:
@@ -162,21 +218,23 @@ def ratios(distances: dict[str, float], real: dict[str, float] | None) -> dict[s
     return {f"{name}r": distances[name] / real[name] for name in ("FD", "SW")}
 
 
-def bootstrap(embedded: Embedded, sets: Sets, rounds: int, real: dict | None, seed: int = 0) -> dict[str, list[float]]:
+def bootstrap(
+    embedded: Embedded, reference: Reference, sets: Sets | None, rounds: int, real: dict | None, seed: int = 0
+) -> dict[str, list[float]]:
     """Every figure but KID in ``rounds`` resamplings of the generated images (recall, coverage: of the reference's).
 
     The balls are those of all images: a resampled set has duplicates, which would shrink them.
     """
     drawn: dict[str, list[float]] = {}
-    counts = (len(embedded.features), len(sets.reference.features))
+    counts = [len(embedded.features)] + ([] if sets is None else [len(reference.features)])
     for i in range(rounds):
         generator = rng_of(seed, i)
         rows = [torch.randint(count, (count,), generator=generator) for count in counts]
-        found = {name: tally.mean(rows[side]) for name, (side, tally) in sets.tallies.items()}
-        chosen = embedded.features[rows[0]]
-        found["FID"] = sets.reference.distance(chosen)
-        distances = sets.distances(rows[0], real is not None)
-        found |= {"SW": distances["SW"]} | ratios(distances, real)
+        found = {"FID": reference.distance(embedded.features[rows[0]])}
+        if sets is not None:
+            found |= {name: tally.mean(rows[side]) for name, (side, tally) in sets.tallies.items()}
+            distances = sets.distances(rows[0], real is not None)
+            found |= {"SW": distances["SW"]} | ratios(distances, real)
         if embedded.logits is not None:
             found["IS"] = inception_score(embedded.logits[rows[0]])
         if embedded.right is not None:

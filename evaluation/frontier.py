@@ -248,6 +248,7 @@ def text_of(rows: Table, spaces: list[dict], means: list[dict], title: str) -> s
         parts += [table_over_seeds(space["rows"], count, size)]
         if all(row["seeds"] == 1 for row in mean["rows"].values()):
             parts[-1] = table(space["rows"], count, size)
+        parts += [f"Missing: {space['missing']}."] if "missing" in space else []
         parts.append(against_controls(mean["rows"], against))
         parts.append("\n".join(f"- {line}" for line in domination(mean["rows"], published)))
         parts.append("\n".join(f"- {line}" for line in suffered(space["rows"], together=True)))
@@ -268,13 +269,17 @@ def write_results(args: argparse.Namespace, rows: Table, spaces: list[dict]) -> 
     write_atomically(args.output_dir / "frontier.md", f"{text}\n<!-- {mark_of('a table')} -->\n")
     first, *more = means
     named = {"more_spaces": more, "set_size": first.get("set_size"), "table": str(args.table or args.recipe)}
+    named |= {"missing": first["missing"]} if "missing" in first else {}
     write_figures(args.output_dir / "frontier.json", first["rows"], features=first["features"], **named)
     from evaluation.scatter import picture  # matplotlib takes a second
 
     drawn = [each for each in means if "Precision" in next(iter(each["rows"].values()))["figures"]]
     colours = {row.name: colour_of(row) for row in rows.rows}
     against = {row.name: row.against for row in rows.rows if row.against}
-    picture(drawn, colours, against, args.output_dir / "frontier.png")
+    if drawn:
+        picture(drawn, colours, against, args.output_dir / "frontier.png")
+    else:
+        print("no picture: no row has recall and precision")
     return text
 
 
@@ -292,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         frontier = Frontier(args, rows)
         run_all(frontier.jobs(), frontier.processes, args.jobs)
         print(write_results(args, rows, frontier.spaces()))
-    print(f"written: {args.output_dir}/frontier.{{md,json,png}}")
+    print(f"written: {', '.join(str(path) for path in sorted(args.output_dir.glob('frontier.*')))}")
 
 
 if __name__ == "__main__":

@@ -7,18 +7,16 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from torch import Tensor
-from torch.utils.data import DataLoader
+from accelerate import PartialState
 from tqdm import tqdm
 
-from evaluation.images import FolderImages, Images, checked, open_images
+from evaluation.images import FolderImages, Images, batches_of, choose_workers, open_images
 from evaluation.moments import merged, shard_moments
+from train_cc.io.class_names import order_of
 from train_cc.io.errors import InputError
 from train_cc.io.read import read_npz
 from train_cc.io.write import (
@@ -37,6 +35,7 @@ from train_cc.io.write import (
 )
 from train_cc.models.features import FeatureSpace, load_space, without_tf32
 from train_cc.rewards.statistics import read_space
+from train_cc.run.devices import SHARDS_TIMEOUT, open_processes
 
 # Shards -----------------------------------------------------------------------------------------------------------
 
@@ -77,22 +76,14 @@ def shards_of(count: int, size: int) -> dict[str, range]:
 
 
 def fill_shards(
-    folder: Path, todo: dict[str, range], images: Images, space: FeatureSpace, accelerator: Accelerator, args
+    folder: Path, todo: dict[str, range], images: Images, space: FeatureSpace, accelerator: PartialState, args
 ) -> None:
     """Read, embed and sum up the images of ``todo``, a shard at a time; one loader for all keeps its workers busy."""
     batches = {
         name: [range(first, min(first + args.batch_size, part.stop)) for first in part[:: args.batch_size]]
         for name, part in todo.items()
     }
-    loader = iter(
-        DataLoader(
-            images,
-            batch_sampler=[batch for parts in batches.values() for batch in parts],
-            num_workers=args.workers,
-            collate_fn=list,
-        )
-    )
-    shape = images.shape
+    read = batches_of(images, [batch for parts in batches.values() for batch in parts], args.workers)
     progress = tqdm(
         desc="images", total=sum(map(len, todo.values())), disable=not accelerator.is_main_process, mininterval=2
     )
@@ -100,7 +91,7 @@ def fill_shards(
         for name, parts in batches.items():
             features = []
             for indices in parts:
-                pixels = stacked(next(loader), indices, images, shape).to(accelerator.device)
+                pixels = next(read).to(accelerator.device)
                 with torch.no_grad(), without_tf32():
                     features.append(space(pixels.float() / 255))
                 progress.update(len(indices))
@@ -129,21 +120,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def stacked(batch: list[Tensor | str], indices: range, images: Images, shape: tuple[int, ...]) -> Tensor:
-    for index, image in zip(indices, batch, strict=True):
-        if checked(image).shape != shape:
-            raise InputError(
-                f"{images.name(index)} has the size {tuple(image.shape[1:])}, the first image {shape[1:]}; "
-                "images of one size are expected: crop them by --image-size"
-            )
-    return torch.stack(batch)
-
-
 # All of them ----------------------------------------------------------------------------------------------------
-
-
-def choose_workers(processes: int) -> int:
-    return max(0, min(8, (os.cpu_count() or 1) // processes - 1))
 
 
 def about(space: FeatureSpace, images: Images) -> dict:
@@ -170,6 +147,9 @@ def save(path: Path, moments: dict[str, np.ndarray], told: dict) -> None:
 
 def notes(images: Images, moments: dict[str, np.ndarray]) -> list[str]:
     lines, size = [], len(moments["mu"])
+    classes = images.source.get("classes")
+    if classes:
+        lines.append(order_of(classes))
     if len(images) <= size:
         lines.append(
             f"WARNING: {len(images)} images in {size} dimensions: the covariance is singular; give more images"
@@ -178,15 +158,14 @@ def notes(images: Images, moments: dict[str, np.ndarray]) -> list[str]:
     if len(empty):
         lines.append(
             f"WARNING: classes {empty[:8].tolist()} have no image: the Frechet reward per class refuses the file"
+            + ("; do the labels count from 1?" if empty.tolist() == [0] else "")
         )
     return lines
 
 
 def gather(args: argparse.Namespace) -> None:
     """The command, its flags checked. Raises `InputError`."""
-    # Whoever is done first waits for the slowest.
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patient])
+    accelerator = open_processes(SHARDS_TIMEOUT)
     if args.workers is None:
         args.workers = choose_workers(accelerator.num_processes)
     space = load_space(args.space, accelerator.device, args.dinov2_backbone, args.inception_weights)

@@ -4,7 +4,8 @@
 
 Image i depends on (seed, i) alone: noise and label are the same for any batch size and number of processes, and the
 images equal within one grey level. Values are rounded to nearest. `--sampler few-step` is the generator's own, with the
-steps and the shift that its folder or checkpoint records; `euler` and `heun` treat the model as a multi-step teacher.
+steps and the shift that its folder or checkpoint records; `euler`, `heun` and `sde` treat the model as a multi-step
+teacher. `sde` is Euler-Maruyama, as the published figures of SiT and REPA are made.
 Runs under `accelerate launch` or `torchrun` too. Finished shards are kept beside the output until it is whole: the same
 command continues where it was stopped, and changes nothing where it had finished.
 """
@@ -16,6 +17,7 @@ from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.saying import saying
 
 MULTI_STEPS = 50  # of euler and heun, unless told otherwise: a teacher in one step is not what they are for
+SDE_STEPS = 250  # as published
 
 
 def build_parser() -> flags.Parser:
@@ -26,7 +28,7 @@ def build_parser() -> flags.Parser:
         required=True,
         help="a run's generator/, a teacher folder, a torch_units/step-N.pt, or org/name[@revision] on the hub",
     )
-    parser.add_argument("--output", type=flags.path, required=True, help="the .npz to write")
+    parser.add_argument("--output", type=flags.output_file, required=True, help="the .npz to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an --output and --png-dir of this command")
     parser.add_argument("--png-dir", type=flags.path, help="also write the images as PNG files there")
     parser.add_argument("--num-images", type=flags.COUNT, default=50_000, help="images in all")
@@ -37,6 +39,8 @@ def build_parser() -> flags.Parser:
     parser.add_argument(
         "--labels", choices=["balanced", "random"], default="balanced", help="equal numbers per class, or drawn"
     )
+    parser.add_argument("--classes", nargs="+", help="only these, numbers or names, each once; without it all")
+    parser.add_argument("--names", type=flags.path, help="for --classes: a file with the classes' names, a line each")
     add_sampling_arguments(parser)
     parser.add_argument("--seed", type=flags.SEED, default=0, help="of noise and labels")
     return parser
@@ -45,14 +49,14 @@ def build_parser() -> flags.Parser:
 def add_sampling_arguments(parser: flags.Parser) -> None:
     parser.add_argument(
         "--sampler",
-        choices=["few-step", "euler", "heun"],
+        choices=["few-step", "euler", "heun", "sde"],
         default="few-step",
-        help="the generator's, or a teacher's solver",
+        help="the generator's, or a teacher's solver: of the ODE (euler, heun) or of the SDE",
     )
     parser.add_argument(
         "--num-steps",
         type=flags.STEPS,
-        help=f"few-step: without it what --generator records, else 1; euler and heun: without it {MULTI_STEPS}",
+        help=f"without it few-step: what --generator records, else 1; euler and heun: {MULTI_STEPS}; sde: {SDE_STEPS}",
     )
     parser.add_argument(
         "--timestep-shift",
@@ -68,6 +72,12 @@ def add_sampling_arguments(parser: flags.Parser) -> None:
         metavar=("LOW", "HIGH"),
         help="times guided, of 0 (data) to 1 (noise)",
     )
+    parser.add_argument(
+        "--guidance-channels",
+        type=flags.integer(1, 1024),
+        metavar="N",
+        help="guide the first N channels only (published scales of DiT and SiT: 3 of 4); without it all",
+    )
     parser.add_argument("--vae", default="none", help="decoder of latent models: hub name or folder; none: pixel space")
     parser.add_argument(
         "--dtype",
@@ -78,17 +88,21 @@ def add_sampling_arguments(parser: flags.Parser) -> None:
 
 
 def check_sampling(args: argparse.Namespace) -> None:
-    """Raises `InputError` for a shift where no grid is shifted; sets the number of steps of euler and heun."""
+    """Raises `InputError` for a shift where no grid is shifted; sets the number of steps of a teacher's solver."""
     if args.sampler != "few-step" and args.timestep_shift is not None:
         raise InputError(f"--timestep-shift is of the few-step sampler's grid; --sampler {args.sampler} has none")
     if args.num_steps is None and args.sampler != "few-step":
-        args.num_steps = MULTI_STEPS
+        args.num_steps = SDE_STEPS if args.sampler == "sde" else MULTI_STEPS
+    if args.sampler == "sde" and args.num_steps < 2:
+        raise InputError(f"--num-steps is {args.num_steps}; --sampler sde takes 2 at the least: its last adds no noise")
 
 
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     check_sampling(args)
+    if args.names is not None and args.classes is None:
+        raise InputError(f"--names is {args.names}, but no --classes are given: names choose classes")
     with saying("loading libraries"):
         from evaluation.sampling import generate  # networks take seconds to import: what is wrong has been said
 

@@ -2,17 +2,21 @@
 
 import hashlib
 import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from evaluation.files import MAX_LABEL
+from evaluation.files import MAX_LABEL, array_shape, require_range
 from train_cc.io.errors import InputError
-from train_cc.io.read import parsing, read_npz, require_file, sha256
+from train_cc.io.read import first_line, parsing, read_npz, require_file, sha256
 from train_cc.pretrain.data import DATASETS, load_dataset
 
 EXPECTED = f"a folder of images, an .npz with arr_0 uint8 (N, H, W, C), or one of {', '.join(DATASETS)}"
@@ -21,15 +25,32 @@ EXPECTED = f"a folder of images, an .npz with arr_0 uint8 (N, H, W, C), or one o
 class Images:
     """``self[i]``: image i, uint8 (C, H, W), or the message of what is wrong: a worker process cannot raise it.
 
+    A batch is one numpy array. Tensors would travel from a worker by a file descriptor and shared memory each: both are
+    scarce (`ulimit -n`, a container's /dev/shm).
     ``labels``: (N,) int64, or None. ``shape``: of the first image. ``source``: what the images are, for a record.
     """
 
     def __init__(self, labels: Tensor | None, source: dict):
         self.labels, self.source = labels, source
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         return tuple(checked(self[0]).shape)
+
+    def __getitems__(self, indices: Sequence[int]) -> np.ndarray | str:
+        """The batch (B, C, H, W), or the message of its first bad image."""
+        batch = []
+        for index in indices:
+            image = self[index]
+            if isinstance(image, str):
+                return image
+            if image.shape != self.shape:
+                return (
+                    f"{self.name(index)} has the size {tuple(image.shape[1:])}, the first image {self.shape[1:]}; "
+                    "images of one size are expected: crop them by --image-size of evaluation.statistics"
+                )
+            batch.append(image.numpy())
+        return np.stack(batch)
 
     @property
     def num_classes(self) -> int | None:
@@ -77,7 +98,7 @@ class FolderImages(Images):
             if file.mode.startswith(("I", "F")):
                 raise InputError(f"{path} has mode {file.mode}; images of 8 bits a channel are expected")
             if self.channels == 1 and file.mode not in ("1", "L"):
-                raise InputError(f"{path} has colours (mode {file.mode}); the feature space takes greyscale images")
+                raise InputError(f"{path} has colours (mode {file.mode}); greyscale images are expected")
             image = file.convert("L" if self.channels == 1 else "RGB")
         if self.size is not None:
             image = centre_crop(image, self.size)
@@ -94,10 +115,32 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def checked(image: Tensor | str) -> Tensor:
+def checked(image: Tensor | np.ndarray | str) -> Tensor | np.ndarray:
     if isinstance(image, str):
         raise InputError(image)
     return image
+
+
+def batches_of(images: Images, batches: Sequence[Sequence[int]], workers: int) -> Iterator[Tensor]:
+    """uint8 (B, C, H, W) of each of ``batches``, read by ``workers`` processes. Raises `InputError`."""
+    images.shape  # noqa: B018  read once, before the workers copy it
+    loader = DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=as_it_is)
+    try:
+        for batch in loader:
+            yield torch.from_numpy(checked(batch))
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"a process that reads {images.source['images']} has ended ({first_line(error)}); "
+            "was it short of memory? Lower --batch-size, or --workers of evaluation.statistics"
+        ) from error
+
+
+def as_it_is(batch: np.ndarray | str) -> np.ndarray | str:
+    return batch
+
+
+def choose_workers(processes: int) -> int:
+    return max(0, min(8, (os.cpu_count() or 1) // processes - 1))
 
 
 # Opening -----------------------------------------------------------------------------------------------------------
@@ -119,16 +162,11 @@ def open_images(text: str, size: int | None, channels: int, data_dir: str | None
 
 def open_npz(path: Path) -> ArrayImages:
     content = read_npz(path, EXPECTED)
-    images, labels = content.get("arr_0"), content.get("arr_1")
-    if (
-        images is None
-        or images.ndim != 4
-        or images.dtype != np.uint8
-        or images.shape[3] not in (1, 3)
-        or not len(images)
-    ):
-        found = "no arr_0" if images is None else f"arr_0 {images.dtype} {images.shape}"
-        raise InputError(f"{path} has {found}; arr_0 uint8 (N, H, W, C) with C of 1 or 3 is expected")
+    array_shape({name: (array.shape, array.dtype) for name, array in content.items()}, path, EXPECTED)
+    images, labels = content["arr_0"], content.get("arr_1")
+    if not images.size:
+        raise InputError(f"{path} has arr_0 {images.shape}, without an image; {EXPECTED} is expected")
+    require_range(images, path)
     if labels is not None:
         if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
             raise InputError(
@@ -141,10 +179,25 @@ def open_npz(path: Path) -> ArrayImages:
     return ArrayImages(images, labels, {"images": str(path), "sha256": sha256(path)})
 
 
+def in_order(names: list[str], folder: Path) -> list[str]:
+    """Class folders as they are numbered: 2 or class_2 before 10, all others by the alphabet, as ImageNet's ids are.
+
+    Raises `InputError` for two folders of one number.
+    """
+    parts = [re.fullmatch(r"(\D*)([0-9]+)(\D*)", name) for name in names]
+    if not all(parts) or len({(part[1], part[3]) for part in parts}) > 1:
+        return sorted(names)
+    numbers = [int(part[2]) for part in parts]
+    if len(set(numbers)) < len(numbers):
+        twice = sorted(name for name, number in zip(names, numbers, strict=True) if numbers.count(number) > 1)
+        raise InputError(f"the class folders {', '.join(twice[:8])} of {folder} have one number; rename or merge them")
+    return [name for _, name in sorted(zip(numbers, names, strict=True))]
+
+
 def open_folder(folder: Path, size: int | None, channels: int) -> FolderImages:
-    """A folder a class, numbered in alphabetical order; or images without labels in ``folder`` itself."""
+    """A folder per class, in the order of `in_order`; or images without labels in ``folder`` itself."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    classes = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    classes = in_order([entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")], folder)
     flat = [entry.path for entry in entries if entry.is_file() and entry.name.lower().endswith(IMG_EXTENSIONS)]
     numbers = {name: i for i, name in enumerate(classes)}
     found = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True) if classes else []
@@ -159,6 +212,16 @@ def open_folder(folder: Path, size: int | None, channels: int) -> FolderImages:
     labels = torch.tensor([label for _, label in found]) if found else None
     names = "\n".join(os.path.relpath(path, folder) for path in paths)
     source = {"images": str(folder), "sha256_of_names": hashlib.sha256(names.encode(errors="replace")).hexdigest()}
+    if found:
+        source["classes"] = classes
     if size is not None:
         source["image_size"] = size
     return FolderImages(paths, labels, size, channels, source)
+
+
+def open_samples(folder: Path) -> FolderImages:
+    """A folder of images of one size as they are; greyscale if the first one is."""
+    images = open_folder(folder, None, 3)
+    with parsing(images.paths[0], "an image"), Image.open(images.paths[0]) as file:
+        images.channels = 1 if file.mode in ("1", "L") else 3
+    return images

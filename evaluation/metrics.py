@@ -18,6 +18,7 @@ from train_cc.io.errors import InputError
 ASYMMETRY, NEGATIVE = 1e-5, 1e-4
 # Below it softmax is 0 in float64, and the library's 0 log 0 is NaN.
 LEAST_LOGIT = -700.0
+CHUNK = 5000  # consecutive samples of one Inception Score
 
 
 def statistics(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -165,7 +166,7 @@ def check_features(features: Tensor, name: str, least: int = 2, what: str = "fea
         raise InputError(f"the {name} {what} are not finite")
 
 
-def inception_score(logits: Tensor, chunk: int = 5000) -> float:
+def inception_score(logits: Tensor, chunk: int = CHUNK) -> float:
     """exp E KL(p(y|x) || p(y)), the mean over consecutive chunks of ``chunk`` samples, unshuffled."""
     check_features(logits, "generated", 1, "logits")
     if chunk < 1:

@@ -5,14 +5,18 @@
 
 A class is its number or its name, as timm's ImageNetInfo has it for 1000 classes (one of its words is enough, if it is
 no other class's), and as the data set of the generator's teacher has it for digits and Fashion-MNIST; or by a file of
-`--names`, a name a line. Row r of a column is a function of the seed, r and the class alone: the
-r-th image of that class of `evaluation.generate` with the same seed.
+`--names`, a name a line. Row r of a column is a function of the seed, r and the class alone: the r-th image of that
+class of `evaluation.generate` with the same seed and all classes.
 """
+
+import argparse
+from pathlib import Path
 
 from evaluation.generate import add_sampling_arguments, check_sampling
 from train_cc.io import flags
+from train_cc.io.class_names import class_names
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.write import check_output_file
+from train_cc.io.write import check_output_file, record_of
 
 
 def build_parser() -> flags.Parser:
@@ -24,7 +28,7 @@ def build_parser() -> flags.Parser:
         help="a run's generator/, a teacher folder, or a torch_units/step-N.pt",
     )
     parser.add_argument("--classes", nargs="+", required=True, help="numbers or names")
-    parser.add_argument("--grid", type=flags.path, required=True, help="the PNG to write")
+    parser.add_argument("--grid", type=flags.output_file, required=True, help="the PNG to write")
     parser.add_argument("--per-class", type=flags.integer(1, 1000), default=4, help="images of each class")
     parser.add_argument("--names", type=flags.path, help="a file with the classes' names, a line each")
     add_sampling_arguments(parser)
@@ -54,6 +58,25 @@ def class_of(text: str, names: list[str] | None, count: int) -> int:
     told = "several classes have that name" if found else "no class has that name"
     told += f", such as {near}" if near else ""
     raise InputError(f"--classes {text[:80]!r}: {told}; give a number from 0 to {count - 1} or another name")
+
+
+def data_of(source) -> str | None:
+    """The data set that the teacher of ``source.path`` was trained on, as far as records lead there."""
+    # A file is a run's checkpoints/torch_units/step-N.pt.
+    folder = source.path if source.path.is_dir() else source.path.resolve().parents[2]
+    for _ in range(3):  # the generator's folder, its run's, its teacher's
+        arguments = record_of(folder).get("arguments", {})
+        if isinstance(arguments.get("dataset"), str):
+            return arguments["dataset"]
+        folder = Path(str(arguments["teacher"])) if arguments.get("teacher") else folder.parent
+    return None
+
+
+def classes_of(args: argparse.Namespace, source) -> tuple[list[int], list[str] | None]:
+    """``args.classes`` as numbers, and the names of all classes if there are any. Raises `InputError`."""
+    given = str(args.names.absolute()) if args.names else "auto"  # a file, though it be named like a data set
+    names = class_names(given, source.num_classes, data_of(source), "--names")
+    return [class_of(text, names, source.num_classes) for text in args.classes], names
 
 
 @exits_on_input_error

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
 from evaluation.decoding import decoder_of
 from evaluation.files import apart
+from evaluation.sample import classes_of
 from evaluation.shards import (
     check_png_dir,
     check_shards_folder,
@@ -31,6 +32,7 @@ from train_cc.draws import Draws
 from train_cc.io.errors import InputError
 from train_cc.io.hub import model_folder, pinned
 from train_cc.io.read import check_numbers, read_npz, require_file, require_folder, sha256
+from train_cc.io.saying import note
 from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.io.write import check_output_file, library_versions, mark_of, need_space, record
 from train_cc.models.generator import SAMPLING, read_rewards, read_sampling
@@ -38,13 +40,14 @@ from train_cc.models.latents import read_latent_space
 from train_cc.models.sit import SiT, choose_attention, read_sit_config
 from train_cc.models.vae import DECODED_AT_ONCE, images_to_uint8, require_decoder, vae_files
 from train_cc.run.checkpoint import Checkpoint, open_checkpoint
-from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample
+from train_cc.run.devices import SHARDS_TIMEOUT, open_processes
+from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample, sde_sample
 
 IMAGES, RANDOM_LABEL = 11, 12  # first keys of the draws, after the seed
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MULTI_STEP = {"euler": euler_sample, "heun": heun_sample}
 # What may differ between the runs that fill the shards of one output.
-FREE = ("batch_size", "output", "png_dir", "overwrite")
+FREE = ("batch_size", "output", "png_dir", "overwrite", "names")
 
 
 class ImageNoise:
@@ -58,11 +61,12 @@ class ImageNoise:
         return torch.stack([draws.noise(*self._shape) for draws in self._draws]).to(self._device)
 
 
-def labels_of(indices: range, seed: int, num_classes: int, mode: str) -> Tensor:
-    """balanced: i mod num_classes; random: uniform. (N,) int64."""
-    if mode == "balanced":
-        return torch.tensor(indices) % num_classes
-    return torch.cat([Draws(seed, RANDOM_LABEL, i).integers(num_classes, 1) for i in indices])
+def labels_of(indices: range, args: argparse.Namespace, num_classes: int) -> Tensor:
+    """Labels of --classes, else of all: balanced, i mod their number; random, uniform. (N,) int64."""
+    classes = torch.arange(num_classes) if args.classes is None else torch.tensor(args.classes)
+    if args.labels == "balanced":
+        return classes[torch.tensor(indices) % len(classes)]
+    return classes[torch.cat([Draws(args.seed, RANDOM_LABEL, i).integers(len(classes), 1) for i in indices])]
 
 
 @torch.no_grad()
@@ -73,9 +77,12 @@ def samples_of(model: SiT, indices: range, y: Tensor, args: argparse.Namespace) 
     def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return model(x, t, y).float()  # the solver's algebra is fp32 whatever the network's dtype
 
-    network = guide(network, model.null_class, args.guidance_scale, tuple(args.guidance_interval))
+    interval = tuple(args.guidance_interval)
+    network = guide(network, model.null_class, args.guidance_scale, interval, args.guidance_channels)
     if args.sampler == "few-step":
         return few_step_sample(network, noise(), labels, args.num_steps, args.timestep_shift, noise)
+    if args.sampler == "sde":
+        return sde_sample(network, noise(), labels, args.num_steps, noise)
     return MULTI_STEP[args.sampler](network, noise(), labels, args.num_steps)
 
 
@@ -83,18 +90,20 @@ def images_of_labels(model: SiT, decode, indices: range, y: Tensor, args: argpar
     """uint8 (B, H, W, C): image i of ``indices``, of the class y[i]. Raises `InputError` where they are not finite."""
     x0 = samples_of(model, indices, y, args)
     images = decode(x0)
-    for what, values in (("samples", x0), ("decoded images", images)):
+    of_network = "the weights are damaged, or the guidance scale is too large"
+    if args.dtype != "fp32":
+        of_network += f", or --dtype {args.dtype} is too narrow: fp32 shows which"
+    of_decoder = f"they are so in fp32 too, of finite samples: the weights of --vae {args.vae} are damaged"
+    for what, values, why in (("samples", x0, of_network), ("decoded images", images, of_decoder)):
         if not torch.isfinite(values).all():
-            raise InputError(
-                f"{what} {indices[0]} to {indices[-1]} hold NaN or infinity: the weights are damaged, the guidance "
-                "scale is too large, or --dtype too narrow; no images are made of them"
-            )
+            told = f"{what} {indices[0]} to {indices[-1]} hold NaN or infinity"
+            raise InputError(f"{told}: {why}; no images are made of them")
     return images_to_uint8(images).numpy()
 
 
 def generate_batch(model: SiT, decode, indices: range, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """-> images uint8 (B, H, W, C), labels (B,)."""
-    y = labels_of(indices, args.seed, model.null_class, args.labels)
+    y = labels_of(indices, args, model.null_class)
     return images_of_labels(model, decode, indices, y, args), y.numpy()
 
 
@@ -159,11 +168,32 @@ def recorded_sampling(checkpoint: Checkpoint) -> tuple[int, float]:
     return steps, float(shift)
 
 
-def resolve_sampling(args: argparse.Namespace, recorded: tuple[int, float] | None) -> None:
-    """Set the steps and the shift that the command line leaves open."""
-    steps, shift = recorded if recorded and args.sampler == "few-step" else (1, 1.0)
+def resolve_sampling(args: argparse.Namespace, source: Source) -> None:
+    """Set the steps and the shift that the command line leaves open. Raises `InputError`."""
+    channels = source.in_channels
+    if args.guidance_channels is not None and args.guidance_channels > channels:
+        told = f"allowed: 1 to {channels}, the channels of {args.generator}; without it all are guided"
+        raise InputError(f"--guidance-channels is {args.guidance_channels}; {told}")
+    few = args.sampler == "few-step"
+    if few and source.sampling is None and args.num_steps is None:
+        note(
+            f"{args.generator} does not record for how many steps it was distilled: it is sampled in one step. For a "
+            "multi-step teacher give --sampler euler, heun or sde; --num-steps 1 asks for one step"
+        )
+    elif not few and source.sampling is not None:
+        recorded = f"{args.generator} is distilled (num_inference_steps {source.sampling[0]})"
+        note(f"{recorded}; --sampler {args.sampler} is for a multi-step teacher")
+    steps, shift = source.sampling if source.sampling and few else (1, 1.0)
     args.num_steps = steps if args.num_steps is None else args.num_steps
     args.timestep_shift = shift if args.timestep_shift is None else args.timestep_shift
+
+
+def resolve_classes(args: argparse.Namespace, source: Source) -> None:
+    """Set --classes to numbers, each once. Raises `InputError`."""
+    if args.classes is not None:
+        args.classes, _ = classes_of(args, source)
+        if twice := sorted({k for k in args.classes if args.classes.count(k) > 1}):
+            raise InputError(f"--classes names class {twice[0]} more than once; give each class once")
 
 
 # All of them, in shards ------------------------------------------------------------------------------------------
@@ -181,7 +211,7 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 def provenance_of_run(args: argparse.Namespace, source: Source) -> dict:
-    what = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    what = {name: str(value) for name, value in vars(args).items() if name not in FREE and value is not None}
     return {
         "made_by": mark_of("samples"),
         "arguments": what,
@@ -207,7 +237,7 @@ def load_sampler(args: argparse.Namespace, source: Source, device: torch.device)
 
 
 def fill_shards(
-    args: argparse.Namespace, folder: Path, provenance: dict, source: Source, accelerator: Accelerator
+    args: argparse.Namespace, folder: Path, provenance: dict, source: Source, accelerator: PartialState
 ) -> None:
     """Make this process's share of the shards that are missing or damaged. The decoder's precision is noted."""
     model, decode, provenance["decoder"], image_shape = load_sampler(args, source, accelerator.device)
@@ -220,13 +250,20 @@ def fill_shards(
     with tqdm(desc="images", total=sum(map(len, ranges)), disable=not main) as progress:
         for indices in ranges:
             path = shard_path(folder, indices[0])
-            labels = labels_of(indices, args.seed, model.null_class, args.labels).numpy()
+            labels = labels_of(indices, args, model.null_class).numpy()
             if read_shard(path, labels, image_shape, provenance) is None:
                 firsts = range(indices.start, indices.stop, args.batch_size)
                 batches = [range(first, min(first + args.batch_size, indices.stop)) for first in firsts]
+                before = decode.again
                 made = [generate_batch(model, decode, batch, args) for batch in batches]
-                write_shard(path, *(np.concatenate(parts) for parts in zip(*made, strict=True)), provenance)
+                images, y = (np.concatenate(parts) for parts in zip(*made, strict=True))
+                write_shard(path, images, y, provenance, decode.again - before)
             progress.update(len(indices))
+
+
+def say_decoded_again(count: int) -> None:
+    if count:
+        note(f"{count} image{'s' * (count > 1)} overflowed in fp16: decoded in fp32")
 
 
 def images_of(paths: list[Path]) -> Iterator[np.ndarray]:
@@ -242,13 +279,14 @@ def write_png_dir(args: argparse.Namespace, paths: list[Path], provenance: dict)
 
 def generate(args: argparse.Namespace) -> None:
     """The command, its flags checked. Raises `InputError`."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = open_processes(SHARDS_TIMEOUT)
     if accelerator.is_main_process:
         check_outputs(args)
     args.generator = pinned(args.generator)
     source = open_source(args.generator)
     require_decoder(source.in_channels, args.vae, args.generator)
-    resolve_sampling(args, source.sampling)
+    resolve_sampling(args, source)
+    resolve_classes(args, source)
     provenance = provenance_of_run(args, source)
     if accelerator.is_main_process and args.png_dir is not None:
         check_png_dir(args.png_dir, args.overwrite, provenance)
@@ -266,7 +304,7 @@ def generate(args: argparse.Namespace) -> None:
             paths = [args.output]
             if not there:
                 paths = [shard_path(folder, start) for start in range(0, args.num_images, args.shard_size)]
-                merge_shards(paths, args.output, provenance)
+                say_decoded_again(merge_shards(paths, args.output, provenance))
             write_png_dir(args, paths, provenance)
     if accelerator.is_main_process:
         print(f"{args.num_images} images {'were there already:' if there else '->'} {args.output}")

@@ -35,7 +35,8 @@ from train_cc.io.write import (
 from train_cc.run.pictures import png_bytes
 
 LOCK, NOTE, WHOLE = ".lock", "provenance.json", "whole.tmp"
-SHARD = re.compile(r"\d{8,}\.npz")
+SHARD = re.compile(r"([0-9]{8}|[1-9][0-9]{8,})\.npz")
+PICTURE = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.png")
 # What a run that was killed can leave before its first shard.
 LEFT = re.compile(rf"\.lock|({re.escape(NOTE)})?{UNFINISHED}")
 OURS = re.compile(rf"{SHARD.pattern}(\.tmp)?|whole\.tmp|provenance\.json|{LEFT.pattern}")
@@ -103,10 +104,11 @@ def write_npz(path: Path, kind: str, arrays: dict[str, np.ndarray], images: Iter
     flush(path)
 
 
-def write_shard(path: Path, images: np.ndarray, labels: np.ndarray, provenance: dict) -> None:
+def write_shard(path: Path, images: np.ndarray, labels: np.ndarray, provenance: dict, again: int = 0) -> None:
+    """``again``: how many of the images fp16 could not decode."""
     temporary = path.with_name(path.name + ".tmp")
-    told = np.array(json.dumps(provenance))
-    write_npz(temporary, "shards", {"arr_1": labels, "provenance": told}, [images], len(images))
+    arrays = {"arr_1": labels, "provenance": np.array(json.dumps(provenance)), "again": np.array(again)}
+    write_npz(temporary, "shards", arrays, [images], len(images))
     os.replace(temporary, path)
 
 
@@ -126,14 +128,18 @@ def read_shard(path: Path, labels: np.ndarray, image_shape: tuple[int, ...], pro
     return images if fits and found is not None and np.array_equal(found, labels) else None
 
 
-def merge_shards(shards: list[Path], output: Path, provenance: dict) -> None:
-    """One .npz of all shards in order, a shard in memory at a time."""
-    labels = np.concatenate([read_npz(shard, "a shard of images")["arr_1"] for shard in shards])
+def merge_shards(shards: list[Path], output: Path, provenance: dict) -> int:
+    """One .npz of all shards in order, a shard in memory at a time. -> how many images fp16 could not decode."""
+    contents = (read_npz(shard, "a shard of images") for shard in shards)
+    labels, counts = zip(*((content["arr_1"], int(content.get("again", 0))) for content in contents), strict=True)
+    if again := sum(counts):
+        provenance = provenance | {"decoder": f"{provenance['decoder']}, {again} images fp32"}
     images = (read_npz(shard, "a shard of images")["arr_0"] for shard in shards)
     temporary = shards_of(output) / WHOLE
-    told = np.array(json.dumps(provenance))
-    write_npz(temporary, "samples", {"arr_1": labels, "provenance": told}, images, len(labels))
+    arrays = {"arr_1": np.concatenate(labels), "provenance": np.array(json.dumps(provenance))}
+    write_npz(temporary, "samples", arrays, images, len(arrays["arr_1"]))
     os.replace(temporary, output)
+    return again
 
 
 def same_but_for_the_decoder(found: object, asked: dict) -> bool:
@@ -178,5 +184,5 @@ def write_pngs(parts: Iterable[np.ndarray], folder: Path, content: dict) -> None
             os.replace(temporary, folder / f"{number:06d}.png")
             number += 1
     for path in folder.glob("*.png"):  # of an earlier, larger set
-        if re.fullmatch(r"\d{6,}\.png", path.name) and int(path.stem) >= number and is_ours(path, "a picture"):
+        if PICTURE.fullmatch(path.name) and int(path.stem) >= number and is_ours(path, "a picture"):
             path.unlink()

@@ -9,19 +9,34 @@ import numpy as np
 import torch
 
 from evaluation.figures import Embedded, Reference, around, embed, row_of
-from evaluation.files import HELD_OUT, LEAST_IMAGES, image_shape, provenance_of, read_images, rewarded_by
+from evaluation.files import (
+    HELD_OUT,
+    LEAST_IMAGES,
+    image_shape,
+    provenance_of,
+    read_images,
+    read_reference,
+    rewarded_by,
+)
 from evaluation.metrics import check_statistics
 from evaluation.split import HALVES, Held
 from train_cc.io.errors import InputError
-from train_cc.models.features import FeatureSpace, load_space
+from train_cc.models.features import SPATIAL, FeatureSpace, load_space
 from train_cc.rewards.statistics import read_space
 
 FD_AND_SW = ("FDr", "SWr")
 OF_INCEPTION = 2048  # its features' width
+NO_IMAGES = (
+    "the reference holds mu and sigma without images: FID and IS; recall, precision, density, coverage, KID, SW and "
+    "the ratios to held-out images need the reference's images"
+)
 
 
-def load_spaces(args: argparse.Namespace, shape: tuple[int, int, int], device: str) -> list[FeatureSpace]:
-    """``shape``: (H, W, C) of the reference's images. Raises `InputError`, also for one space under two names."""
+def load_spaces(args: argparse.Namespace, shape: tuple[int, int, int] | None, device: str) -> list[FeatureSpace]:
+    """``shape``: (H, W, C) of the images; None: not known, and no space of pixels then.
+
+    Raises `InputError`, also for one space under two names.
+    """
     spaces = [
         load_space(text, device, args.dinov2_backbone, args.inception_weights, image_shape=shape) for text in args.space
     ]
@@ -46,6 +61,7 @@ def stored_by_space(content: Mapping[str, np.ndarray], path: Path, spaces: list[
     """The stored statistics under the name of the one space that they are of. Raises `InputError` where it is none.
 
     A file of evaluation.statistics names its space. ADM's does not: 2 048 wide, they are Inception's and nobody else's.
+    Its mu_s and sigma_s are those of sFID.
     """
     stored = stored_statistics(content, path)
     if stored is None:
@@ -68,24 +84,44 @@ def stored_by_space(content: Mapping[str, np.ndarray], path: Path, spaces: list[
     if len(fitting) > 1:
         names = " and ".join(space.name for space in fitting)
         raise InputError(f"{path} stores mu {stored[0].shape}, which can be of {names}: ask for one of them alone")
-    return {fitting[0].name: stored}
+    found = {fitting[0].name: stored}
+    if "mu_s" in content and "sigma_s" in content and any(space.name == SPATIAL for space in spaces):
+        found[SPATIAL] = check_statistics(content["mu_s"], content["sigma_s"], str(path))
+    return found
+
+
+def statistics_for(content: Mapping[str, np.ndarray], path: Path, spaces: list[FeatureSpace]) -> dict[str, tuple]:
+    """`stored_by_space`, of every space if there are no images. Raises `InputError`."""
+    found = stored_by_space(content, path, spaces)
+    without = [space.name for space in spaces if space.name not in found]
+    if "arr_0" not in content and without:
+        raise InputError(
+            f"{path} holds mu and sigma of {' and '.join(found)} without images, and {', '.join(without)} needs "
+            "images: leave that space out, or give a reference with images"
+        )
+    return found
 
 
 def check_reference(path: Path, spaces: list[FeatureSpace]) -> None:
     """All that is asked of a reference, without the features of all its images. Raises `InputError`."""
-    content = read_images(path, "reference")
-    stored_by_space(content, path, spaces)
+    content = read_reference(path)
+    statistics_for(content, path, spaces)
+    names = ", ".join(space.name for space in spaces)
+    if "arr_0" not in content:
+        print(f"{path} can be evaluated against: {names}; {NO_IMAGES}")
+        return
     for space in spaces:
         space.of(content["arr_0"][:LEAST_IMAGES], LEAST_IMAGES)
-    names = ", ".join(space.name for space in spaces)
     print(f"{path} can be evaluated against: {len(content['arr_0'])} images, {names}")
 
 
 def judge(args: argparse.Namespace, names: list[str], space: FeatureSpace, held: Held, stored: dict) -> dict:
     """All rows in one space, as they are written. ``stored``: of `stored_by_space`."""
-    reference = Reference(
-        embed(held.reference, args.reference, space, args.batch_size, "reference"), stored.get(space.name)
-    )
+    images = "arr_0" in held.reference
+    real = embed(held.reference, args.reference, space, args.batch_size, "reference") if images else None
+    reference = Reference(real, stored.get(space.name))
+    if space.name in stored and "space" not in held.reference:
+        reference.source += f"; the file names no network: by their size, {space.size}, a guess, of {space.name}"
     size, rows, ceiling = set_size(args, held), {}, None
     if held.out is not None:
         embedded = embed(held.out, held.path, space, args.batch_size, "held-out")
@@ -100,12 +136,13 @@ def judge(args: argparse.Namespace, names: list[str], space: FeatureSpace, held:
     if ceiling is not None:
         rows[HELD_OUT] = row_of_real(ceiling, image_shape(args.samples[0])[0])
     source = {"features": space.name, "features_sha256": space.sha256, "fid_reference": reference.source}
-    return source | {"rows": rows}
+    return source | ({} if images else {"missing": NO_IMAGES}) | {"rows": rows}
 
 
 def set_size(args: argparse.Namespace, held: Held) -> int:
     """As many images as all have: the samples, the reference, and what is held out."""
-    return min(image_shape(args.samples[0])[0], *(len(each["arr_0"]) for each in (held.reference, held.out) if each))
+    real = [len(each["arr_0"]) for each in (held.reference, held.out) if each and "arr_0" in each]
+    return min([image_shape(args.samples[0])[0], *real])
 
 
 def row_of_real(row: dict, count: int) -> dict:

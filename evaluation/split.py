@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluation.files import LEAST_IMAGES, read_images
+from evaluation.files import LEAST_IMAGES, read_images, read_reference
 from train_cc.draws import rng_of
 from train_cc.io.errors import InputError
 
@@ -27,7 +27,7 @@ class Held:
 
 def hold_out(reference: Path, held_out: str | None) -> Held:
     """``held_out``: a file, or `HALVES`: the reference is split at random, once and for all. Raises `InputError`."""
-    content = read_images(reference, "reference")
+    content = read_reference(reference)
     if held_out is None:
         return Held(content, None, None)
     if held_out == HALVES:

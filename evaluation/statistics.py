@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = flags.Parser(description=__doc__)
     parser.add_argument("--images", required=True, help="folder, .npz or data set")
     parser.add_argument("--space", required=True, help=flags.FEATURE_SPACES)
-    parser.add_argument("--output", type=flags.path, required=True, help="the .npz to write")
+    parser.add_argument("--output", type=flags.output_file, required=True, help="the .npz to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output of this project")
     parser.add_argument("--image-size", type=flags.integer(1, 8192), help="of a folder's images: ADM's centre crop")
     parser.add_argument("--dinov2-backbone", help="official file or URL, for the space dinov2")

@@ -2,6 +2,8 @@
 # One row of the ImageNet 256 table: 50 000 images by ADM's protocol in Inception features, and the same figures in two more
 # spaces, with the row that real images have: one half of ADM's 10 000 against the other.
 # REFERENCE=VIRTUAL_imagenet256_labeled.npz bash scripts/evaluate_sitxl.sh GENERATOR_FOLDER OUTPUT_FOLDER [flags of evaluation.generate]
+# OUTPUT_FOLDER/samples.npz (10 GB) is kept: the same command after a failed evaluation does not sample again. Samples of
+# another generator there are refused without --overwrite. Sampling is in fp16 as training is; on a CPU add --dtype fp32.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 GENERATOR="${1:?the generator folder is missing}" OUTPUT="${2:?the output folder is missing}"
 REFERENCE="${REFERENCE:-VIRTUAL_imagenet256_labeled.npz}"
@@ -22,10 +24,14 @@ evaluate --check # a wrong reference shows before 50 000 images are sampled
 run launch evaluation.generate \
     --generator "$GENERATOR" \
     --output "$OUTPUT/samples.npz" \
-    --overwrite \
     --vae "${VAE:-stabilityai/sd-vae-ft-ema}" \
     --num-images 50000 \
     --batch-size 64 \
-    --dtype bf16 \
+    --dtype fp16 \
     "${@:3}"
-evaluate
+evaluate || {
+    code=$?
+    echo "the samples are kept in $OUTPUT/samples.npz: the same command evaluates them without sampling again" >&2
+    exit "$code"
+}
+echo "the samples are kept in $OUTPUT/samples.npz; nothing reads them later: delete the file when no other space is to judge them"

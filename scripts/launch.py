@@ -21,6 +21,8 @@ from pathlib import Path
 
 from scripts.processes import Plan, make_plan, visible_gpus
 from train_cc.io.errors import InputError, exits_on_input_error, report
+from train_cc.io.processes import require_alone
+from train_cc.io.saying import saying
 from train_cc.io.threads import share_cores
 
 # A process of several ---------------------------------------------------------------------------------------------
@@ -117,12 +119,18 @@ def handed_to_children():
 
 def run_processes(plan: Plan, words: list[str]) -> int:
     """-> the exit code of the job."""
+    import psutil
+
     with tempfile.TemporaryDirectory(prefix="dmdr-") as folder, handed_to_children() as came:
         os.environ |= {"DMDR_ERRORS": folder, "DMDR_LAUNCHER": str(os.getpid())}
         outcome: list[BaseException] = []
         # Not in the main thread: there torch would take the signals for itself, and kill after 30 seconds.
         thread = threading.Thread(target=torchrun, args=(plan, words, outcome), daemon=True)
         thread.start()
+        here = f"node {plan.rank} of {plan.nodes}: waiting for the other nodes at {plan.address}:{plan.port}"
+        with saying(here) if plan.nodes > 1 else contextlib.nullcontext():
+            while thread.is_alive() and not psutil.Process().children():
+                thread.join(0.2)
         while thread.is_alive():
             thread.join(0.2)
         os.environ.pop("DMDR_ERRORS")  # from here on `report` is for the terminal
@@ -162,12 +170,14 @@ def show(error: BaseException, folder: Path, came: list[int], plan: Plan) -> int
         for file in bugs:
             print(f"process {file.name[4:]} after it: {file.read_text().splitlines()[-1]}", file=sys.stderr)
         return 128 + number
-    if bugs:
+    if bugs and not came:
         print(bugs[0].read_text(), end="", file=sys.stderr)
         others = f", {len(bugs) - 1} more after it" if len(bugs) > 1 else ""
         print(f"error: process {bugs[0].name[4:]} failed first, with the traceback above{others}", file=sys.stderr)
         return 1
     if came:
+        for file in bugs:  # such as of a compiler that the same signal ended
+            print(f"process {file.name[4:]} after it: {file.read_text().splitlines()[-1]}", file=sys.stderr)
         print("stopped", file=sys.stderr)
         return 128 + came[0]
     return max(1, max(failure.exitcode for failure in error.failures.values()))
@@ -180,6 +190,8 @@ def main(words: list[str] | None = None) -> None:
         raise InputError("a module and its flags are expected, such as: python -m scripts.launch train_cc.cold_start")
     dry = "--dry-run" in words  # the plan of a run on any machine needs none of its processes
     plan = make_plan(os.environ, only_shown=dry)
+    if not dry:
+        require_alone(os.environ, plan.processes, plan.nodes)
     os.environ |= plan.environment
     share_cores(plan.processes // plan.nodes)
     alone = [sys.executable, "-m", *words]

@@ -1,6 +1,5 @@
 """How many processes where: from the environment and an accelerate config to a `Plan`."""
 
-import argparse
 import re
 import subprocess
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from train_cc.io.errors import InputError
-from train_cc.io.flags import integer
+from train_cc.io.processes import number
 from train_cc.io.read import parsing
 
 MOST_ON_A_NODE = 256
@@ -26,14 +25,6 @@ class Plan:
     address: str = ""
     port: int = 29500
     environment: dict[str, str] = field(default_factory=dict)
-
-
-def number(environment: Mapping[str, str], name: str, low: int, high: int, default: object) -> int:
-    """The whole number in variable ``name``, else ``default``. Raises `InputError` that says what is allowed."""
-    try:
-        return integer(low, high)(environment.get(name) or str(default))
-    except argparse.ArgumentTypeError as error:
-        raise InputError(f"{name} {error}") from None
 
 
 def visible_gpus(environment: Mapping[str, str]) -> int:
@@ -86,7 +77,9 @@ def handed_on(config: dict, environment: Mapping[str, str]) -> dict[str, str]:
     if config.get("use_cpu") is True:
         variables["CUDA_VISIBLE_DEVICES"] = ""
     elif config.get("gpu_ids", "all") != "all" and "CUDA_VISIBLE_DEVICES" not in environment:
-        variables["CUDA_VISIBLE_DEVICES"] = str(config["gpu_ids"])
+        listed = config["gpu_ids"]
+        listed = listed if isinstance(listed, list) else [listed]
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, listed))
     return variables
 
 

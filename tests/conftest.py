@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -191,6 +192,29 @@ def reward_gradient(classifier, decode, x0, y, micro_batch=0) -> SimpleNamespace
     reward = Reward("classifier", 1.0, partial(classifier_losses, classifier))
     (found,) = rewards_at_x0([reward], decode, x0, y, micro_batch)
     return SimpleNamespace(loss=found.losses.mean(), accuracy=found.figures["accuracy"].mean(), gradient=found.gradient)
+
+
+def ldm_names(state: dict[str, torch.Tensor], stages: int) -> dict[str, torch.Tensor]:
+    """A diffusers VAE's tensors in the layout of LDM's files (CompVis/latent-diffusion, AutoencoderKL)."""
+    names = [
+        (r"encoder\.down_blocks\.(\d)\.resnets\.", r"encoder.down.\1.block."),
+        (r"encoder\.down_blocks\.(\d)\.downsamplers\.0", r"encoder.down.\1.downsample"),
+        (r"decoder\.up_blocks\.(\d)\.resnets\.", lambda m: f"decoder.up.{stages - 1 - int(m[1])}.block."),
+        (r"decoder\.up_blocks\.(\d)\.upsamplers\.0", lambda m: f"decoder.up.{stages - 1 - int(m[1])}.upsample"),
+        (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+        ("conv_shortcut", "nin_shortcut"),
+        ("conv_norm_out", "norm_out"),
+        (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+        (r"mid_block\.attentions\.0\.to_(q|k|v)", r"mid.attn_1.\1"),
+        (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    ]
+    renamed = {}
+    for name, value in state.items():
+        for theirs, ours in names:
+            name = re.sub(theirs, ours, name)
+        convolution = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name)  # of 1 x 1, a linear layer in diffusers
+        renamed[name] = value[..., None, None].clone() if convolution else value
+    return renamed
 
 
 def save_unchecked(classifier: ImageClassifier, folder: Path) -> None:

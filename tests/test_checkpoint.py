@@ -212,6 +212,25 @@ def test_leftovers_are_what_no_units_file_counts(tmp_path):
     assert names(root) == sorted(files_of(1) + files_of(2)[:-1] + foreign)
 
 
+NEARLY = ["step-0003", "step-03", "step-\u0663", "step-3 ", "step-+3", "step-3.0", "STEP-3", "step-99999999999"]
+
+
+@pytest.mark.parametrize("name", NEARLY)
+def test_a_name_that_is_nearly_ours_is_not_ours(tmp_path, name):
+    """It is neither counted, rotated nor deleted, and what is ours is rotated and found as without it."""
+    root = written(tmp_path, 2, 3)
+    foreign = [f"torch_units/{name}{ending}" for ending in (".pt", ".pt.tmp", ".pt.damaged", ".pt.bak")]
+    foreign += [f"accelerator_1/{name}{ending}/optimizer.pt" for ending in ("", ".tmp")]
+    for path in foreign:
+        (root / path).parent.mkdir(exist_ok=True)
+        (root / path).write_bytes(b"")
+    assert checkpoints.complete_steps(root) == [2, 3]
+    assert checkpoints.newest_intact(root)[0].step == 3
+    checkpoints.delete_leftovers(root)
+    checkpoints.rotate_checkpoints(root, 1, None)
+    assert names(root) == sorted([*files_of(3), *foreign])
+
+
 # Fields of a units file
 
 HASHED = {"size": 1, "sha256": "0" * 64}

@@ -12,7 +12,7 @@ from torch.utils import backend_registration
 
 from evaluation.standins import write_vae
 from tests.conftest import TINY, build_run, flags, random_sit, refused, run_cold_start
-from train_cc import cold_start
+from train_cc import cold_start, dmdr_refl
 from train_cc.distillation import turns
 from train_cc.distillation.loop import cycle
 from train_cc.models import SIT_SIZES, SiT
@@ -38,6 +38,7 @@ def test_nothing_is_loaded_or_written(tmp_path, capsys):
     text = planned(capsys, tmp_path, tmp_path / "run", "--gradient-accumulation-steps", 3)
     assert "effective batch: 12 = 4 a process x 3 accumulated x 1 process(es)" in text
     assert "from step 0 to 3: 36" in text and "--batch-size 4" in text
+    assert "not in it: the CUDA context, workspaces of libraries" in text and "fragmentation)" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -112,6 +113,19 @@ def test_the_decoder_is_the_one_that_is_named(tmp_path, widths):
     assert 2 * own <= held < 2 * own + 512 * len(list(decoder.parameters()))
 
 
+def test_a_vae_that_overflows_fp16_is_planned_in_fp32(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "GIB", 1)  # sizes in bytes: of a small decoder
+    random_sit(in_channels=4).save_pretrained(tmp_path / "sit")
+    vae = write_vae(tmp_path / "vae", (32, 32, 32, 32))
+    more = ["--vae", vae, "--mixed-precision", "fp16"]
+    half = planned(capsys, tmp_path / "sit", tmp_path / "run", *more)
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(config | {"force_upcast": True}))
+    whole = planned(capsys, tmp_path / "sit", tmp_path / "run", *more)
+    assert gib(whole, "decoder weights") == pytest.approx(2 * gib(half, "decoder weights"), rel=0.1)
+    assert "force_upcast" in whole and "force_upcast" not in half
+
+
 # What is simulated, against what a run does -------------------------------------------------------------------------
 
 
@@ -124,12 +138,16 @@ def test_flop_are_those_of_a_real_cycle(teacher, tmp_path, turns, chunks):
     assert counter.total > 0 and simulated(teacher, tmp_path / "other", *more).flop == counter.total
 
 
-def test_while_a_run_is_resumed_old_and_new_moments_are_there(teacher, tmp_path):
+def test_a_run_is_resumed_in_what_it_holds_afterwards(teacher, tmp_path, monkeypatch):
+    """Moments are read into their places, a parameter at a time; sharded, a whole one is there for a while."""
     cost = simulated(teacher, tmp_path, "--num-previews", 0)
     trained, _ = cost.parameters["generator"]
     assert cost.held["generator moments"] == pytest.approx(8 * trained, rel=0.2)  # each is rounded up to 512 bytes
-    twice = sum(cost.held.values()) + cost.held["generator moments"]
-    assert cost.peaks["resuming"] == pytest.approx(twice, rel=0.05)
+    assert cost.peaks["resuming"] == pytest.approx(sum(cost.held.values()), rel=0.05)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    sharded = simulated(teacher, tmp_path, "--num-previews", 0, processes=8)
+    training = max(value for name, value in sharded.peaks.items() if name.startswith("training"))
+    assert sum(sharded.held.values()) < sharded.peaks["resuming"] <= training < max(cost.peaks.values())
 
 
 def test_memory_between_cycles_is_all_accounted_for(teacher, tmp_path):
@@ -216,6 +234,32 @@ def by_values(images, labels):
     import math
     return math.log(images.max().item()) * images.mean(dim=(1, 2, 3))
 """
+
+
+@pytest.mark.parametrize("stage", [cold_start, dmdr_refl])
+def test_a_checkpoint_that_a_run_has_yet_to_write_is_planned_from(teacher, reward_folder, tmp_path, capsys, stage):
+    """Where a run writes it, under the name that it writes; any other file that is missing is refused."""
+    more = ["--encoder-type", "classifier", "--reward-classifier", reward_folder, "--dry-run", "--max-train-steps", 9]
+    place = tmp_path / "cold" / "checkpoints" / "torch_units"
+    stage.main(flags(teacher, tmp_path / "run", *more, "--resume-ckpt", place / "step-7.pt"))
+    text = capsys.readouterr().out
+    assert f"{place / 'step-7.pt'} does not exist yet: planned as from step 7" in text
+    assert "from step 7 to 9: 8\n" in text
+    place.mkdir(parents=True)
+    (place / "step-8.pt").write_bytes(b"")
+    for path in (place / "step-07.pt", place / "step-8.pt", tmp_path / "step-7.pt"):
+        words = flags(teacher, tmp_path / "run", *more, "--resume-ckpt", path)
+        assert str(path) in refused(stage.main, words, capsys=capsys)
+
+
+def test_a_teacher_folder_to_come_is_planned_by_the_size_in_its_name(tmp_path, capsys):
+    """As sit_convert.py names the folder that it makes."""
+    more = ["--vae", "stabilityai/sd-vae-ft-ema", "--num-previews", 0]
+    text = planned(capsys, tmp_path / "sit_weights" / "SiT-S-8", tmp_path / "run", *more)
+    assert "SiT-S-8 does not exist yet" in text and "a run needs a model folder" in text
+    (tmp_path / "sit_weights" / "SiT-S-8").mkdir(parents=True)
+    words = flags(tmp_path / "sit_weights" / "SiT-S-8", tmp_path / "run", "--dry-run", *more)
+    assert "config.json" in refused(cold_start.main, words, capsys=capsys)
 
 
 def test_a_function_that_needs_values_is_told(teacher, tmp_path, capsys):

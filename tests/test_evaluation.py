@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from evaluation import decoding, evaluate, figures, files, generate, sampling
 from evaluation.distances import equal_sets, sliced_wasserstein
@@ -21,6 +22,7 @@ from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, run_cold_start, save_unchecked, words
 from train_cc.io.errors import InputError
 from train_cc.io.figures import METRICS, read_figures
+from train_cc.io.write import record, write_record
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.features import load_space
 from train_cc.models.vae import VAEDecoder
@@ -207,6 +209,88 @@ def test_provenance_travels_with_the_figures(teacher, digits, classifier, tmp_pa
     for name, (low, high) in row["intervals"].items():
         assert low <= high, name
     assert (tmp_path / "p.png").stat().st_size > 0
+
+
+def written(folder, images, labels):
+    """As PNG files, in a folder per class if there are labels."""
+    for i, image in enumerate(images):
+        place = folder if labels is None else folder / f"{labels[i]}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.squeeze(2)).save(place / f"{i:04d}.png")
+    return folder
+
+
+def test_a_folder_of_png_has_the_figures_of_its_npz(digits, classifier, teacher, tmp_path):
+    with np.load(digits) as file:
+        images, labels = file["arr_0"][:40], file["arr_1"][:40]
+    order = np.argsort(labels, kind="stable")
+    np.savez(tmp_path / "a.npz", arr_0=images[order], arr_1=labels[order])
+    classes, flat = written(tmp_path / "classes", images[order], labels[order]), written(tmp_path / "b", images, None)
+    samples_ = (tmp_path / "a.npz", classes, flat)
+    evaluate.main(words(*samples_, digits, "--classifier", classifier, "--output", tmp_path / "o.json"))
+    of_npz, of_classes, of_flat = (row["figures"] for row in read_figures(tmp_path / "o.json")["rows"].values())
+    assert of_classes == of_npz and of_npz["FID"] > 0
+    assert of_flat["FID"] == pytest.approx(of_npz["FID"]) and "accuracy" not in of_flat
+    # A folder of evaluation.generate has its provenance; a folder is a reference too.
+    samples(teacher, tmp_path / "g.npz", "--png-dir", tmp_path / "png")
+    pair = words(tmp_path / "png", classes, "--classifier", classifier, "--output", tmp_path / "p.json")
+    evaluate.main([*pair, "--picture", str(tmp_path / "p.png")])
+    record = read_figures(tmp_path / "p.json")
+    assert len(record["rows"]["png"]["generation"]["generator_sha256"]) == len(record["reference_sha256"]) == 64
+    before = record["reference_sha256"]
+    Image.new("L", (8, 8), 9).save(classes / "3" / "0000.png")
+    evaluate.main(pair)
+    assert read_figures(tmp_path / "p.json")["reference_sha256"] != before
+
+
+def test_class_folders_in_another_order_than_the_classifiers_are_refused(digits, classifier, tmp_path, capsys):
+    judge = shutil.copytree(classifier, tmp_path / "judge")
+    write_record(judge, record("pretrain.classifier", {"dataset": "fashion-mnist"}))
+    names = data.KNOWN["fashion-mnist"]
+    folder = written(tmp_path / "png", np.load(digits)["arr_0"][:20], names * 2)
+    message = refused(evaluate.main, words(folder, digits, "--classifier", judge), capsys=capsys)
+    assert "the folder ankle boot is its class 1, but the model's class 9" in message
+
+
+def test_a_reference_without_images_gives_the_fid_and_the_is_of_its_images(digits, classifier, tmp_path, capsys):
+    images = np.load(digits)["arr_0"]
+    np.savez(tmp_path / "s.npz", arr_0=images[:300])
+    mu, sigma = statistics(load_space(f"classifier:{classifier}").of(images, 500)[0])
+    np.savez(tmp_path / "mu.npz", mu=mu, sigma=sigma)
+    rows = {}
+    for name in ("reference", "mu"):
+        reference = digits if name == "reference" else tmp_path / "mu.npz"
+        more = ("--classifier", classifier, "--output", tmp_path / f"{name}.json", "--bootstrap", 2)
+        evaluate.main(words(tmp_path / "s.npz", reference, *more))
+        rows[name] = read_figures(tmp_path / f"{name}.json")["rows"]["s"]
+    assert rows["mu"]["figures"].keys() == rows["mu"]["intervals"].keys() == {"FID", "IS"}
+    for name, value in rows["mu"]["figures"].items():
+        assert value == pytest.approx(rows["reference"]["figures"][name]) and value > 0
+    assert "without images" in json.loads((tmp_path / "mu.json").read_text())["missing"]
+
+
+def test_samples_in_the_order_of_their_classes_are_noted(digits, classifier, tmp_path, capsys):
+    """Also without labels, by the classes that the judge sees; in random order there is nothing to note."""
+    judge = ImageClassifier.from_pretrained(classifier)
+    head = judge.network.get_classifier()
+    shown = torch.arange(10)[:, None, None, None].expand(-1, 1, 8, 8) / 10
+    with torch.no_grad():  # ten grey values, each a class of its own
+        f = judge.features_and_logits(shown)[0]
+        head.weight.copy_(1e4 * (f - f.mean(dim=0)))
+        head.bias.copy_(-(head.weight @ f.mean(dim=0)) - 0.5e4 * (f - f.mean(dim=0)).square().sum(dim=1))
+    judge.save_pretrained(tmp_path / "judge")
+    labels = np.arange(5200) // 520
+    grey = (shown * 255).round().numpy().astype(np.uint8).transpose(0, 2, 3, 1)[labels]
+    order = np.random.default_rng(0).permutation(5200)
+    np.savez(tmp_path / "sorted.npz", arr_0=grey)
+    np.savez(tmp_path / "shuffled.npz", arr_0=grey[order], arr_1=labels[order])
+    pair = words(tmp_path / "sorted.npz", tmp_path / "shuffled.npz", digits, "--classifier", tmp_path / "judge")
+    evaluate.main([*pair, "--output", str(tmp_path / "o.json")])
+    rows = read_figures(tmp_path / "o.json")["rows"]
+    (note,) = rows["sorted"]["notes"]
+    scores = [rows[name]["figures"]["IS"] for name in ("sorted", "shuffled")]
+    assert scores[0] < 6 and scores[1] > 9 and rows["shuffled"]["notes"] == []
+    assert f"{scores[0]:.2f}" in note and "class by class" in note and note in capsys.readouterr().err
 
 
 def test_stored_statistics_are_used(digits, classifier, tmp_path, capsys):
@@ -496,6 +580,15 @@ def test_inceptions_statistics_are_of_no_other_space_as_wide(tmp_path):
         stored_by_space(content, tmp_path, [wide])
     inception = SimpleNamespace(name="inception", size=2048)
     assert list(stored_by_space(content, tmp_path, [wide, inception])) == ["inception"]
+
+
+def test_adms_second_statistics_are_those_of_sfid(tmp_path):
+    content = {"mu": np.zeros(8), "sigma": np.eye(8), "mu_s": np.ones(6), "sigma_s": 2 * np.eye(6)}
+    spaces = [SimpleNamespace(name=name, size=size) for name, size in (("inception", 8), ("inception-spatial", 6))]
+    stored = stored_by_space(content, tmp_path, spaces)
+    assert stored.keys() == {"inception", "inception-spatial"}
+    assert np.array_equal(stored["inception-spatial"][1], 2 * np.eye(6))
+    assert list(stored_by_space(content, tmp_path, spaces[:1])) == ["inception"]
 
 
 def test_stored_statistics_find_their_space(digits, two_classifiers, tmp_path, capsys):

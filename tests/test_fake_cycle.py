@@ -24,7 +24,7 @@ from train_cc.models.vae import new_vae
 from train_cc.run.fake_gpu import PROJECT, Event, FakeGpu, fake_gpu, on_gpu
 from train_cc.run.fake_processes import fake_processes
 from train_cc.run.meters import tensors_in
-from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample
+from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample, sde_sample
 
 needed = "_setup_privateuseone_for_python_backend"
 pytestmark = pytest.mark.skipif(not hasattr(backend_registration, needed), reason=f"torch has no {needed}")
@@ -67,7 +67,7 @@ def require_inputs_on_gpu(network: nn.Module, args: tuple, kwargs: dict) -> None
 
 
 def check_cycle(gpu: FakeGpu, run: Run, step: int = 0, waits: tuple[str, ...] = (FETCH,)) -> dict:
-    """One cycle; the host waits at ``waits`` alone, in this order. -> what is logged."""
+    """One cycle; the host waits at ``waits`` alone, in this order; no copy reads freed memory. -> what is logged."""
     networks = (run.generator, run.estimator)
     hooks = [each.register_forward_pre_hook(require_inputs_on_gpu, with_kwargs=True) for each in networks]
     gpu.clear()
@@ -76,6 +76,7 @@ def check_cycle(gpu: FakeGpu, run: Run, step: int = 0, waits: tuple[str, ...] = 
     finally:
         for hook in hooks:
             hook.remove()
+    assert gpu.lost == [], f"freed before it was copied: {gpu.lost}"
     assert [function_of(event) for event in gpu.waits] == list(waits), gpu.waits
     assert {function_of(event) for event in gpu.copies} <= DRAWN_ON_THE_CPU, gpu.copies
     return of_estimator[-1] | row
@@ -219,7 +220,7 @@ def test_previews_mix_no_devices(gpu, built, sources):
     assert (run.output.output_dir / "samples" / f"step-{run.step}" / "grid.png").exists()
 
 
-@pytest.mark.parametrize("sampler", [few_step_sample, euler_sample, heun_sample])
+@pytest.mark.parametrize("sampler", [few_step_sample, euler_sample, heun_sample, sde_sample])
 def test_guided_sampling_waits_for_nothing(gpu, sampler):
     model = random_sit().to(gpu.device)
     noise, y = torch.randn(3, 1, 8, 8, device=gpu.device), torch.zeros(3, dtype=torch.long, device=gpu.device)
@@ -281,12 +282,24 @@ def a_copy_without_a_wait(run: Run, monkeypatch) -> None:
     monkeypatch.setattr(turns, "dmd_normaliser", faulty)
 
 
+def a_copy_whose_source_is_freed(run: Run, monkeypatch) -> None:
+    """Labels as the first of a table that is larger than what CUDA takes at the call."""
+    device = run.session.device
+
+    def faulty(run, draws):
+        table = torch.zeros(2**16, dtype=torch.long).to(device, non_blocking=True)
+        return table[:4]
+
+    monkeypatch.setattr(turns, "draw_labels", faulty)
+
+
 FAULTS = {
     a_cpu_tensor_in_scores: (RuntimeError, "device"),
     an_item_in_a_turn: (AssertionError, "read by"),
     a_scale_on_the_cpu: (AssertionError, "given a tensor on the CPU"),
     a_number_on_the_cpu: (AssertionError, "given a tensor on the CPU"),
     a_blocking_copy: (AssertionError, "blocking copy"),
+    a_copy_whose_source_is_freed: (AssertionError, "freed before it was copied"),
     a_copy_without_a_wait: (AssertionError, "test_fake_cycle.py faulty"),
 }
 

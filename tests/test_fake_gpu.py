@@ -196,6 +196,25 @@ def test_what_does_not_wait(gpu, name):
     assert len(gpu.copies) == ("non-blocking" in name)
 
 
+def test_a_copy_needs_its_source_until_the_host_waits(gpu):
+    large = 64 * 2**10 // 4 + 1
+    source = torch.ones(large)
+    kept = source.view(1, -1)
+    on_device = [kept.to(gpu.device, non_blocking=True)]
+    del source  # the view holds its memory
+    on_device.append(torch.ones(large).pin_memory().to(gpu.device, non_blocking=True))
+    on_device.append(torch.ones(large - 1).to(gpu.device, non_blocking=True))
+    on_device.append(torch.ones(large).to(gpu.device))
+    assert gpu.lost == [] and len(gpu.copies) == 3
+    on_device.append(kept.to(gpu.device, non_blocking=True))
+    torch.accelerator.synchronize()
+    del kept
+    assert gpu.lost == []
+    freed = lambda: on_device[0].copy_(torch.ones(1, large), non_blocking=True)  # noqa: E731
+    freed()
+    assert [event.place for event in gpu.lost] == [line_of(freed, 0)]
+
+
 def test_a_wait_in_the_backward_pass_has_its_place(gpu):
     class Reads(torch.autograd.Function):
         @staticmethod

@@ -168,6 +168,20 @@ def test_inception_is_torch_fidelitys_with_a_gradient(inception_file, monkeypatc
     assert space.describe()["sha256"] == sha256(path) and space.size == 2048 and space.num_logits == 1008
 
 
+def test_the_spatial_features_are_seven_channels_of_one_branch(inception_file, monkeypatch):
+    """TensorFlow's mixed_6/conv (17, 17, 192), which ADM cuts to [..., :7]: Mixed_6d's first branch, channels last."""
+    path, official = inception_file
+    monkeypatch.setattr(features, "INCEPTION_SHA256", sha256(path))
+    seen = []
+    hook = official.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x = images(3, 24, count=2)
+    official((x * 255).round().to(torch.uint8))
+    hook.remove()
+    f, logits = load_space("inception-spatial", image_shape=(24, 24, 3), inception_weights=path).features_and_logits(x)
+    assert f.shape == (2, 2023) and logits is None and f.std() > 1e-4
+    assert torch.equal(f.view(2, 17, 17, 7), seen[0].permute(0, 2, 3, 1)[..., :7])
+
+
 class Bomb:
     def __reduce__(self):
         return os.system, ("touch {}",)

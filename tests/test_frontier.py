@@ -243,6 +243,22 @@ def test_a_space_that_rewarded_a_row_is_named(run, tmp_path):
     assert mean.count("Spaces that rewarded it are in the mean of base + reward: f.") == 1
 
 
+def test_a_reference_without_images_leaves_figures_out(run, tmp_path, capsys):
+    run()
+    for path in (tmp_path / "f" / "rows").glob("*/figures.json"):
+        content = json.loads(path.read_text()) | {"more_spaces": [], "over_spaces": {}, "missing": "no images"}
+        content["rows"] = {name: {"figures": {"FID": 2.5, "IS": 9}, "images": 8} for name in content["rows"]}
+        path.write_text(json.dumps(content))
+    (tmp_path / "f" / "frontier.png").unlink()
+    capsys.readouterr()
+    run()
+    text = (tmp_path / "f" / "frontier.md").read_text()
+    assert "| base | 2 | 2.50 +- 0.00 | 9.00 +- 0.00 |" in text and "Missing: no images." in text
+    assert "no row has recall and precision" in capsys.readouterr().out
+    assert not (tmp_path / "f" / "frontier.png").exists()
+    assert json.loads((tmp_path / "f" / "frontier.json").read_text())["missing"] == "no images"
+
+
 def test_a_comment_in_a_launcher_makes_nothing_stale(run, tmp_path, monkeypatch):
     copy = shutil.copytree(ROOT / "scripts", tmp_path / "root" / "scripts").parent
     monkeypatch.setattr(frontier, "ROOT", copy)

@@ -37,11 +37,12 @@ from train_cc import cold_start
 from train_cc.distillation import loop
 from train_cc.draws import Draws
 from train_cc.models.dinov2 import DINOv2Classifier
+from train_cc.models.features import without_tf32
 from train_cc.models.sit import SIT_SIZES
 from train_cc.models.vae import VAEDecoder, new_vae
 from train_cc.run.session import open_session
 from train_cc.setup.build import build
-from train_cc.setup.simulate import GIB, simulate
+from train_cc.setup.simulate import GIB, allowance, simulate
 from train_cc.setup.to_come import NetworksToCome
 
 CPU = os.environ.get("DMDR_GPU_TESTS_ON") == "cpu"
@@ -53,6 +54,8 @@ pytestmark = [
     pytest.mark.skipif(not CPU and not torch.cuda.is_available(), reason="no GPU that torch can use"),
 ]
 on_cuda = pytest.mark.skipif(CPU, reason="of CUDA alone")
+# Adam divides by the root of the second moment: of a gradient that is zero but for rounding it would make a whole step.
+EPSILON = ("--adam-epsilon", 1e-4)
 two_gpus = pytest.mark.skipif(CPU or torch.cuda.device_count() < 2, reason="needs two GPUs")
 SIZE, BATCHES = ("SiT-S/8", (2,)) if CPU else ("SiT-XL/2", (8, 64))
 
@@ -64,9 +67,9 @@ def accelerate_forgets():
 
 
 def fresh_run(teacher: Path, output: Path, *more: object):
-    """Of another device or precision than the run before it. Both scores differ from its start on."""
+    """Of another device or precision than the run before it, not compiled. Both scores differ from its start on."""
     AcceleratorState._reset_state(True)
-    run = build_run(teacher, output, "--num-previews", 0, *more)
+    run = build_run(teacher, output, "--num-previews", 0, "--no-compile", *more)
     spread_lora_b(run.plain_estimator)
     return run
 
@@ -151,13 +154,13 @@ def drawn_on_the_cpu(monkeypatch) -> Iterator[None]:
 
 def test_a_cycle_is_that_of_the_cpu(teacher, tmp_path, monkeypatch):
     rows, weights = [], []
-    with drawn_on_the_cpu(monkeypatch):
+    with drawn_on_the_cpu(monkeypatch), without_tf32():  # which has 10 bits of mantissa
         for hidden in (True, False):
             with monkeypatch.context() as patch:
                 if hidden:
                     patch.setattr(torch.cuda, "is_available", lambda: False)
                     patch.setenv("CUDA_VISIBLE_DEVICES", "")
-                run = fresh_run(teacher, tmp_path, "--mixed-precision", "no", "--ratio-update", 2)
+                run = fresh_run(teacher, tmp_path, "--mixed-precision", "no", "--ratio-update", 2, *EPSILON)
                 rows.append(loop.cycle(run, 0)[1])
                 weights.append({name: value.cpu() for name, value in trained(run.generator).items()})
     for name in ("loss_dmd", "score_gap", "grad_norm_generator"):
@@ -186,15 +189,18 @@ def test_half_precision_is_near_single_and_attention_is_fused(teacher, tmp_path)
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_the_peak_is_that_of_the_dry_run(batch):
-    more = ("--batch-size", batch, "--mixed-precision", "no" if CPU else "bf16")
+    """The plan is of a run that is not compiled: a compiler keeps less for the backward pass."""
+    more = ("--batch-size", batch, "--mixed-precision", "no" if CPU else "bf16", "--no-compile")
+    words = ["--teacher", SIZE, "--output-dir", "-", "--num-previews", 0, "--ratio-update", 1, *more]
+    cost = simulate(cold_start.stage_parser().parse_args([str(word) for word in words]), "no" if CPU else "bf16", 1)
+    told = max(value for name, value in cost.peaks.items() if name.startswith("training"))
+    if not CPU and told + allowance(told, 1) > torch.cuda.mem_get_info()[0]:
+        pytest.skip(f"{told / GIB:.1f} GiB are more than this card has free")
     run = sized_run(*more)
     loop.cycle(run, 0)
     if not CPU:
         torch.cuda.reset_peak_memory_stats()
     seconds = seconds_of(lambda: loop.cycle(run, 1))
-    words = ["--teacher", SIZE, "--output-dir", "-", "--num-previews", 0, "--ratio-update", 1, *more]
-    cost = simulate(cold_start.stage_parser().parse_args([str(word) for word in words]), "no" if CPU else "bf16", 1)
-    told = max(value for name, value in cost.peaks.items() if name.startswith("training"))
     speed = f"{seconds:.3f} s a cycle of one turn each, {cost.flop / seconds / 1e12:.2f} TFLOP/s"
     if CPU:
         ROWS.append((f"{SIZE}, batch {batch}", speed))
@@ -206,7 +212,7 @@ def test_the_peak_is_that_of_the_dry_run(batch):
 
 
 def test_stopped_and_resumed_is_never_stopped(teacher, tmp_path):
-    more = ("--ema-decay", 0.9, "--num-previews", 0)
+    more = ("--ema-decay", 0.9, "--num-previews", 0, *EPSILON)
     whole = run_cold_start(teacher, tmp_path / "whole", *more, "--max-train-steps", 4)
     for steps in (2, 4):
         run_cold_start(teacher, tmp_path / "parts", *more, "--max-train-steps", steps, "--auto-resume")
@@ -251,7 +257,6 @@ def test_the_reward_at_full_size():
 
 
 def test_compiled_is_the_same_and_compiles_no_more_after_three_cycles(teacher, tmp_path):
-
     rows, seconds = [], []
     for more in ((), ("--compile",)):
         run = fresh_run(teacher, tmp_path, "--mixed-precision", "no" if CPU else "bf16", *more)
@@ -281,9 +286,11 @@ def test_samples_do_not_depend_on_the_batch(tmp_path):
 @two_gpus
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
 def test_two_cards_train_what_one_does(teacher, tmp_path, sharded):
-    more = ["--batch-size", 2, "--adam-epsilon", 1e-4, "--num-previews", 0]
-    one = run_cold_start(teacher, tmp_path / "one", *more, "--gradient-accumulation-steps", 2)
+    more = ["--batch-size", 2, *EPSILON, "--num-previews", 0, "--no-compile"]
+    with without_tf32():
+        one = run_cold_start(teacher, tmp_path / "one", *more, "--gradient-accumulation-steps", 2)
     environment = os.environ | {"NUM_PROCESSES": "2", "ACCELERATE_USE_FSDP": str(sharded).lower()}
+    environment["NVIDIA_TF32_OVERRIDE"] = "0"
     words = flags(teacher, tmp_path / "two", *more)
     jobs = json.dumps([{"stage": "cold_start", "sharded": sharded, "flags": words}])
     command = [sys.executable, "-m", "scripts.launch", "tests.test_processes", jobs, str(tmp_path / "report.json")]

@@ -179,6 +179,70 @@ def test_an_update_that_does_not_end_after_a_stop_is_ended(tmp_path):
     assert not (tmp_path / "saved-0").exists()
 
 
+STUCK = """
+import signal, time
+from train_cc.io.errors import exits_on_input_error
+from train_cc.run.stop import StopSignal
+
+@exits_on_input_error
+def main():
+    StopSignal.FIRST_UPDATE = 2
+    with StopSignal() as stop, stop.update():
+        print("up", flush=True)
+        {does}
+
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "does,number,words",
+    [
+        ("time.sleep(600)", signal.SIGTERM, "the update does not end"),
+        ("time.sleep(600)", signal.SIGINT, "the update does not end"),
+        (
+            "while not stop.name: time.sleep(.1)\n        raise RuntimeError('g++ gone')",
+            signal.SIGTERM,
+            "g++ gone",
+        ),
+    ],
+)
+def test_one_process_whose_update_cannot_end_is_ended(does, number, words):
+    """As when the signal ended a compiler: the main thread sleeps for ever, or gets its error."""
+    command = [sys.executable, "-c", STUCK.replace("{does}", does)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(number)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 2 and words in shown and "what is saved stays" in shown, shown
+    assert shown.count("error: ") == 1 and "Traceback" not in shown
+
+
+@pytest.mark.slow
+def test_sigterm_to_all_while_blocks_are_compiled_ends_the_run(teacher, tmp_path):
+    """The compilers die of it, too. Their cache is empty, so that they have work."""
+    from tests.conftest import flags  # with torch: not in the processes that this file is run in
+
+    command = [sys.executable, "-m", "train_cc.cold_start", *flags(teacher, tmp_path / "run", "--compile")]
+    environment = os.environ | NO_GPU | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "shown").open("w+") as shown:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=shown, start_new_session=True)
+        deadline = time.monotonic() + 300
+        while not compiles(process.pid, tmp_path / "shown"):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) in (0, 2)
+    assert "SIGTERM: the run " in (tmp_path / "shown").read_text()
+    assert "Traceback" not in (tmp_path / "shown").read_text()
+
+
+def compiles(pid: int, shown: Path) -> bool:
+    """True while the first update's blocks are at the C++ compiler."""
+    children = psutil.Process(pid).children(recursive=True)
+    return "generator updates" in shown.read_text() and any("cc1plus" in child.name() for child in children)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)], ids=str)
 def test_a_signal_before_training_ends_all_quietly(tmp_path, number):
     process = launch("sleep", tmp_path)
@@ -212,7 +276,7 @@ def test_patience_grows_with_the_updates(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(stop_room.time, "monotonic", lambda: now[0])
     stop = stop_room.StopSignal()
-    assert stop.patience() == 600
+    assert stop.patience() == 45
     for seconds, patience in ((1, 60), (100, 300), (2, 300)):
         with stop.update():
             now[0] += seconds

@@ -88,7 +88,7 @@ def layout(run) -> dict:
     sharded = [isinstance(tensor, torch.distributed.tensor.DTensor) for tensor in tensors]
     local = [tensor.to_local() if is_sharded else tensor for tensor, is_sharded in zip(tensors, sharded, strict=True)]
     gradients = sum(tensor.nbytes for tensor, p in zip(local, parameters, strict=False) if p.requires_grad)
-    patience = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
+    patience = dist.distributed_c10d._get_default_group()._get_backend(parameters[0].device).options._timeout
     return {
         "sharded": sum(sharded),
         "of": len(tensors),

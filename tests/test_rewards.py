@@ -411,6 +411,6 @@ def test_figures_in_the_space_of_a_reward_are_warned_of(teacher, tmp_path, rewar
         assert ("This space rewarded" in capsys.readouterr().err) == (name != "plain"), name
     recorded = json.loads((after / "generator" / "generation_config.json").read_text())
     assert recorded["rewards_sha256"] == [digest]
-    # A generator can be a teacher, and a folder that is converted.
-    student = run_cold_start(rewarded / "generator", tmp_path / "d", "--max-train-steps", 1)
+    # A generator can be a teacher, if that is meant, and a folder that is converted.
+    student = run_cold_start(rewarded / "generator", tmp_path / "d", "--max-train-steps", 1, "--teacher-is-distilled")
     assert read_rewards(student / "generator") == [digest]

@@ -14,7 +14,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from convert_weight import export_generator
 from convert_weight.exports import CODE, save_pipeline
@@ -97,7 +97,8 @@ def test_a_shared_pipeline_samples_elsewhere_what_our_sampler_does(shared, name)
     with torch.no_grad():
         x0 = few_step_sample(models[name], noise(), torch.tensor(NUMBERS), 2, 1.5, noise)
         expected = images_to_uint8(decode(x0)).numpy()
-    found = {dtype: np.load(folder / f"{name}-{dtype}.npy") for dtype in ("float32", "bfloat16", "float16")}
+    arrays = {dtype: np.load(folder / f"{name}-{dtype}.npy") for dtype in ("float32", "bfloat16", "float16")}
+    found = {dtype: (array * 255).round() for dtype, array in arrays.items()}
     exact = np.abs(found["float32"].astype(int) - expected)
     assert expected.std() > 5 and exact.max() <= (name == "latents") and exact.mean() < 1e-3
     for dtype, most in (("bfloat16", 12), ("float16", 4)):
@@ -214,6 +215,101 @@ def test_a_pipeline_is_pushed_whole_and_without_paths_of_this_machine(run, tmp_p
     assert '"me/digits"' in (tmp_path / "p" / "README.md").read_text()
 
 
+@pytest.fixture
+def hub_at(tmp_path, monkeypatch):
+    """Point huggingface_hub to an address, with an empty cache."""
+
+    def point(address: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        hub._snapshot.cache_clear()
+
+    yield point
+    hub._snapshot.cache_clear()
+
+
+@pytest.fixture
+def answering():
+    """Servers that give every request one answer: a status, or None to hang up in place of one."""
+    servers = []
+
+    def start(status: int | None) -> str:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.close_connection = True
+                if status is not None:
+                    self.send_response(status)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+
+            do_HEAD = do_POST = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+UNREACHABLE = ("http://127.0.0.1:9", "http://no-such-host.invalid", "no-address")
+ANSWERS = [
+    *((address, "Check the network, the proxy and HF_ENDPOINT") for address in UNREACHABLE),
+    (None, "Check the network, the proxy and HF_ENDPOINT"),
+    (401, "`hf auth login`"),
+    (403, "The token has no right to this"),
+    (409, "Check the name"),
+]
+
+
+@pytest.mark.parametrize("answer,advice", ANSWERS)
+def test_a_push_that_fails_is_one_message(answer, advice, run, answering, hub_at, tmp_path, capsys):
+    hub_at(answer if isinstance(answer, str) else answering(answer))
+    message = refused(export, run, "--pipeline", tmp_path / "p", "--push-to-hub", "me/digits", capsys=capsys)
+    assert f"--push-to-hub me/digits failed; {tmp_path / 'p'} is whole" in message and advice in message
+    assert (tmp_path / "p" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("answer,advice", ANSWERS)
+def test_a_teacher_that_cannot_be_fetched_is_one_message(answer, advice, answering, hub_at, tmp_path, capsys):
+    hub_at(answer if isinstance(answer, str) else answering(answer))
+    message = refused(cold_start.main, flags("org/sit", tmp_path / "run"), capsys=capsys)
+    assert "no folder org/sit is here" in message and advice in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("answer", [401, 403, "no-address"])
+def test_a_vae_that_cannot_be_fetched_is_one_message(answer, answering, hub_at, tmp_path, capsys):
+    random_sit(in_channels=4).save_pretrained(tmp_path / "latent")
+    hub_at(answer if isinstance(answer, str) else answering(answer))
+    common = ("--generator", tmp_path / "latent", "--output", tmp_path / "s.npz", "--vae", "org/vae")
+    message = refused(generate.main, words(*common), capsys=capsys)
+    assert "cannot load the VAE 'org/vae'" in message and "the hub says" in message
+    assert not (tmp_path / "s.npz").exists()
+
+
+def test_a_full_disk_under_the_cache_names_it(server, tmp_path, capsys, monkeypatch):
+    folder, _ = server
+    random_sit().save_pretrained(folder)
+    (tmp_path / "cache").write_text("no folder")  # as a disk that takes nothing
+    message = refused(cold_start.main, flags("org/sit", tmp_path / "run"), capsys=capsys)
+    assert str(tmp_path / "cache") in message and "HF_HOME names another folder" in message
+
+
+@pytest.mark.parametrize("name", ["a b/c", "a/b/c", "you/sit@main", "you/sit.git", "you/-sit", "", "you/" + "s" * 200])
+def test_a_name_that_no_repository_can_have_is_refused_before_the_export(name, run, tmp_path, capsys):
+    message = refused(export, run, "--pipeline", tmp_path / "p", "--push-to-hub", name, capsys=capsys)
+    assert f"--push-to-hub is {name!r}; a name such as you/dmdr-sit is expected" in message
+    assert not (tmp_path / "p").exists()
+
+
 # In: by a name ---------------------------------------------------------------------------------------------------
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -263,7 +359,8 @@ def server(tmp_path, monkeypatch):
     address = f"http://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (constants, file_download):  # huggingface_hub 0.34 has a copy in the second
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     hub._snapshot.cache_clear()

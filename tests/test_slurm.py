@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STUBS = {
     # Of several nodes the tasks run one after another here: each notes what it was given.
     "srun": """#!/bin/bash
+echo "$*" >> "$NOTED.srun"
 while [ "${1:0:2}" = -- ]; do shift; done
 [ "$SLURM_NNODES" = 1 ] || SLURM_NODEID=1 "$@"
 SLURM_NODEID=0 exec "$@"
@@ -40,11 +41,11 @@ def job(tmp_path):
     (tmp_path / "launcher.sh").write_text(LAUNCHER)
     noted = tmp_path / "noted"
 
-    def start(name: str, *words: str, nodes: int = 1, send: list[int] | None = None, to_all: bool = False):
+    def start(name: str, *words: str, nodes: int = 1, send: list[int] | None = None, to_all: bool = False, **more: str):
         """-> the exit code, and the lines that were noted."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
         environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTED": str(noted), "SLURM_NNODES": str(nodes)}
-        environment |= {"SLURM_JOB_ID": "30007", "SLURM_JOB_NODELIST": "node-[a-b]", "DMDR": str(ROOT)}
+        environment |= {"SLURM_JOB_ID": "30007", "SLURM_JOB_NODELIST": "node-[a-b]", "DMDR": str(ROOT)} | more
         command = ["bash", str(ROOT / "scripts" / "slurm" / name), str(tmp_path / "launcher.sh"), *words]
         process = subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True)
         deadline = time.monotonic() + 60
@@ -70,6 +71,15 @@ def test_sigterm_to_the_whole_job_is_one_request_and_no_new_job(job):
     code, noted = job("one_node.sbatch", "trains", send=[signal.SIGTERM, signal.SIGTERM], to_all=True)
     assert code == 0 and noted[-1] == "saved" and noted.count("saved") == 1
     assert not any("requeue" in line for line in noted)
+
+
+@pytest.mark.parametrize("name,nodes", [("one_node.sbatch", 1), ("nodes.sbatch", 2)])
+def test_the_cores_of_the_job_are_named_to_srun(job, tmp_path, name, nodes):
+    """Slurm 22.05 to 23.02 does not hand them on by itself; a site that gives cores per GPU sets no such variable."""
+    job(name, "ends", nodes=nodes, SLURM_CPUS_PER_TASK="64")
+    job(name, "ends", nodes=nodes, SLURM_CPUS_PER_TASK="")
+    first, second = (tmp_path / "noted.srun").read_text().splitlines()
+    assert " --cpus-per-task=64 " in first and "--cpus-per-task" not in second
 
 
 def test_what_ends_by_itself_or_fails_is_not_queued_again(job):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -444,11 +445,44 @@ def test_compiling_by_default_is_for_cuda_and_its_failure_a_line_in_the_log(monk
     assert not works and note.startswith("WARNING") and "no Triton" in note
 
 
+def test_a_compiler_that_fails_in_the_backward_is_found_first(teacher, tmp_path, monkeypatch, capsys):
+    """Inductor may be well for the forward alone: asked for, it is an error, and else a line in the log."""
+
+    def broken(graph, inputs):
+        raise RuntimeError("no kernel for the backward")
+
+    good = lambda graph, inputs: make_boxed_func(graph)  # noqa: E731
+    backend = aot_autograd(fw_compiler=good, bw_compiler=broken)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    message = refused(cold_start.main, flags(teacher, tmp_path / "run", "--compile"), capsys=capsys)
+    assert "--compile" in message and "no kernel for the backward" in message and not (tmp_path / "run").exists()
+    session = SimpleNamespace(device=torch.device("cuda"), notes=[])
+    with torch._dynamo.config.patch(suppress_errors=True, recompile_limit=8, optimize_ddp=True):
+        assert not compiler_works("auto", session)
+    (note,) = session.notes
+    assert note.startswith("WARNING") and "no kernel for the backward" in note
+
+
 def test_an_optimizer_without_its_library_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     args = build_parser("").parse_args(["--teacher", "-", "--output-dir", "-", "--optimizer", "adamw8bit"])
     with pytest.raises(InputError, match="pip install torchao"):
         validate(args)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=str)
+def test_moments_in_8_bits_are_not_sharded(teacher, tmp_path, capsys, monkeypatch, more):
+    """They cannot be saved: refused before anything is loaded, by a plan too. DDP and one process take them."""
+    words = [*flags(teacher, tmp_path / "run", "--optimizer", "adamw8bit"), *more]
+    monkeypatch.setattr("train_cc.setup.arguments.installed", lambda name: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    validate(build_parser("").parse_args(words))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    message = refused(cold_start.main, words, capsys=capsys)
+    assert "--optimizer adamw8bit under FSDP2" in message and "allowed: adamw" in message
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    validate(build_parser("").parse_args(words))
 
 
 def test_moments_of_another_optimizer_are_refused(teacher, tmp_path, capsys, monkeypatch):
@@ -491,6 +525,40 @@ def test_benchmark_measures_and_compares(tmp_path, capsys):
     files[1].write_text("{}")
     assert "cannot be read" in refused(benchmark.main, ["--compare", *map(str, files)], capsys=capsys)
     assert "--cycles is 0" in refused(benchmark.main, ["--cycles", "0"], capsys=capsys)
+
+
+def test_the_benchmark_compiles_before_it_measures(teacher, tmp_path, monkeypatch):
+    """The FLOP are counted without compilation; blocks are compiled in a cycle that is not timed."""
+    graphs, after = [], []
+    cycle = loop.cycle
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def watched(run, step):
+        figures = cycle(run, step)
+        after.append(len(graphs))
+        return figures
+
+    run = tiny_run(teacher, tmp_path, "--num-previews", 0)
+    with benchmark.FlopCounter() as counter:
+        loop.cycle(run, 0)
+    monkeypatch.setattr(loop, "cycle", watched)
+    for block in [*run.plain_generator.blocks, *run.plain_estimator.network.blocks]:
+        block.compile(backend=backend)
+    args = build_parser("").parse_args(flags(teacher, tmp_path / "run"))
+    with torch._dynamo.config.patch(recompile_limit=64):
+        figures = benchmark.measure(run, args, 2)
+    counted, warmed, *timed = after
+    assert counted == 0 < warmed and timed == [warmed, warmed]
+    assert figures["tflop_per_cycle"] * 1e12 == pytest.approx(counter.total)
+
+
+def test_the_peak_of_a_gpu_is_that_of_ten_large_products_at_once():
+    with benchmark.FlopCounter() as counter:
+        assert benchmark.matmul_peak(torch.device("meta"), torch.float16) > 0
+    assert counter.total == 5 * 10 * 2 * 8192**3
 
 
 def test_flop_of_a_forward_are_those_counted_by_hand():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from evaluation import gathering
-from evaluation.images import centre_crop, open_images
+from evaluation.images import Images, batches_of, centre_crop, open_images
 from evaluation.moments import merged, shard_moments
 from evaluation.statistics import main
 from tests.conftest import refused
@@ -112,6 +113,43 @@ def test_files_and_folders_say_the_same(npz, space, tmp_path):
     flat = made(tmp_path / "png" / "3", space, tmp_path / "c.npz")  # no class folders: no labels
     assert "class_mu" not in flat and read_statistics(tmp_path / "c.npz").num_classes is None
     np.testing.assert_allclose(flat["mu"], of_file["class_mu"][3], rtol=1e-5, atol=1e-6)
+
+
+def class_folders(folder: Path, names: list[str]) -> Path:
+    """Images of the grey values k and 100 + k in the folder ``names[k]``."""
+    for k, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("L", (8, 8), 100 * i + k).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [str(k) for k in range(12)],
+        [f"{k:03d}" for k in range(12)],
+        [str(k) for k in range(1, 13)],
+        [f"class_{k}" for k in range(12)],
+        ["ant", "bee", "cat 10", "cat 2"],  # names, not numbers: by the alphabet
+        ["n01440764", "n01443537", "n02123045"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_class_folders_are_numbered_as_their_names_are(names, tmp_path):
+    images = open_images(str(class_folders(tmp_path / "images", names)), None, 1)
+    assert images.source["classes"] == names
+    assert set(images.labels.tolist()) == set(range(len(names)))
+    assert [images[i].max().item() % 100 for i in range(len(images))] == images.labels.tolist()
+
+
+def test_the_order_of_class_folders_is_printed_and_recorded(space, tmp_path, capsys):
+    folder = class_folders(tmp_path / "images", [str(k) for k in range(11)])
+    made(folder, space, tmp_path / "s.npz")
+    assert "class 0 is 0, 1 is 1, 2 is 2, 3 is 3, ..., 10 is 10, by the folders' names" in capsys.readouterr().out
+    assert read_statistics(tmp_path / "s.npz").classes == [str(k) for k in range(11)]
+    (folder / "1").rename(folder / "010")
+    assert "folders 010, 10 of" in refused(main, words(folder, space, tmp_path / "t.npz"), capsys=capsys)
 
 
 # Processes and kills
@@ -271,6 +309,36 @@ def test_folders_of_images_are_cropped_and_broken_ones_named(tmp_path, capsys):
     (folder / "c").rmdir()
     Image.new("L", (8, 8)).save(folder / "x.png")
     assert "images of its own" in told()
+
+
+def test_reading_needs_few_descriptors_and_no_shared_memory(space, tmp_path):
+    """As with `ulimit -n 1024`, 8 workers and batches of 250; a tensor an image would take 400 descriptors here."""
+    folder = write_folder(tmp_path / "images", *[(16, 16)] * 300, mode="L")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+    try:
+        many = made(folder, space, tmp_path / "many.npz", "--workers", 2, "--batch-size", 75)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    alone = made(folder, space, tmp_path / "alone.npz", "--batch-size", 75)
+    assert alone["mu"].std() > 0 and np.array_equal(many["sigma"], alone["sigma"])
+
+
+class Dying(Images):
+    """Its reader is killed, as by a machine that is out of memory."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(1, 8, 8, dtype=torch.uint8)
+
+
+def test_a_reading_process_that_is_killed_is_named():
+    with pytest.raises(InputError, match=r"reads here has ended .*Lower --batch-size"):
+        list(batches_of(Dying(None, {"images": "here"}), [range(4), range(4, 8)], 1))
 
 
 # Bad input

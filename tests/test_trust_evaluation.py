@@ -576,6 +576,20 @@ def test_the_full_size_row_checks_its_reference_before_it_samples(teacher, tmp_p
     assert not (tmp_path / "row").exists()
 
 
+@pytest.mark.slow
+def test_the_full_size_row_keeps_its_samples(teacher, reference, tmp_path):
+    """After an evaluation that failed, here for want of a fourth image, nothing is sampled twice."""
+    environment = os.environ | {"VIRTUAL_ENV": str(Path(sys.executable).parents[1]), "NUM_PROCESSES": "1"}
+    environment |= {"REFERENCE": str(reference), "VAE": "none", "SPACES": "pixels"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    command = ["bash", str(ROOT / "scripts" / "evaluate_sitxl.sh"), str(teacher), str(tmp_path / "row")]
+    command += ["--num-images", "3", "--dtype", "fp32"]
+    for printed in ("3 images -> ", "3 images were there already"):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and printed in done.stdout
+        assert f"the samples are kept in {tmp_path / 'row' / 'samples.npz'}" in done.stderr
+
+
 # The report ---------------------------------------------------------------------------------------------------------
 
 ODD_JSON = ["", "null", "[]", "3", '"text"', "{}", '{"rows": []}', '{"rows": {}}', '{"rows": {"a": 1}}',

@@ -1,5 +1,7 @@
 """Hostile and damaged models: one message each, nothing run, no memory reserved for what a file merely claims."""
 
+import argparse
+import datetime
 import io
 import json
 import os
@@ -10,6 +12,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -21,6 +24,7 @@ from convert_weight.pipeline import DMDRPipeline
 from evaluation.standins import repa_state, write_dinov2, write_vae
 from tests.conftest import TINY, random_sit, refused
 from train_cc.io.errors import InputError
+from train_cc.io.read import read_torch
 from train_cc.models import DINOv2Classifier, SiT
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.generator import assemble_generator, read_sampling, save_generator
@@ -409,12 +413,16 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [float("nan"), float("inf")])
-def test_the_check_does_not_pass_errors_that_are_not_finite(monkeypatch, error):
-    errors = dict.fromkeys(denoising.HYPOTHESES, 2.0) | {"as converted": error}
-    monkeypatch.setattr(denoising, "check_denoising", lambda model: errors)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_check_does_not_pass_outputs_that_are_not_finite(value):
+    class Broken:
+        sample_shape, null_class = (1, 8, 8), 10
+
+        def __call__(self, x, t, y):
+            return torch.full_like(x, value)
+
     with pytest.raises(InputError, match="not finite"):
-        denoising.require_denoising(None)
+        denoising.require_denoising(Broken())
 
 
 DINOV2_SPOILS = {
@@ -642,3 +650,32 @@ def test_random_damage_is_a_message(made, tmp_path):
 def test_5000_random_damages_are_messages(made, tmp_path):
     refusals, _ = damage_and_read(made, tmp_path, 5000, seed=1)
     assert refusals > 2500
+
+
+CLASSES = {
+    "multiarray.scalar": np.float32(1),
+    "multiarray._reconstruct": np.zeros(3),
+    "pathlib.": Path("a"),
+    "argparse.Namespace": argparse.Namespace(a=1),
+    "torch.nn.modules.linear.Linear": torch.nn.Linear(2, 2),
+    "datetime.datetime": datetime.datetime(2000, 1, 1),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_class_that_is_in_the_way_is_named(tmp_path, name, legacy):
+    """With no colours of a terminal, and not torch's advice to run what the file holds."""
+    torch.save({"args": CLASSES[name]}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(InputError, match="was not run") as caught:
+        read_torch(tmp_path / "a.pt", "a checkpoint")
+    message = str(caught.value)
+    assert name in message.split("holds ")[1].split(",")[0] and message.isprintable()
+    assert "a checkpoint is expected" in message and "weights_only" not in message
+
+
+def test_other_damages_of_a_pickle_are_without_torchs_advice(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"neither a pickle nor an archive")
+    with pytest.raises(InputError, match="truncated, damaged") as caught:
+        read_torch(tmp_path / "a.pt", "a checkpoint")
+    assert str(caught.value).isprintable() and "do those steps" not in str(caught.value)

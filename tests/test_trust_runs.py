@@ -1,12 +1,17 @@
 """A run trusts no file and deletes nothing that is not its own: hashes, fields, moments, damages, folders, records."""
 
+import contextlib
 import json
 import math
 import os
 import random
+import resource
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +23,7 @@ from tests.test_resume import assert_same_run, torchrun, units
 from train_cc import cold_start, dmdr_refl
 from train_cc.distillation import loop
 from train_cc.distillation.state import restore
-from train_cc.io.errors import InputError
+from train_cc.io.errors import InputError, message_of
 from train_cc.io.read import read_npy, sha256
 from train_cc.io.write import check_output_dir, check_parent, record, write_atomically, write_record
 from train_cc.models.generator import read_sampling
@@ -297,6 +302,117 @@ def test_moments_of_other_strides_become_contiguous_copies():
     assert held["exp_avg_sq"].stride() == (4, 1) and held["exp_avg"].data_ptr() != values.data_ptr()
     model(torch.rand(2, 4)).sum().backward()
     optimizer.step()
+
+
+RESIDENT = """
+import ctypes, gc, re, sys
+from pathlib import Path
+import torch
+from train_cc.io.read import read_torch
+from train_cc.run import states
+
+def status(name):
+    return 1024 * int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(8)])
+optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+states.restore_optimizer(model, optimizer, read_torch(Path(sys.argv[1]), "moments"), "optimizer.pt")
+print(status("VmHWM") - before)
+assert all(torch.equal(state["exp_avg"], torch.full_like(p, 3)) for p, state in optimizer.state.items())
+"""
+
+
+def test_resuming_holds_the_moments_and_the_mapped_file_and_no_more(tmp_path):
+    """Both are of one size: two of it, less than half of a third."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(8)])
+    state = {
+        name: {"step": torch.tensor(2.0), "exp_avg": torch.full_like(p, 3), "exp_avg_sq": torch.ones_like(p)}
+        for name, p in model.state_dict().items()
+    }
+    torch.save(state, tmp_path / "optimizer.pt")
+    command = [sys.executable, "-c", RESIDENT, str(tmp_path / "optimizer.pt")]
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    size = (tmp_path / "optimizer.pt").stat().st_size
+    assert size < int(done.stdout) < 2.4 * size
+
+
+def test_only_the_main_process_keeps_whole_copies():
+    tensors = {"a": torch.ones(3), "b": torch.zeros(2)}
+    assert states.whole_on_main(SimpleNamespace(is_main=True), tensors).keys() == tensors.keys()
+    assert states.whole_on_main(SimpleNamespace(is_main=False), tensors) == {}
+
+
+# What is nearly ours, and a disk that takes no more
+
+
+def test_a_copy_of_a_checkpoint_under_a_longer_name_is_not_in_the_way(teacher, run):
+    """Twice: it would have been found as step 2 again, and step 2 deleted as the older of the two."""
+    copied = units(run, 2).with_name("step-0002.pt")
+    shutil.copy(units(run, 2), copied)
+    for steps in (3, 4):
+        cold_start.main(continued(teacher, run, "--keep-checkpoints", 1, "--max-train-steps", steps))
+        assert checkpoints.complete_steps(run / "checkpoints") == [steps] and copied.exists()
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("file", ["generator.safetensors", "optimizer.pt"])
+def test_a_checkpoint_that_cannot_be_written_is_a_full_disks_message(teacher, run, capsys, file):
+    """Of safetensors and of torch, which have their own errors for it. The same command goes on from the last one."""
+    limit = (run / "checkpoints/accelerator_1/step-2" / file).stat().st_size - 1000
+    before = contents(run / "checkpoints")
+    arguments = continued(teacher, run, "--max-train-steps", 3)
+    with files_of_at_most(limit):
+        message = refused(cold_start.main, arguments, capsys=capsys)
+    assert "step-3.pt is not written, the checkpoint of step 2 is kept" in message and "free some space" in message
+    assert contents(run / "checkpoints") == before
+    cold_start.main(arguments)
+    assert checkpoints.complete_steps(run / "checkpoints")[-1] == 3
+
+
+def buffered(value: torch.Tensor, path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(value, file)
+
+
+WRITERS = {
+    "safetensors": lambda value, path: save_file({"a": value}, path),
+    "torch": torch.save,
+    "torch, a buffer": buffered,
+    "torch, as it was": lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False),
+    "npy": lambda value, path: np.save(path.with_suffix(".npy"), value.numpy()),
+    "npz": lambda value, path: np.savez(path, a=value.numpy()),
+    "tofile": lambda value, path: value.numpy().tofile(path),
+    "bytes": lambda value, path: path.write_bytes(bytes(99999)),
+}
+
+
+@pytest.mark.parametrize("how", WRITERS)
+def test_a_librarys_error_at_a_full_disk_is_a_message(tmp_path, how):
+    with files_of_at_most(9000), pytest.raises(Exception) as caught:
+        WRITERS[how](torch.rand(20000), tmp_path / "file")
+    assert "free some space, or raise the limit" in message_of(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("[enforce fail at inline_container.cc:197] . file not found: data.pkl"), ValueError("(os error x)")],
+)
+def test_errors_of_other_kinds_stay_bugs(error):
+    assert message_of(error) is None
 
 
 # What is not finite

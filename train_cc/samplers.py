@@ -1,6 +1,7 @@
 """Solvers. A model is any callable (x, t, y) -> v with x, v (B, C, H, W), t (B,), y (B,) int64."""
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from train_cc.flow import interpolate, x0_from_velocity
 from train_cc.schedules import timestep_grid
 
 VelocityModel = Callable[[Tensor, Tensor, Tensor], Tensor]
+SDE_LAST = 0.04  # the last step of the SDE, in SiT's and REPA's samplers whatever the number of steps
 
 
 def guided_rows(t: Tensor, scale: float, interval: tuple[float, float]) -> Tensor:
@@ -32,16 +34,23 @@ def apply_guidance(v: Tensor, v_null: Tensor, rows: Tensor, scale: float) -> Ten
     return v.index_copy(0, rows, v_null + scale * (v[rows] - v_null))
 
 
-def guide(model: VelocityModel, null_class: int, scale: float, interval: tuple[float, float] = (0, 1)) -> VelocityModel:
+def guide(
+    model: VelocityModel,
+    null_class: int,
+    scale: float,
+    interval: tuple[float, float] = (0, 1),
+    channels: int | None = None,
+) -> VelocityModel:
     """Classifier-free guidance: v = v_null + w (v_cond - v_null) where t lies in ``interval``, v_cond elsewhere.
 
     Any scale <= 1 means off and returns the model itself. Otherwise every call passes the conditional batch and the
     null rows of the samples inside the interval through the network at once: a sample outside costs one row, not two.
+    ``channels``: only the first ones are guided, as the samplers of DiT and SiT guide three of four; None: all.
     """
     if scale <= 1:
         return model
 
-    return Guided(model, null_class, scale, interval)
+    return Guided(model, null_class, scale, interval, channels)
 
 
 @dataclass(frozen=True)
@@ -52,13 +61,15 @@ class Guided:
     null_class: int
     scale: float
     interval: tuple[float, float]
+    channels: int | None = None
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, t_cpu: Tensor | None = None) -> Tensor:
         """``t_cpu``: the same times on the CPU, if known; without them the host waits for those on the device."""
         rows = guided_rows(t if t_cpu is None else t_cpu, self.scale, self.interval).to(x.device, non_blocking=True)
         v = self.model(*with_null_rows(x, t, y, rows, self.null_class))
         v, v_null = v.split([len(x), len(rows)])
-        return apply_guidance(v, v_null, rows, self.scale)
+        guided = apply_guidance(v, v_null, rows, self.scale)
+        return guided if self.channels is None else torch.cat([guided[:, : self.channels], v[:, self.channels :]], 1)
 
 
 def velocity_at(model: VelocityModel, x: Tensor, time: float, y: Tensor) -> Tensor:
@@ -139,4 +150,26 @@ def heun_sample(model: VelocityModel, noise: Tensor, y: Tensor, num_steps: int) 
         v = velocity_at(model, x_t, t, y)
         ahead = velocity_at(model, x_t + (t_next - t) * v, t_next, y)
         x_t = x_t + (t_next - t) * 0.5 * (v + ahead)
+    return x_t
+
+
+def sde_sample(
+    model: VelocityModel,
+    noise: Tensor,
+    y: Tensor,
+    num_steps: int,
+    fresh_noise: Callable[[Tensor], Tensor] = torch.randn_like,
+) -> Tensor:
+    """Euler-Maruyama for dx = (v - w/2 s) dt + sqrt(w) dW from t = 1 to 0, with w(t) = 2 t. -> x0 (B, C, H, W).
+
+    The reverse SDE of SiT (arXiv 2401.08740), as REPA's published figures are made (arXiv 2410.06940, `samplers.py`).
+    The score on the straight path is s = -(x_t + (1 - t) v) / t, so that the drift is x_t + (2 - t) v. ``num_steps``
+    times go from 1 to `SDE_LAST` in equal steps; the last step, to 0, adds no noise. At least two steps.
+    """
+    times = [1 - i * (1 - SDE_LAST) / (num_steps - 1) for i in range(num_steps)]
+    x_t = noise
+    for t, t_next in itertools.pairwise([*times, 0.0]):
+        x_t = x_t + (t_next - t) * (x_t + (2 - t) * velocity_at(model, x_t, t, y))
+        if t_next > 0:
+            x_t = x_t + math.sqrt(2 * t * (t - t_next)) * fresh_noise(x_t)
     return x_t

@@ -51,6 +51,9 @@ class Models:
     teacher: Path = setting(
         help="model folder (convert_weight/sit_convert.py makes one), or org/name[@revision] on the hub", reads=True
     )
+    teacher_is_distilled: bool = setting(
+        False, "permission for a --teacher that is itself a distilled generator of few steps"
+    )
     num_classes: int | None = setting(None, "checked against the teacher's; without it, the teacher's")
     vae: str = setting(DEFAULT_VAE, "decoder: a hub name or folder; 'none' for pixel space", reads=True)
     use_lora_gen: bool = setting(False, "train a LoRA of the generator, not all of it", recipe=True)

@@ -21,7 +21,7 @@ from evaluation.report.runs import RunLog, Table, find_tables, name_apart, read_
 from evaluation.report.tables import what_differs, what_was_run
 from evaluation.report.verdict import Verdict, verdict
 from train_cc.io import flags
-from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.errors import exits_on_input_error
 from train_cc.io.figures import columns_of, with_arrow
 from train_cc.io.read import printable, require_folder
 from train_cc.io.write import check_output_file, check_parent, mark_of, write_atomically
@@ -98,8 +98,6 @@ def check_outputs(target: Path, curves: Path | None) -> None:
         return
     apart((("--output", target), ("--curves", curves)))
     check_parent(curves / "x.svg")
-    if curves.exists() and not curves.is_dir():
-        raise InputError(f"--curves {curves} is a file; a folder is expected")
     for chart in CHARTS:
         check_output_file(curve_path(curves, chart), flag="--curves:", kind="a curve")
 
@@ -108,7 +106,7 @@ def check_outputs(target: Path, curves: Path | None) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = flags.Parser(description=__doc__)
     parser.add_argument("runs", type=flags.path, nargs="+", metavar="RUN", help="a run's --output-dir")
-    parser.add_argument("--output", type=flags.path, help="default: report.html in the first run's folder")
+    parser.add_argument("--output", type=flags.output_file, help="default: report.html in the first run's folder")
     parser.add_argument("--curves", type=flags.path, metavar="FOLDER", help="also write every chart there, as SVG")
     args = parser.parse_args(argv)
     for folder in args.runs:

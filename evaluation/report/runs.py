@@ -11,7 +11,7 @@ from train_cc.io.errors import InputError
 from train_cc.io.figures import read_figures
 from train_cc.io.read import printable, read_json, require_folder, sha256
 from train_cc.io.weights import WEIGHTS_NAME
-from train_cc.run.folder import exported_step
+from train_cc.run.folder import CHECKPOINT_STEP, exported_step
 from train_cc.run.logbook import parse_json_lines
 
 LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)")
@@ -122,7 +122,7 @@ def read_run(folder: Path) -> RunLog:
     run.series = Series.of(rows, turns)
     run.lines = read_log(folder / "log.txt")
     for path in (folder / "samples").glob("step-*/grid.png"):
-        number = re.fullmatch(r"step-(\d{1,15})", path.parent.name, re.ASCII)
+        number = re.fullmatch(CHECKPOINT_STEP, path.parent.name)
         if number and path.is_file():
             run.pictures[int(number[1])] = path
     generator = folder / "generator"

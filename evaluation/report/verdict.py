@@ -96,7 +96,7 @@ def row_of(digest: str, table: Table, multi_step: bool = False) -> str:
         if not digest or made_by.get("generator_sha256") != digest or not isinstance(arguments, dict):
             continue
         guided = arguments.get("guidance_scale") not in (None, "None", "1", "1.0", "0.0")
-        if not guided and (arguments.get("sampler") in ("euler", "heun")) == multi_step:
+        if not guided and (arguments.get("sampler") in ("euler", "heun", "sde")) == multi_step:
             return name
     return ""
 

@@ -13,8 +13,10 @@ if [ "$NUM_NODES" -gt 1 ]; then
     export MAIN_ADDRESS MAIN_PORT
 fi
 
-# One task a node: the launcher there starts a process a GPU.
-srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' job "$@" &
+# One task per node: the launcher there starts a process per GPU. Slurm 22.05 to 23.02 hands the cores on only if they are
+# named again; without them all processes would share one core.
+cores="${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}"
+srun --ntasks-per-node=1 $cores --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' job "$@" &
 step=$! requeue="" asked=""
 ask() { # the run saves after its update; once is enough, since Slurm tells its processes too
     [ -n "$asked" ] || kill -TERM "$step" 2>/dev/null

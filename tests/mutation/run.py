@@ -32,7 +32,7 @@ MODULES = {
     "train_cc/schedules.py": ["test_math"],
     "train_cc/draws.py": ["test_math", "test_golden"],
     "train_cc/objectives.py": ["test_math"],
-    "train_cc/samplers.py": ["test_math", "test_processes::test_every_process_makes_the_same_calls"],
+    "train_cc/samplers.py": ["test_math", "test_sampling", "test_processes::test_every_process_makes_the_same_calls"],
     "train_cc/run/diagnostics.py": ["test_diagnostics", "test_golden"],
     "train_cc/distillation/turns.py": TURNS,
     "train_cc/distillation/scores.py": ["test_golden", "test_speed::test_fake_and_real_in_one_call_are_those_of_two"],

@@ -24,8 +24,8 @@ from train_cc.distillation.turns import (
 from train_cc.io.errors import InputError
 from train_cc.io.saying import beating, saying
 from train_cc.run.checkpoint import kept
-from train_cc.run.diagnostics import UpdateSize, gathered
-from train_cc.run.logbook import BY_BAND, JsonLines, columns, logger, not_finite
+from train_cc.run.diagnostics import UpdateSize, finite, gathered
+from train_cc.run.logbook import BY_BAND, OVERFLOW, JsonLines, columns, logger, not_finite
 from train_cc.run.session import Session
 from train_cc.run.stop import StopSignal
 from train_cc.run.trackers import show_picture, tracking
@@ -34,6 +34,7 @@ from train_cc.schedules import annealing, dynamic_guidance_scale
 Row = dict[str, float | None]
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} left{postfix}"
 MOST_OVERFLOWS = 50  # in a row: a scaler that starts at 2^16 has been halved to 2^-34
+NORMS = {"grad_norm_generator", "grad_norm_estimator"}  # not finite: that network's update was skipped
 
 
 def train(run: Run) -> None:
@@ -57,11 +58,21 @@ def train(run: Run) -> None:
                 estimator_rows, row, stopping = cycle(run, step, bool(stop.name))
             seconds = round(time.monotonic() - began, 4)
             row = count_update(run, step, row)
-            stop_unless_finite(run, [*estimator_rows, row])
+            rows = [*estimator_rows, row]
+            if places := [name for each in rows for name in overflows(each)]:
+                logger.debug("step %d: overflow in fp16, skipped: %s", run.step, ", ".join(places))
+                if not any(run.overflows.values()):
+                    require_finite_run(run)  # NaN in weights looks like an overflow that does not end
+            try:
+                stop_unless_finite(run, rows)
+            except InputError as error:
+                write_rows(run, logs, estimator_rows, row, seconds)
+                stop_with(run, error, rows)
             last = run.step == output.max_train_steps
             sampled = bool(output.num_previews) and (last or run.step % output.sample_steps == 0)
             if sampled:
-                row |= show(run, step)
+                with stop.update():
+                    row |= show(run, step)
             write_rows(run, logs, estimator_rows, row, seconds)
             tell(run, progress, row, sampled)
             if last or stopping or run.step % output.checkpoint_steps == 0:
@@ -90,9 +101,28 @@ def cycle(run: Run, step: int, stopping: bool = False) -> tuple[list[Row], Row, 
         estimator_figures.append(estimator_turn(run, step, batches) | update_estimator(run))
     figures = generator_turn(run, step) | update_generator(run)
     of_band = f"loss_fake{BY_BAND}"  # the bands of all estimator turns together are one line's
-    figures[of_band] = sum(each.pop(of_band) for each in estimator_figures)
+    bands = [each.pop(of_band) for each in estimator_figures]
+    figures[of_band] = sum(torch.where(finite(each), each, 0.0) for each in bands)  # a turn that overflowed is left out
     *estimator_rows, row, (stopping,) = fetch(run.session, [*estimator_figures, figures], stopping)
-    return [columns(each) for each in estimator_rows], columns(row), stopping
+    *estimator_rows, row = (with_overflows(columns(each)) for each in [*estimator_rows, row])
+    if f"{OVERFLOW}generator" in figures:
+        for reward in run.rewards:
+            reward.adapt_scale(reward.gradient_overflow in row)
+    return estimator_rows, row, stopping
+
+
+def overflows(row: Row) -> list[str]:
+    """The columns of ``row`` that count overflows."""
+    return [name for name in row if name.startswith(OVERFLOW)]
+
+
+def with_overflows(row: Row) -> Row:
+    """``row`` without the counts that are 0; an update that was skipped counts as its network's overflow."""
+    scaled, bad = f"{OVERFLOW}generator" in row, set(not_finite(row))
+    row = {name: value for name, value in row.items() if value != 0 or not name.startswith(OVERFLOW)}
+    if overflows(row) or (scaled and bad <= NORMS):
+        row |= {norm.replace("grad_norm_", OVERFLOW): 1.0 for norm in bad & NORMS}
+    return row
 
 
 def update_estimator(run: Run) -> Figures:
@@ -119,12 +149,28 @@ def update(
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
 ) -> tuple[Tensor, Tensor]:
-    """Clip, step, clear. -> the gradients' norm before clipping, and the update's size in the middle of ``blocks``."""
+    """Clip, step, clear. -> the gradients' norm before clipping, and the update's size in the middle of ``blocks``.
+
+    Gradients that are not finite change neither weights nor moments.
+    """
     norm = gathered(accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm))
     size = UpdateSize(blocks)
-    optimizer.step()
+    step_if_finite(optimizer, norm)
     optimizer.zero_grad(set_to_none=True)
     return norm, size.ratio()
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """A scaler skips by itself, a fused optimizer by a flag on the device, so that the host waits for no answer."""
+    plain = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
+    if getattr(optimizer, "scaler", None) is not None:
+        optimizer.step()
+    elif getattr(plain, "_step_supports_amp_scaling", False):
+        plain.found_inf = (~norm.isfinite()).float()
+        optimizer.step()
+        del plain.found_inf
+    elif norm.isfinite():
+        optimizer.step()
 
 
 def fetch(session: Session, figures: list[Figures], stopping: bool) -> list[dict | tuple[bool]]:
@@ -201,22 +247,49 @@ def in_words(row: Row) -> str:
 
 
 def stop_unless_finite(run: Run, rows: list[Row]) -> None:
-    """Under fp16 an overflowing gradient is the scaler's to skip, but not for ever; a loss never may be."""
+    """Raise `InputError` for NaN or infinity that is no overflow in fp16, and for overflows that do not end."""
     scaled = run.session.generator_accelerator.scaler is not None
     for row in rows:
         bad = not_finite(row)
-        skipped = [name for name in bad if scaled and name.startswith("grad_norm")]
-        if other := [name for name in bad if name not in skipped]:
-            told = ", ".join(f"{name} is {row[name]}" for name in other)
-            stop_with(run, f"{told}. Stopped; {kept(run.output.checkpoints)}. Lower the learning rates?")
-        for name in row:
-            run.overflows[name] = run.overflows.get(name, 0) + 1 if name in skipped else 0
-            if run.overflows[name] == MOST_OVERFLOWS:
-                told = f"{name} overflowed in fp16 {MOST_OVERFLOWS} times in a row, and nothing was learned"
-                stop_with(run, f"{told}. Stopped; {kept(run.output.checkpoints)}. Take --mixed-precision bf16 or no")
+        skipped = NORMS & set(bad) if scaled or overflows(row) else set()
+        if not overflows(row) and (other := [name for name in bad if name not in skipped]):
+            message = ", ".join(f"{name} is {row[name]}" for name in other)
+            raise InputError(f"step {run.step}: {message}. Lower the learning rates?")
+        count_in_a_row(run, row, skipped)
 
 
-def stop_with(run: Run, told: str) -> None:
-    message = f"step {run.step}: {told}"
+def count_in_a_row(run: Run, row: Row, skipped: set[str]) -> None:
+    """Count overflows that follow one another, of ``row``'s turn. Raises `InputError` at the last that is allowed."""
+    own, now = {"grad_norm_estimator"}, skipped
+    if "grad_norm_generator" in row:  # here one drops the term of a reward
+        own, now = run.overflows.keys() - own, skipped | set(overflows(row)) - {f"{OVERFLOW}generator"}
+    for name in sorted(own | now, reverse=True):
+        run.overflows[name] = run.overflows.get(name, 0) + 1 if name in now else 0
+        if run.overflows[name] == MOST_OVERFLOWS:
+            places = ", ".join(place.removeprefix(OVERFLOW) for place in overflows(row)) or name
+            wider = "bf16 or no" if run.session.generator_accelerator.scaler is not None else "no"
+            raise InputError(
+                f"step {run.step}: {name} overflowed in fp16 {MOST_OVERFLOWS} times in a row, and nothing was learned "
+                f"(where: {places}). Take --mixed-precision {wider}"
+            )
+
+
+def stop_with(run: Run, error: InputError, rows: list[Row]) -> None:
+    """Save what is good, and raise ``error`` with what is kept."""
+    run.overflows = {}  # a run that continues may try as often again
+    saved = ""
+    if all(map(trusted, rows)):
+        try:
+            save(run, rotate=False)
+        except InputError as reason:
+            saved = f"; it could not be saved ({reason})"
+    words, _, advice = str(error).rpartition(". ")
+    message = f"{words}. Stopped; {kept(run.output.checkpoints)}{saved}. {advice}"
     logger.debug(message)  # into log.txt; the terminal gets it as the error that it is
-    raise InputError(message)
+    raise InputError(message) from error
+
+
+def trusted(row: Row) -> bool:
+    """False if a loss was not finite, and its gradient was: the update was made."""
+    bad = set(not_finite(row))
+    return not bad or bool(bad & NORMS) or bool(overflows(row))

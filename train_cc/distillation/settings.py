@@ -44,7 +44,12 @@ class Run:
     rewards_sha256: set[str] = field(default_factory=set)  # of the networks that rewarded, in all stages
     step: int = 0  # generator updates done
     samples_seen: int = 0  # by the generator, over all stages
-    overflows: dict[str, int] = field(default_factory=dict)  # of gradients in fp16, in a row, by their norm's column
+    overflows: dict[str, int] = field(default_factory=dict)  # in fp16, in a row, by the log's column that shows them
+
+    @property
+    def scaled(self) -> bool:
+        """True in fp16: losses are scaled, and what is not finite may be an overflow."""
+        return self.session.generator_accelerator.scaler is not None
 
     @property
     def plain_generator(self) -> SiT:

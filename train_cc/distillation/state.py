@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from train_cc.distillation.settings import Run, trainable
-from train_cc.io.errors import InputError
+from train_cc.io.errors import InputError, message_of
 from train_cc.io.hub import model_folder
 from train_cc.io.read import Number, check_numbers, sha256
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
@@ -63,8 +63,11 @@ def require_finite_run(run: Run, moments: bool = True) -> None:
         raise InputError(message)
 
 
-def save(run: Run) -> Path:
-    """Write a complete checkpoint of this step. -> its torch_units file. Raises `InputError` for what is not finite."""
+def save(run: Run, rotate: bool = True) -> Path:
+    """Write a complete checkpoint of this step. -> its torch_units file. Raises `InputError` for what is not finite.
+
+    ``rotate``: delete older ones, as --keep-checkpoints has it.
+    """
     require_finite_run(run)
     generator, estimator = run.plain_generator, run.plain_estimator
     parts = {
@@ -74,7 +77,7 @@ def save(run: Run) -> Path:
         "accelerator_2/optimizer.pt": states.optimizer_state(estimator, run.estimator_optimizer.optimizer),
     }
     if run.ema is not None:
-        parts["accelerator_1/ema.safetensors"] = {name: states.whole(value) for name, value in run.ema.values.items()}
+        parts[AVERAGE] = states.whole_on_main(run.session, run.ema.values)
     if run.memories:
         memories = {name: memory.state_dict() for name, memory in run.memories.items()}
         parts[MEMORIES] = {f"{name}.{key}": value for name, state in memories.items() for key, value in state.items()}
@@ -88,6 +91,7 @@ def save(run: Run) -> Path:
         "arguments": run.arguments,
         "scalers": [a.scaler and a.scaler.state_dict() for a in accelerators(run)],
         "ema_updates": run.ema.updates if run.ema else 0,
+        **overflow_state(run),
     }
     root = run.output.checkpoints
 
@@ -98,12 +102,36 @@ def save(run: Run) -> Path:
                 f"{root} has {free / 1e9:.2f} GB free, the checkpoint of step {run.step} needs {needed / 1e9:.2f} GB; "
                 f"stopped, {checkpoints.kept(root)} (--keep-checkpoints N deletes older ones)"
             )
-        checkpoints.write_checkpoint(root, run.step, parts, units)
-        checkpoints.rotate_checkpoints(root, run.output.keep_checkpoints, run.output.resume_ckpt)
+        try:
+            checkpoints.write_checkpoint(root, run.step, parts, units)
+        except Exception as error:
+            if (message := message_of(error)) is None:
+                raise
+            checkpoints.delete_leftovers(root)
+            path = checkpoints.units_path(root, run.step)
+            raise InputError(f"{path} is not written, {checkpoints.kept(root)}: {message}") from error
+        if rotate:
+            checkpoints.rotate_checkpoints(root, run.output.keep_checkpoints, run.output.resume_ckpt)
         logger.info("checkpoint %s", checkpoints.units_path(root, run.step))
 
     on_main(run.session, write)
     return checkpoints.units_path(root, run.step)
+
+
+def overflow_state(run: Run) -> dict[str, dict]:
+    """What overflows in fp16 left: the counts in a row, and rewards' lowered scales. Without overflows: no fields."""
+    in_a_row = {name: count for name, count in run.overflows.items() if count}
+    scales = {r.name: {"backoff": r.backoff, "good_turns": r.good_turns} for r in run.rewards if r.backoff < 1}
+    return ({"overflows": in_a_row} if in_a_row else {}) | ({"reward_scales": scales} if scales else {})
+
+
+def restore_overflows(run: Run, units: dict) -> None:
+    """The fields of `overflow_state`; a reward that they do not name begins anew."""
+    run.overflows = dict(units.get("overflows", {}))
+    scales = units.get("reward_scales", {})
+    for reward in run.rewards:
+        state = scales.get(reward.name, {"backoff": 1.0, "good_turns": 0})
+        reward.backoff, reward.good_turns = state["backoff"], state["good_turns"]
 
 
 def lora_state(estimator: ScoreEstimator) -> dict[str, Tensor]:
@@ -130,6 +158,7 @@ def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     run.rewards_sha256 |= set(theirs.get("rewards_sha256", []))
     restore_average(run, checkpoint)
     restore_memories(run, checkpoint)
+    restore_overflows(run, theirs)
     for accelerator, state in zip(accelerators(run), checkpoint.units["scalers"], strict=True):
         if accelerator.scaler is not None and state:
             accelerator.scaler.load_state_dict(state)

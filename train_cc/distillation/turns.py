@@ -13,8 +13,8 @@ from train_cc.flow import interpolate, x0_from_velocity
 from train_cc.objectives import dmd_direction, dmd_loss, dmd_normaliser, velocity_matching_losses
 from train_cc.rewards.at_x0 import Term, reward_terms
 from train_cc.rewards.tilt import effective_samples, tilt_weights
-from train_cc.run.diagnostics import by_band
-from train_cc.run.logbook import BY_BAND
+from train_cc.run.diagnostics import by_band, finite, first_overflow
+from train_cc.run.logbook import BY_BAND, OVERFLOW
 from train_cc.run.session import synchronised
 from train_cc.samplers import few_step_input
 from train_cc.schedules import annealing, beta_times, renoise_density
@@ -103,6 +103,8 @@ def estimator_turn(run: Run, step: int, batches: list[tuple[Draws, Tensor, Tenso
         weighted = losses if weights is None else losses * weights[chunk]
         accelerator.backward(weighted.mean() / chunks)
         losses = losses.detach()
+        if run.scaled:
+            add(totals, first_overflow(generator=finite(x0), estimator=finite(v_fake)), chunks)
         add(totals, {"loss_fake": losses.mean(), f"loss_fake{BY_BAND}": by_band(losses, t)}, chunks)
     return totals | figures
 
@@ -118,7 +120,8 @@ def tilt_batches(run: Run, batches: list[tuple[Draws, Tensor, Tensor]]) -> tuple
     images = [
         torch.cat([run.decode(part) for part in x0.split(run.reward_micro_batch or len(x0))]) for _, _, x0 in batches
     ]
-    weights, figures = 1.0, {}
+    weights, figures, good = 1.0, {}, [finite(torch.cat([x0 for _, _, x0 in batches]))]
+    good.append(finite(torch.cat(images)))
     for tilt in run.tilts:
         own = torch.cat([tilt.rewards(each, y) for each, (_, y, _) in zip(images, batches, strict=True)])
         everyone = run.session.gather(own)
@@ -130,6 +133,10 @@ def tilt_batches(run: Run, batches: list[tuple[Draws, Tensor, Tensor]]) -> tuple
             f"tilt_largest_weight_{tilt.name}": of_all.max(),
             f"tilt_effective_samples_{tilt.name}": effective_samples(of_all),
         }
+        if run.scaled:
+            own_good = torch.ones_like(good[0]) if tilt.users else finite(own)
+            stages = {"generator": good[0], "decoder": good[1], f"tilt_{tilt.name}": own_good}
+            figures |= first_overflow(**stages)
     return list(weights.split(run.optimisation.batch_size)), figures
 
 
@@ -183,6 +190,11 @@ def matching_term(run: Run, draws: Draws, x0: Tensor, y: Tensor, c: float) -> Te
         "t_mean": t.float().mean(),
         f"score_gap{BY_BAND}": by_band(gap, t),
     }
+    if run.scaled or run.plain_estimator.score_dtype == torch.float16:
+        overflows = first_overflow(generator=finite(x0), scores=finite(gap))
+        if not run.scaled:  # the generator computes in bf16, whose NaN is no overflow
+            del overflows[f"{OVERFLOW}generator"]
+        figures |= overflows
     return Term(loss, direction / direction.numel(), figures)
 
 
@@ -199,7 +211,8 @@ def generator_turn(run: Run, step: int) -> Figures:
         x0 = generate(run, draws, y)
         matching = matching_term(run, draws, x0.detach(), y, c)
         gradient, figures = matching.gradient, matching.figures
-        for term in reward_terms(run.rewards, run.decode, x0, y, run.reward_micro_batch, matching.gradient):
+        rewards = run.rewards, run.decode, x0, y, run.reward_micro_batch, matching.gradient
+        for term in reward_terms(*rewards, half=run.scaled):
             gradient = gradient + term.gradient
             figures = figures | term.figures
         # Every term's gradient at x0 is known: one backward passes their sum on to the generator.

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import parsing, require_file
+from train_cc.io.read import parsing, printable, require_file
+from train_cc.io.write import record_of
 
 KNOWN = {
     "digits": [str(digit) for digit in range(10)],
@@ -44,3 +45,32 @@ def class_names(
     if len(names) != num_classes:
         raise InputError(f"{flag} {source} has {len(names)} names; {num_classes} classes are expected")
     return names
+
+
+def dataset_of(folder: Path) -> str | None:
+    """The data set that the network of ``folder`` was trained on, as its record says."""
+    dataset = record_of(folder).get("arguments", {}).get("dataset")
+    return dataset if isinstance(dataset, str) else None
+
+
+def order_of(folders: list[str]) -> str:
+    """The first classes and the last with their numbers, for a person to compare with the model's."""
+    shown = [f"{k} is {printable(name)[:40]}" for k, name in enumerate(folders)]
+    return f"class {', '.join(shown if len(shown) < 7 else [*shown[:4], '...', shown[-1]])}, by the folders' names"
+
+
+def contradiction(folders: list[str], num_classes: int, dataset: str | None) -> str | None:
+    """The first class folder that has the name of another class of a model of ``dataset``, in words; None: no such."""
+    names = class_names("auto", num_classes, dataset)
+    if names is None or len(folders) != num_classes:
+        return None
+    known = [{_letters(name), *map(_letters, name.split(","))} for name in names]
+    for k, folder in enumerate(folders):
+        classes = [j for j, spellings in enumerate(known) if _letters(folder) in spellings]
+        if classes and k not in classes:
+            return f"the folder {printable(folder)[:40]} is its class {k}, but the model's class {classes[0]}"
+    return None
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())

@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,15 @@ OF_THE_DISK = {
 }
 
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FREE = ": free some space, or raise the limit (a quota, ulimit -f), and give the same command again"
+# Words of torch.save and numpy for a file that could not be written, in place of a number.
+WRITING_FAILED = re.compile(
+    r"PytorchStreamWriter failed|inline_container.* unexpected pos|iostream error|write\(\): fd|"
+    r"\d+ requested and \d+ written"
+)
+
+
 class InputError(ValueError):
     """Something that was given cannot be used. The message says what was given, what is allowed and what to do."""
 
@@ -38,9 +48,8 @@ def message_of(error: BaseException) -> str | None:
     """The sentence for a person, or None where ``error`` is a bug and deserves its traceback."""
     if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in OF_THE_DISK:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        return f"{where}{os.strerror(error.errno)}"
+    if (message := disk_message(error)) is not None:
+        return message
     if type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     ):
@@ -48,6 +57,19 @@ def message_of(error: BaseException) -> str | None:
         return f"out of memory ({told}); lower --batch-size, or see --dry-run for what a run needs"
     if isinstance(error, MemoryError):
         return "out of memory; lower --batch-size, or see --dry-run for what a run needs"
+    return None
+
+
+def disk_message(error: BaseException) -> str | None:
+    """The sentence for what a path or a disk did, also if a library has its own words for it; None for other errors."""
+    text = str(error)
+    rust = re.search(r"\(os error (\d+)\)", text)  # safetensors
+    number = int(rust[1]) if rust else getattr(error, "errno", None)
+    if number in OF_THE_DISK and (rust or isinstance(error, OSError)):
+        where = f"{error.filename}: " if getattr(error, "filename", None) is not None else ""
+        return f"{where}{os.strerror(number)}{FREE if number in FULL else ''}"
+    if isinstance(error, OSError | RuntimeError) and WRITING_FAILED.search(text):
+        return f"a file cannot be written whole ({text.splitlines()[0][:120]}){FREE}"
     return None
 
 

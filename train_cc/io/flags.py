@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 from train_cc.io.errors import InputError
 
 FEATURE_SPACES = "classifier:FOLDER, dinov2, inception, timm:NAME"  # the notation of models/features.py
-JUDGING_SPACES = f"{FEATURE_SPACES}, pixels"  # pixels, whose size is that of the images, judge alone
+# These judge alone: the FID in inception-spatial is sFID, and the size of pixels is that of the images.
+JUDGING_SPACES = f"{FEATURE_SPACES}, inception-spatial, pixels"
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,6 +107,13 @@ def path(text: str) -> Path:
     if not text or "\0" in text:
         refuse(repr(text), "a path")
     return Path(text)
+
+
+def output_file(text: str) -> Path:
+    """The path of a file to write. Whatever ends in "/", "." or ".." is a folder, though `Path` may drop that end."""
+    if os.path.basename(text) in ("", ".", ".."):
+        refuse(repr(text), "a path that ends in the name of a file")
+    return path(text)
 
 
 class TimeInterval(argparse.Action):

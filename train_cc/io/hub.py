@@ -3,11 +3,13 @@
 Importing this module, and naming a folder that is there, asks no network.
 """
 
+import contextlib
 import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from train_cc.io.errors import InputError
+from train_cc.io.errors import OF_THE_DISK, InputError
 from train_cc.io.read import first_line
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
 from train_cc.io.write import RECORD
@@ -18,6 +20,39 @@ OURS = ("runs", "sit_weights", "SiT-S", "SiT-B", "SiT-L", "SiT-XL")
 MODEL_FILES = ("config.json", WEIGHTS_NAME, GENERATION_CONFIG)
 PLACES = ("", "generator/")  # of a model in its repository: at the root, or in a pipeline that was shared
 HOW_TO_MAKE = "`bash scripts/pretrain_digits.sh` makes digits' teacher, `python convert_weight/sit_convert.py` SiT-XL/2"
+
+
+@contextlib.contextmanager
+def asking_the_hub(message: str) -> Iterator[None]:
+    """Around calls of huggingface_hub alone: any exception of it becomes an `InputError` that ``message`` begins.
+
+    Its versions use requests, httpx or httpx2, and a library in Rust for large files: their exceptions share no class.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{message}: {first_line(error).rstrip('.')}. {advice(error)}") from error
+
+
+def advice(error: Exception) -> str:
+    """What a person can do about an exception of huggingface_hub."""
+    if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+        return "The hub's cache could not be written; HF_HOME names another folder for it"
+    answers = (getattr(each, "response", None) for each in (error, error.__cause__))  # a snapshot's has it as its cause
+    status = next((answer.status_code for answer in answers if answer is not None), None)
+    if status == 403:
+        return "The token has no right to this: another name, or `hf auth login` with a token that has"
+    if status is not None or (not isinstance(error, OSError) and isinstance(error, ValueError)):
+        return "Check the name, and log in by `hf auth login` if it is private or yours"
+    return "Check the network, the proxy and HF_ENDPOINT, and log in by `hf auth login`"
+
+
+def check_hub_name(name: str, flag: str) -> None:
+    """Raises `InputError` for what cannot be a repository's name."""
+    from huggingface_hub.utils import validate_repo_id
+
+    with asking_the_hub(f"{flag} is {name!r}; a name such as you/dmdr-sit is expected"):
+        validate_repo_id(name)
 
 
 # A model folder: here, or on the hub -----------------------------------------------------------------------------
@@ -44,7 +79,17 @@ def model_folder(source: Path | str) -> Path:
         raise InputError(
             f"{path} does not exist; a model folder, or org/name on the hub, is expected. To make one: {HOW_TO_MAKE}"
         )
+    if path.is_dir() and not (path / "config.json").is_file():
+        expected = f"a model folder, with config.json and {WEIGHTS_NAME}, is expected"
+        raise InputError(f"{path / 'config.json'} does not exist; {expected}{models_inside(path)}")
     return path
+
+
+def models_inside(folder: Path) -> str:
+    """The words for a folder that is no model's but holds some, such as a pipeline or a run; "" if it holds none."""
+    kind = " is a diffusers pipeline, and" if (folder / "model_index.json").is_file() else ""
+    inside = [str(path.parent) for path in sorted(folder.glob("*/config.json"))[:8]]
+    return f". {folder}{kind} holds the model folder(s) {', '.join(inside)}" if inside else ""
 
 
 def pinned(source: Path) -> Path:
@@ -58,33 +103,23 @@ def pinned(source: Path) -> Path:
 def _snapshot(repository: str, revision: str | None) -> Path:
     """The folder of a model's files in the hub's cache, which has the commit's name."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     files = [place + name for place in PLACES for name in MODEL_FILES]
-    try:
+    expected = f"a model folder, or org/name[@revision], is expected ({HOW_TO_MAKE})"
+    with asking_the_hub(f"no folder {repository} is here; {expected}. The hub says"):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        told = f"no folder {repository} is here, and the hub says: {first_line(error)}"
-        raise InputError(
-            f"{told}. A model folder, or org/name[@revision], is expected. To make one: {HOW_TO_MAKE}"
-        ) from error
 
 
 def push_folder(folder: Path, repository: str) -> str:
     """``folder`` as a model repository on the hub, made where it is missing. -> its address. Raises `InputError`."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
-    api = HfApi()
-    try:
+    again = f"{folder} is whole, and the same command uploads it"
+    with asking_the_hub(f"--push-to-hub {repository} failed; {again}. The hub says"):
+        api = HfApi()
         url = api.create_repo(repository, exist_ok=True)
         # The record of the command names paths of this machine.
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, ignore_patterns=[RECORD])
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise InputError(
-            f"--push-to-hub {repository}: {first_line(error)}. {folder} is whole; log in by `hf auth login`, and give "
-            "the same command again"
-        ) from error
     return str(url)
 
 
@@ -99,14 +134,13 @@ def hub_file(repository: str, name: str, what: str, revision: str | None = None)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    try:
-        return Path(hf_hub_download(repository, name, revision=revision))
-    except (OSError, ValueError, EntryNotFoundError) as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):
+    with asking_the_hub(f"cannot load {what}: no folder has this name, and the hub says"):
+        try:
+            return Path(hf_hub_download(repository, name, revision=revision))
+        except EntryNotFoundError as error:
+            if isinstance(error, FileNotFoundError):  # no file here, and no answer from the hub
+                raise
             return None
-        raise InputError(
-            f"cannot load {what}: no folder has this name, and the hub says: {first_line(error)}"
-        ) from error
 
 
 def cached_hub_file(repository: str, name: str, revision: str | None = None) -> Path | None:

@@ -7,6 +7,8 @@ import contextlib
 import hashlib
 import json
 import math
+import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +25,9 @@ JSON_BYTES = 64 << 20  # no JSON file of ours or of a library comes near
 
 
 def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    """The kind of ``error`` and the first line of its text, without the colours of a terminal."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return f"{type(error).__name__}: {printable(lines[0][:200])}" if lines else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -107,14 +110,15 @@ def safetensors_shapes(path: Path, expected: str) -> dict[str, tuple[int, ...]]:
 def read_torch(path: Path, expected: str, allowed: Sequence[type] = ()) -> object:
     """A .pt file's content, without running code from it; of classes, plain values and ``allowed`` alone.
 
-    torch trusts the sizes that the pickle names and skips the archive's checksums: both are checked here, or a damaged
-    file could read past its own end.
+    Tensors are views of the mapped file: a part that is not looked at takes no memory, and processes share the rest.
+    torch skips the archive's checksums: they are checked here.
     """
     import torch
 
     require_file(path, expected)
     with parsing(path, expected, "is truncated, damaged, or a pickle that holds code, which was not run"):
-        if zipfile.is_zipfile(path):
+        zipped = zipfile.is_zipfile(path)  # an older file is one pickle, and cannot be mapped
+        if zipped:
             with zipfile.ZipFile(path) as archive:
                 packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
                 if packed:  # torch writes none, and what it unpacks to has no bound
@@ -124,7 +128,16 @@ def read_torch(path: Path, expected: str, allowed: Sequence[type] = ()) -> objec
                 raise InputError(f"{path} is damaged: its part {bad} fails its checksum; {expected} is expected")
         with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch on a pickle's protocol: what it cannot read, it refuses
-            return torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            except pickle.UnpicklingError as error:  # torch advises to run the file's code
+                reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+                if found := re.search(r"GLOBAL ([\w.]+)", reason):
+                    raise InputError(
+                        f"{path} holds {found[1]}, a class or function that is not allowed there and was not run; "
+                        f"{expected} is expected. Where you trust it, save it again with plain numbers, text, tensors"
+                    ) from error
+                raise pickle.UnpicklingError(reason) from error
 
 
 def npz_headers(path: Path, expected: str) -> dict[str, tuple[tuple[int, ...], "np.dtype"]]:
@@ -220,6 +233,12 @@ def require_keys(config: Mapping, needed: Sequence[str], optional: Sequence[str]
     unknown = [str(name) for name in config if name not in needed and name not in optional and str(name)[:1] != "_"]
     if missing or unknown:
         raise InputError(f"{source} does not fit: missing {missing[:8]}, unknown {unknown[:8]}")
+
+
+def kind_of(config: Mapping, expected: str) -> str:
+    """The class that a config.json names, as diffusers, timm or transformers do; ``expected`` if it names none."""
+    keys = ("_class_name", "architecture", "model_type")
+    return next((str(config[key])[:80] for key in keys if key in config), expected)
 
 
 def require_plain(content: object, path: Path) -> None:

@@ -38,3 +38,9 @@ def saying(what: str) -> Iterator[None]:
         return
     with beating(lambda seconds: print(f"{what}, {seconds} s", file=sys.stderr, flush=True)):
         yield
+
+
+def note(text: str) -> None:
+    """A line that a person must see, on stderr, from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr, flush=True)

@@ -21,8 +21,13 @@ from train_cc.io.write import (
 
 
 def work_folder(target: Path) -> Path:
-    """Where `whole_folder` makes ``target``: beside it, on its disk, even where ``target`` is a link."""
+    """Where `whole_folder` makes ``target``: beside it, on its disk, even where ``target`` is a link.
+
+    Raises `InputError` for the current folder and those that hold it, up to "/": they cannot be replaced whole.
+    """
     target = target.resolve()
+    if Path.cwd().is_relative_to(target):
+        raise InputError(f"{target} holds the current folder, and would be replaced whole: name a folder in it")
     return target.with_name(target.name + ".tmp")
 
 

@@ -53,6 +53,8 @@ def is_ours(path: Path, kind: str = "") -> bool:
     """Whether a command of this project wrote the file or folder ``path``: its mark or its record says so."""
     if path.is_dir():
         return bool(record_of(path))
+    if not path.is_file():  # a device, or a pipe, which would be waited for
+        return False
     try:
         with path.open("rb") as file:
             head = file.read(ENDS)
@@ -89,6 +91,9 @@ def check_parent(path: Path) -> None:
         os.lstat(path.with_name(path.name + ".0123456789abcdef.tmp"))  # names too long show here
     except FileNotFoundError:
         pass
+    except NotADirectoryError as error:
+        file = next(parent for parent in path.parents if parent.exists())
+        raise InputError(f"{path} cannot be written: {file} is a file; a folder is expected") from error
     except OSError as error:
         raise InputError(f"{str(path)[:300]} cannot be written: {os.strerror(error.errno)}") from error
     if path.is_symlink() and not path.exists():
@@ -133,8 +138,6 @@ def check_output_file(path: Path, overwrite: bool = True, flag: str = "--output"
 def check_output_dir(folder: Path, overwrite: bool = False, flag: str = "--output-dir") -> None:
     """``folder`` can be written, and is empty, or is a folder of ours to replace. Raises `InputError`."""
     check_parent(folder / RECORD)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"the output folder {folder} is a file")
     if folder.exists() and not all(LEFTOVER.fullmatch(path.name) for path in folder.iterdir()):
         if not is_ours(folder):
             raise InputError(

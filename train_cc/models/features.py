@@ -5,6 +5,7 @@
 | `classifier:FOLDER` | input of the last linear layer, of a folder of pretrain/classifier.py | of the data's classes |
 | `dinov2` | class token of the last block, normed, of an official backbone | none |
 | `inception` | torch-fidelity's inception-v3-compat, 2048 | 1008, unbiased |
+| `inception-spatial` | ADM's for sFID: 7 channels of the 17 x 17 positions of mixed_6/conv, 2023 | none |
 | `timm:NAME` | pre-logits of a timm model with its published weights | of its own classes, if it has any |
 | `pixels` | the image itself, in [0, 1], flattened; to judge small images alone | none |
 
@@ -35,6 +36,7 @@ from train_cc.models.dinov2 import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, offi
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
+SPATIAL, SPATIAL_CHANNELS = "inception-spatial", 7  # of sFID, as ADM's evaluator has it
 MOST_PIXELS = 4096  # a covariance of more would take minutes
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of this file
 
@@ -139,9 +141,12 @@ class Pixels(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """torch-fidelity's network with a path for gradients: its own forward takes uint8 alone. Always fp32."""
+    """torch-fidelity's network with a path for gradients: its own forward takes uint8 alone. Always fp32.
 
-    def __init__(self, state: dict[str, Tensor]):
+    ``spatial``: the features of sFID. TensorFlow's mixed_6/conv is the first branch of Mixed_6d here, after its ReLU.
+    """
+
+    def __init__(self, state: dict[str, Tensor], spatial: bool = False):
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -150,17 +155,25 @@ class InceptionFeatures(nn.Module):
         torch.save(state, checked)
         checked.seek(0)
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=checked)
-        self.size = network.INPUT_IMAGE_SIZE
+        self.size, self.spatial = network.INPUT_IMAGE_SIZE, spatial
         self.fc = network.fc
-        self.trunk = nn.Sequential(*(part for name, part in network.named_children() if name != "fc"))
+        parts = {name: part for name, part in network.named_children() if name != "fc"}
+        if spatial:
+            names = list(parts)
+            parts = {name: parts[name] for name in names[: names.index("Mixed_6d")]}
+            parts["mixed_6/conv"] = network.Mixed_6d.branch1x1
+        self.trunk = nn.Sequential(*parts.values())
 
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
         x = images * 255
         x = x + (x.detach().clamp(0, 255).round() - x.detach())  # the gradient of x, the value of uint8
         x = interpolate_bilinear_2d_like_tensorflow1x(x, size=(self.size, self.size), align_corners=False)
-        features = self.trunk((x - 128) / 128).flatten(1)
+        features = self.trunk((x - 128) / 128)
+        if self.spatial:
+            return features[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1), None
+        features = features.flatten(1)
         return features, features @ self.fc.weight.T
 
     def _apply(self, function, recurse: bool = True) -> nn.Module:
@@ -193,8 +206,8 @@ def load_space(
         if dinov2_backbone is None:
             raise InputError("the space dinov2 needs an official backbone: give its file or URL by --dinov2-backbone")
         space = dinov2_space(dinov2_backbone)
-    elif text == "inception":
-        space = inception_space(inception_weights)
+    elif text in ("inception", SPATIAL):
+        space = inception_space(inception_weights, spatial=text == SPATIAL)
     elif text == "pixels" and image_shape is not None:
         space = pixel_space(*image_shape)
     else:
@@ -255,15 +268,17 @@ def pixel_space(height: int, width: int, channels: int) -> FeatureSpace:
     return FeatureSpace("pixels", Pixels(), channels, preprocessing, "")
 
 
-def inception_space(source: str | Path | None) -> FeatureSpace:
+def inception_space(source: str | Path | None, spatial: bool = False) -> FeatureSpace:
     file = downloaded_inception() if source is None else Path(source)
     digest = sha256(require_file(file, "torch-fidelity's Inception weights"))
     if digest != INCEPTION_SHA256:
         raise InputError(f"{file} has SHA-256 {digest}, torch-fidelity's Inception {INCEPTION_SHA256}")
     state = read_torch(file, "torch-fidelity's Inception weights")
-    network = InceptionFeatures(state)
+    network = InceptionFeatures(state, spatial)
     preprocessing = {"image_size": network.size, "resize": "bilinear as TensorFlow 1, of uint8", "scale": "(x-128)/128"}
-    return FeatureSpace("inception", network, 3, preprocessing, digest)
+    if spatial:
+        preprocessing["layer"] = f"mixed_6/conv, {SPATIAL_CHANNELS} channels"
+    return FeatureSpace(SPATIAL if spatial else "inception", network, 3, preprocessing, digest)
 
 
 def downloaded_inception() -> Path:

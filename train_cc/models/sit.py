@@ -9,7 +9,15 @@ from torch import nn
 
 from train_cc.io.errors import InputError
 from train_cc.io.hub import model_folder
-from train_cc.io.read import Number, check_numbers, read_json, read_safetensors, require_keys, safetensors_shapes
+from train_cc.io.read import (
+    Number,
+    check_numbers,
+    kind_of,
+    read_json,
+    read_safetensors,
+    require_keys,
+    safetensors_shapes,
+)
 from train_cc.io.weights import WEIGHTS_NAME, block_count, fit_shapes, load_weights
 from train_cc.io.write import copy_mode
 from train_cc.models import network
@@ -38,8 +46,8 @@ DIFFUSERS_OPTIONS = {"device_map", "variant", "quantization_config", "subfolder"
 
 def check_sit_config(config: Mapping, source: Path | str) -> dict:
     """The arguments of `SiT` in ``config``, each of them, without private keys. Raises `InputError`."""
-    if config.get("_class_name", "SiT") != "SiT":
-        raise InputError(f"{source} is of a {str(config['_class_name'])[:80]}; {EXPECTED} is expected")
+    if (kind := kind_of(config, "SiT")) != "SiT":
+        raise InputError(f"{source} is of a {kind}; {EXPECTED} is expected")
     require_keys(config, [name for name in SIT_CONFIG if name not in SIT_DEFAULTS], list(SIT_DEFAULTS), source)
     check_numbers(config, SIT_CONFIG, source)
     config = SIT_DEFAULTS | {name: value for name, value in config.items() if name in SIT_CONFIG}
@@ -63,6 +71,11 @@ def read_sit_config(folder: Path) -> dict:
     Its weights, where there are any yet, have the shapes that it names. Shapes are read off the header, before anything
     is allocated.
     """
+    if folder.is_file() and folder.parent.name == "torch_units":
+        raise InputError(
+            f"{folder} is a run's checkpoint; a model folder is expected. --resume-ckpt {folder} continues from it; to "
+            f"make a folder of its generator: python convert_weight/export_generator.py --checkpoint {folder}"
+        )
     if folder.is_file():
         raise InputError(
             f"{folder} is a file; a model folder with config.json and {WEIGHTS_NAME} is expected. "

@@ -102,12 +102,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from train_cc.models.classifier import accuracy
     from train_cc.pretrain.resumable import output_folder, run_training
+    from train_cc.run import devices
 
+    device = devices.device()
     with output_folder("pretrain.classifier", args) as something_is_left:
         if not something_is_left:
             return
         began = time.monotonic()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         model = build(args, images).to(device)
         training = classifier_training(model, images, labels, args)
         if not run_training(training, "pretrain.classifier", args, model.save_pretrained):

@@ -16,7 +16,7 @@ import numpy as np
 
 from train_cc.io.class_names import KNOWN
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.flags import COUNT, LEARNING_RATE, SEED, Parser, integer, path
+from train_cc.io.flags import COUNT, LEARNING_RATE, SEED, Parser, integer, output_file, path
 from train_cc.io.read import parsing, require_folder
 from train_cc.io.write import check_output_file, mark_of, need_space, record, write_atomically
 
@@ -140,10 +140,11 @@ def through_vae(name: str, images: "Tensor") -> "Tensor":
 
     from train_cc.models.latents import encode_images
     from train_cc.models.vae import DECODED_AT_ONCE, VAEDecoder, images_to_uint8, load_vae
+    from train_cc.run.devices import device
 
     if images.shape[1] != 3:
         raise InputError(f"--vae is {name}, but the images have {images.shape[1]} channel; three are needed")
-    vae = load_vae(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    vae = load_vae(name).to(device())
     latents = encode_images(vae, images)
     decode = VAEDecoder(vae)
     with torch.no_grad():
@@ -156,7 +157,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add_data_arguments(parser)
     parser.add_argument(
-        "--output", type=path, required=True, help="the .npz: arr_0 images (N, H, W, C), arr_1 labels, provenance"
+        "--output",
+        type=output_file,
+        required=True,
+        help="the .npz: arr_0 images (N, H, W, C), arr_1 labels, provenance",
     )
     parser.add_argument("--split", choices=SPLITS, default="train", help="test: the 10 000 that nothing is trained on")
     parser.add_argument("--num-images", type=COUNT, help="the first of them alone; without it all")

@@ -169,7 +169,9 @@ def main(argv: list[str] | None = None) -> None:
     from train_cc.draws import rng_of
     from train_cc.models.sit import SiT
     from train_cc.pretrain.resumable import TEACHER, output_folder, run_training
+    from train_cc.run import devices
 
+    device = devices.device()
     with output_folder("pretrain.teacher", args) as something_is_left:
         if not something_is_left:
             return
@@ -184,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
             num_classes=NUM_CLASSES,
         )
         began = time.monotonic()
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device)
         training = teacher_training(model, *training_data(args, "train"), args)
         teacher = training.average.module
         if not run_training(training, "pretrain.teacher", args, lambda folder: save(teacher, args, folder)):

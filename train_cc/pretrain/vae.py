@@ -174,14 +174,16 @@ def main(argv: list[str] | None = None) -> None:
     from train_cc.draws import rng_of
     from train_cc.models.vae import load_vae, new_vae
     from train_cc.pretrain.resumable import VAE, output_folder, run_training
+    from train_cc.run import devices
 
+    device = devices.device()
     with output_folder("pretrain.vae", args) as something_is_left:
         if not something_is_left:
             return
         torch.manual_seed(rng_of(args.seed, VAE).initial_seed())
         began, fresh = time.monotonic(), args.decoder_of is None
         vae = new_vae(tuple(args.channels), args.groups, args.layers, images.shape[-1]) if fresh else None
-        vae = (vae or load_vae(str(args.decoder_of))).to("cuda" if torch.cuda.is_available() else "cpu")
+        vae = (vae or load_vae(str(args.decoder_of))).to(device)
         vae = vae.to(memory_format=torch.channels_last)
         training = vae_training(vae, images, args)
         average = training.average.module

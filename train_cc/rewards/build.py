@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from train_cc.io.class_names import contradiction, order_of
 from train_cc.io.errors import InputError
 from train_cc.rewards.at_x0 import Reward
 from train_cc.rewards.classifier import classifier_losses
 from train_cc.rewards.frechet import Frechet
 from train_cc.rewards.networks import Networks
 from train_cc.rewards.spec import RewardSpec, named_apart
-from train_cc.rewards.statistics import read_statistics
+from train_cc.rewards.statistics import Statistics, read_statistics
 from train_cc.rewards.tilt import Tilt
 
 SAMPLES_A_CLASS = 10  # fewer in the window, and the class means are noise
@@ -25,6 +26,7 @@ class Fit:
     """What every reward must fit, and where it computes."""
 
     num_classes: int  # of the generator
+    dataset: str | None  # that the teacher was trained on, if it is recorded
     channels: int  # of an image
     device: torch.device
     dtype: torch.dtype
@@ -99,13 +101,34 @@ def frechet_reward(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Rewar
         fit.frechet_unconditional,
         fit.device,
         fit.reduce,
+        half=fit.dtype == torch.float16,
     )
     built.files[f"reward_{name}"] = [path]
     built.spaces.add(space.sha256)
+    if memory.per_class and (note := class_note(statistics, path, fit)):
+        built.notes.append(note)
     classes = fit.num_classes if memory.per_class else 1
     if note := window_note(fit.frechet_window, statistics.size, classes):
         built.notes.append(note)
     return Reward(name, spec.weight, memory.losses, memory)
+
+
+def class_note(statistics: Statistics, path: Path, fit: Fit) -> str | None:
+    """Which class folder is which class, for the log. Raises `InputError` if the teacher names them otherwise."""
+    source = statistics.space.get("source")
+    if statistics.classes:
+        if wrong := contradiction(statistics.classes, fit.num_classes, fit.dataset):
+            raise InputError(
+                f"{path}: {wrong}; name the folders by the model's numbers (0, 1, ...) and make the file anew by "
+                "evaluation.statistics, or give --frechet-unconditional"
+            )
+        return f"{path}: {order_of(statistics.classes)}"
+    if isinstance(source, dict) and "sha256_of_names" in source:
+        return (
+            f"WARNING: {path} is of class folders in the order of the alphabet, 10 before 2, and does not name them: "
+            "if their names are numbers, make it anew by evaluation.statistics"
+        )
+    return None
 
 
 def window_note(window: int, size: int, num_classes: int) -> str | None:
@@ -128,7 +151,7 @@ def python_reward(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Reward
     reward = fit.networks.function(spec.source, fit.device)
     built.files[f"reward_{name}"] = [Path(spec.source.rpartition(":")[0])]
     built.checks.append(partial(reward.check, with_gradient=True))
-    return Reward(name, spec.weight, reward.losses)
+    return Reward(name, spec.weight, reward.losses, users=True)
 
 
 BUILDERS = {
@@ -145,7 +168,7 @@ def tilt_of(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Tilt:
         reward = fit.networks.function(spec.source, fit.device)
         built.files[f"tilt_{name}"] = [Path(spec.source.rpartition(":")[0])]
         built.checks.append(partial(reward.check, with_gradient=False))
-        return Tilt(name, spec.weight, reward.rewards)
+        return Tilt(name, spec.weight, reward.rewards, users=True)
     judge = judge_of(spec, name, fit, built)
 
     def log_probability(images: Tensor, y: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ the gradient of mean |f - stop_gradient(T(f | y))|^2, whose value estimates FD: 
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -66,8 +67,10 @@ class Sums(NamedTuple):
     m: Tensor  # (D, D), sum of f f^T
 
 
-def sums_of(f: Tensor, y: Tensor, num_classes: int) -> Sums:
-    n = f.new_zeros(num_classes).index_add_(0, y, f.new_ones(len(y)))  # bincount would wait for the device
+def sums_of(f: Tensor, y: Tensor, num_classes: int, counts: Tensor | None = None) -> Sums:
+    """``counts`` (B,): 0 for a sample that is left out, whose features are zeros; else 1."""
+    counts = f.new_ones(len(y)) if counts is None else counts
+    n = f.new_zeros(num_classes).index_add_(0, y, counts)  # bincount would wait for the device
     return Sums(n, f.new_zeros(num_classes, f.shape[1]).index_add_(0, y, f), f.T @ f)
 
 
@@ -107,6 +110,8 @@ class Frechet:
 
     ``features_of``: images in [0, 1] (B, C, H, W) -> features (B, D), differentiable. ``window``: W, in samples.
     ``weight``: of the scaled gradient; 1 begins as strong as matching. ``reduce``: the sum over processes of a tensor.
+    ``half``: features are computed in fp16. A sample that overflows is left out of the statistics, and a turn that does
+    out of the scale.
     Raises `InputError` where ``statistics`` do not fit ``num_classes`` of the generator.
     """
 
@@ -120,7 +125,9 @@ class Frechet:
         unconditional: bool = False,
         device: torch.device | str = "cpu",
         reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        half: bool = False,
     ):
+        self.half = half
         self.features_of, self.window, self.weight, self.reduce = features_of, window, weight, reduce
         self.device = torch.device(device)
         self.per_class = statistics.class_mu is not None and not unconditional
@@ -160,7 +167,12 @@ class Frechet:
     @torch.no_grad()
     def observe(self, features: Tensor, labels: Tensor) -> None:
         """Add a device batch, (B, D) and (B,), to the global batch that the next `commit` ends."""
-        new = sums_of(features.to(self.device, torch.float64), self._classes(labels), len(self.mu_real))
+        features = features.to(self.device, torch.float64)
+        counts = None
+        if self.half:
+            good = features.isfinite().all(dim=1)
+            features, counts = torch.where(good[:, None], features, 0.0), good.double()
+        new = sums_of(features, self._classes(labels), len(self.mu_real), counts)
         self.pending = Sums(*(a + b for a, b in zip(self.pending, new, strict=True))) if self.pending else new
 
     @torch.no_grad()
@@ -179,10 +191,11 @@ class Frechet:
 
         The host waits for the device here: eigenvalues report to it whether they were found.
         """
-        if (~torch.isfinite(self.sums.m)).any():
-            raise InputError("the features of generated images hold NaN or infinity: the Frechet reward cannot go on")
         if not self.observed:
             raise RuntimeError("the Frechet reward has observed no sample: fill its window first")
+        if (~torch.isfinite(self.sums.m / self.sums.n.sum())).any():  # no sample may be left, where all overflowed
+            told = "the features of generated images hold NaN or infinity: the Frechet reward cannot go on"
+            raise InputError(told + (". Take --mixed-precision bf16" if self.half else ""))
         mu, sigma = moments(self.sums, self.mu_real)
         a, trace_root = transport(sigma, self.root, LARGEST_GAIN)
         share = self.sums.n / self.sums.n.sum()
@@ -238,6 +251,9 @@ class Frechet:
         if self.scale is not None:
             return
         norms = self.reduce(self.squares).sqrt().tolist()
+        if self.half and not all(map(math.isfinite, norms)):  # an overflow: a later turn is measured in its place
+            self.squares.zero_()
+            return
         if not all(0 < norm < float("inf") for norm in norms):
             raise InputError(
                 f"the gradients at x0 have norms {norms[0]:g} (matching) and {norms[1]:g} (Frechet): the scale of the "

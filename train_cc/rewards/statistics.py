@@ -37,6 +37,11 @@ class Statistics:
     def num_classes(self) -> int | None:
         return None if self.class_mu is None else len(self.class_mu)
 
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the class folders, in the order of their numbers; None for a file that does not record them."""
+        return classes_of(self.space, self.num_classes)
+
 
 def read_statistics(path: Path, space: dict | None = None) -> Statistics:
     """``space``: what `FeatureSpace.describe` says of the space in use; None: any. Raises `InputError`."""
@@ -80,6 +85,14 @@ def read_space(array: np.ndarray, path: Path) -> dict:
     if missing:
         raise InputError(f"{path}: space lacks {', '.join(missing)}; {EXPECTED} is expected")
     return content
+
+
+def classes_of(space: dict, num_classes: int | None = None) -> list[str] | None:
+    """The class folders that a statistics file's ``space`` records; ``num_classes``: how many they must be."""
+    source = space.get("source")
+    names = source.get("classes") if isinstance(source, dict) else None
+    fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if fits and num_classes in (None, len(names)) else None
 
 
 def require_space(of_file: dict, in_use: dict, path: Path) -> None:

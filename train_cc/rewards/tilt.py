@@ -15,11 +15,15 @@ CLIP = 10.0
 
 @dataclass
 class Tilt:
-    """``rewards``: images (B, C, H, W) in [0, 1], labels (B,) -> (B,), larger is better; no gradient is asked of it."""
+    """``rewards``: images (B, C, H, W) in [0, 1], labels (B,) -> (B,), larger is better; no gradient is asked of it.
+
+    ``users``: a user's function, whose NaN is no overflow of ours.
+    """
 
     name: str
     beta: float
     rewards: Callable[[Tensor, Tensor], Tensor]
+    users: bool = False
 
 
 def tilt_weights(rewards: Tensor, beta: float, clip: float = CLIP) -> Tensor:

@@ -92,10 +92,21 @@ def units_path(root: Path, step: int) -> Path:
     return root / "torch_units" / f"step-{step}.pt"
 
 
+def step_of(path: Path, ending: str = ".pt") -> int | None:
+    """N of a file or folder named step-N and ``ending``, as `units_path` writes it; None for any other name."""
+    match = re.fullmatch(CHECKPOINT_STEP + re.escape(ending), path.name)
+    return int(match[1]) if match else None
+
+
+def steps_in(folder: Path, ending: str) -> list[int]:
+    """The steps N of the files step-N and ``ending`` in ``folder``, ascending."""
+    steps = (step_of(path, ending) for path in folder.glob("step-*"))
+    return sorted(step for step in steps if step is not None)
+
+
 def complete_steps(root: Path) -> list[int]:
     """The steps of ``root`` (a checkpoints folder) that have a torch_units file, ascending."""
-    found = (re.fullmatch(CHECKPOINT_STEP + r"\.pt", path.name) for path in (root / "torch_units").glob("step-*.pt"))
-    return sorted(int(match[1]) for match in found if match)
+    return steps_in(root / "torch_units", ".pt")
 
 
 def kept(root: Path) -> str:
@@ -191,11 +202,11 @@ def set_aside(root: Path, step: int) -> None:
 
 def delete_leftovers(root: Path) -> None:
     """What a kill left in ``root``: temporary files, and files of steps without a torch_units file."""
-    for path in (root / "torch_units").glob("step-*.pt.tmp"):
-        path.unlink()
-    known = {str(step) for step in complete_steps(root)}
-    known |= {path.name[5 : -len(".pt" + DAMAGED)] for path in (root / "torch_units").glob("step-*.pt" + DAMAGED)}
+    units = root / "torch_units"
+    for step in steps_in(units, ".pt.tmp"):
+        (units / f"step-{step}.pt.tmp").unlink()
+    known = {*complete_steps(root), *steps_in(units, ".pt" + DAMAGED)}
     for folder in list(root.glob("accelerator_[12]/step-*")):
-        match = re.fullmatch(CHECKPOINT_STEP + r"(\.tmp)?", folder.name)
-        if match and (match[2] or match[1] not in known):
+        step = step_of(folder, "")
+        if step_of(folder, ".tmp") is not None or (step is not None and step not in known):
             delete_ours(folder, OF_A_STEP | TORN)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from train_cc.run.logbook import BANDS
+from train_cc.run.logbook import BANDS, OVERFLOW
 
 
 def by_band(values: Tensor, t: Tensor) -> Tensor:
@@ -21,6 +21,23 @@ def compare_gradients(name: str, of_matching: Tensor, of_reward: Tensor) -> dict
         f"grad_norm_reward_{name}_x0": of_reward.norm(),
         f"grad_cosine_reward_{name}_x0": torch.cosine_similarity(of_matching.flatten(), of_reward.flatten(), dim=0),
     }
+
+
+def finite(values: Tensor) -> Tensor:
+    """True if all of ``values`` are finite numbers, 0-d on their device."""
+    return values.isfinite().all()
+
+
+def first_overflow(**stages: Tensor) -> dict[str, Tensor]:
+    """Figures by stage: 1 for the first of ``stages`` (0-d, True if finite) that is not finite, 0 for all others.
+
+    ``stages`` come in the order of computation: an overflow is the fault of the network in which it begins.
+    """
+    figures, good = {}, None
+    for name, now in stages.items():
+        figures[f"{OVERFLOW}{name}"] = (~now if good is None else good & ~now).float()
+        good = now if good is None else good & now
+    return figures
 
 
 def gathered(figure: Tensor) -> Tensor:

@@ -55,6 +55,9 @@ def require_generator_on_device(generator: torch.Generator | None) -> None:
 class Stream:
     """A queue of the device; also an event in one. Nothing runs, and so nothing is waited for by the device."""
 
+    stream_id = device_index = 0
+    device_type = 20  # c10's number of PrivateUse1
+
     def __init__(self, *args: object, **kwargs: object):
         self.device = torch.device(NAME, 0)
 

@@ -3,11 +3,13 @@
     with fake_gpu() as gpu:
         model.to(gpu.device)
         ...
-    gpu.waits, gpu.copies
+    gpu.waits, gpu.copies, gpu.lost
 
 Tensors on the CPU are real, those on ``gpu.device`` have shape and dtype alone. As on CUDA: operators refuse tensors of
 both (a 0-d CPU tensor may join), autocast follows CUDA's lists, attention takes the fused kernels. What makes the host
-wait for the device is recorded with its place in the project's code. A value that is read is 0, and where a shape
+wait for the device is recorded with its place in the project's code. Non-blocking copies run late, at the host's next
+wait: a source that was freed by then is recorded as lost, unless it was pinned, or so small that CUDA takes it at the
+call. A value that is read is 0, and where a shape
 depends on values it is the largest possible.
 
 The first `fake_gpu` registers the device type with torch for the whole process; outside of the context it says that it
@@ -17,6 +19,7 @@ for that thread alone. `fake_processes` adds accelerate and other ranks, `meters
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +36,9 @@ from train_cc.run.fake_device import NAME, Generator, active, install, require_g
 from train_cc.run.meters import DEVICE_OF, is_wrapped, tensors_in
 
 PROJECT = Path(__file__).resolve().parents[2]
+# Bytes of pageable memory that are copied to the device's queue at the call (CUDA C++ Programming Guide, "Asynchronous
+# Concurrent Execution"). More is staged by the driver, at the call or later ("API synchronization behavior").
+TAKEN_AT_ONCE = 64 * 2**10
 OWN_FILES = ("fake_gpu", "fake_device", "cuda_rules", "fake_processes", "meters", "roofline")
 aten = torch.ops.aten
 
@@ -52,14 +58,23 @@ class FakeGpu(TorchDispatchMode):
         self.device = torch.device(NAME, 0)
         self.waits: list[Event] = []  # the host waits until the device has done all that it was given
         self.copies: list[Event] = []  # between CPU and device, non-blocking
+        self.lost: list[Event] = []  # those whose source was freed before the device had read it
+        self._late: list[weakref.ref] = []  # storages that the device has yet to read
+        self._pinned: list[Tensor] = []
         self._fake = fake
 
     def clear(self) -> None:
-        self.waits.clear()
-        self.copies.clear()
+        for events in (self.waits, self.copies, self.lost, self._late):
+            events.clear()
 
     def wait(self, kind: str) -> None:
         self.waits.append(Event(kind, place_in_project()))
+        self._late.clear()
+
+    def pin(self, x: Tensor) -> Tensor:
+        """A copy in pinned memory: torch keeps it until the device has read it. A copy from it may still wait."""
+        self._pinned.append(x.clone())
+        return self._pinned[-1]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -119,7 +134,10 @@ class FakeGpu(TorchDispatchMode):
         if source.device.type != target.type:
             kind = f"{source.device.type} to {target.type}, {tuple(source.shape)} {str(source.dtype)[6:]}"
             if non_blocking:
-                self.copies.append(Event(kind, place_in_project()))
+                event = Event(kind, place_in_project())
+                self.copies.append(event)
+                if target.type == NAME and source.nbytes > TAKEN_AT_ONCE:
+                    self._late.append(weakref.ref(source.untyped_storage(), lambda _: self.lost.append(event)))
             else:
                 self.wait(f"blocking copy, {kind}")
         if target.type == NAME:
@@ -243,8 +261,7 @@ def fake_gpu() -> Iterator[FakeGpu]:
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
         # Several tensors by one kernel, as on CUDA, where their type is no other than a tensor's.
         stack.enter_context(mock.patch.object(_foreach_utils, "_foreach_supported_types", [Tensor, FakeTensor]))
-        # Pinned or not, a copy waits unless it is non-blocking.
-        stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda x, *device: x))
+        stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda x, *device: active[-1].pin(x)))
         # Otherwise torch would look for threads of the device, which are counted at a process's first backward pass.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         before = torch._C._only_lift_cpu_tensors()

@@ -12,7 +12,7 @@ from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
 from train_cc.io.write import LEFTOVER, RECORD, UNFINISHED, check_parent, flush, record_of
 
 STAGES = ("cold_start", "dmdr_refl")
-CHECKPOINT_STEP = r"step-(\d+)"
+CHECKPOINT_STEP = r"step-(0|[1-9][0-9]{0,9})"  # as it is written: ASCII digits, no leading zeros
 # Name (a regular expression of the whole of it) -> None for a file, or the same of a folder. In the order of deletion:
 # first what makes a checkpoint count. The record is not here: it is replaced, and while it stands the folder is ours.
 TORN = {r"\.tmp\w{6}": None}  # safetensors' own name for a file that it has not finished
@@ -36,10 +36,10 @@ TREE = {
     "loss_logs": {rf"loss_(gen|gui)_log\.jsonl({UNFINISHED})?": None},
     "samples": {
         CHECKPOINT_STEP: {rf"grid\.png({UNFINISHED})?": None},
-        r"teacher-\d+-steps-seed-\d+\.npy": None,
+        r"teacher-[0-9]+-steps-seed-[0-9]+\.npy": None,
         r"teacher\.tmp\.npy": None,
     },
-    "dmdr": EVENTS | {r"\d+\.\d+": EVENTS},  # tensorboard's
+    "dmdr": EVENTS | {r"[0-9]+\.[0-9]+": EVENTS},  # tensorboard's
     r"log\.txt": None,
 }
 FOLDERS = ("checkpoints", "generator", "loss_logs", "samples", "dmdr")

@@ -19,6 +19,7 @@ BANDS = (0, 25, 50, 75)
 
 
 BY_BAND = "_by_band"  # ends the name of a figure that comes by band
+OVERFLOW = "overflow_"  # begins the name of a column that counts overflows in fp16; a row without any has none
 
 
 def band_columns(name: str) -> tuple[str, ...]:

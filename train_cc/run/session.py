@@ -7,23 +7,19 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from train_cc.io.errors import InputError
-from train_cc.run.devices import require_usable_gpus
+from train_cc.run.devices import mesh_of, open_processes
 
 GPU_PRECISION = "fp16"  # what --mixed-precision auto is on a GPU (docs/benchmarks.md: precision by role)
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # what autocast computes in
-# How long a process waits for the others. Some wait while one hashes, downloads or ends its part of a sampling.
-TIMEOUT = timedelta(hours=6)
 
 
 @dataclass
@@ -95,7 +91,7 @@ class Session:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         options = {"mp_policy": policy, "reshard_after_forward": True}
         names = ("replicate", "shard")[-len(self.mesh_shape) :]
-        options["mesh"] = init_device_mesh(self.device.type, self.mesh_shape, mesh_dim_names=names)
+        options["mesh"] = mesh_of(self.device.type, self.mesh_shape, names)
         for block in blocks:
             fully_shard(block, **options)
         return fully_shard(network, **options)
@@ -186,21 +182,18 @@ def open_session(
     Raises `InputError` where a GPU cannot be used, the config contradicts ``mixed_precision``, the precision is not to
     be had, or other than NUM_PROCESSES processes were started.
     """
-    require_usable_gpus()
     configured, sharded, notes = take_environment()
     precision = agreed_precision(configured, mixed_precision)
+    open_processes(exact=True)
     session = make_session(precision, sharded, report_to, folder)
     session.notes, session.shard_over = notes, shard_over
-    wanted = os.environ.get("NUM_PROCESSES") or str(session.world_size)
-    if wanted != str(session.world_size):
-        raise InputError(f"NUM_PROCESSES is {wanted}, but {session.world_size} process(es) were started")
     return session
 
 
 def make_session(precision: str, sharded: bool, report_to: str = "none", folder: Path | None = None) -> Session:
     """The processes that were started, in ``precision``, a key of `COMPUTE_DTYPES`. Raises `InputError`."""
     cpu = not torch.cuda.is_available()
-    device = PartialState(cpu=cpu, timeout=TIMEOUT).device
+    device = PartialState(cpu=cpu).device
     if precision == "fp16" and device.type == "cpu":
         raise InputError("--mixed-precision fp16 needs a GPU; allowed on a CPU: no, bf16")
     # Buffers never change. (torch's successor of this option still synchronises them once.)
@@ -211,20 +204,6 @@ def make_session(precision: str, sharded: bool, report_to: str = "none", folder:
     session = Session(Accelerator(**options, **tracked), Accelerator(**options))
     session.sharded = sharded and session.world_size > 1
     return session
-
-
-def require_compiler() -> None:
-    """Raises `InputError` where `torch.compile` finds no compiler for this machine."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # whatever the missing piece raises
-        missing = "Triton" if device == "cuda" else "a C++ compiler such as g++"
-        told = str(error).strip().splitlines()
-        raise InputError(
-            f"--compile found no working compiler on this machine: {missing} is needed. Install it, or leave "
-            f"--compile away ({type(error).__name__}: {told[0] if told else ''})"
-        ) from error
 
 
 # Small kernels that do not wait for one another, such as the casts of weights, become one where that is faster by the

@@ -12,7 +12,6 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -38,44 +37,40 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: object, source: object) -> None:
-    """Put ``state`` back, sharded as ``model`` is; hyperparameters stay what the optimizer was built with.
+    """Copy ``state`` into the moments, a parameter at a time; hyperparameters stay what the optimizer was built with.
 
-    Raises `InputError` where it is not the state of ``model``'s trained parameters: the fused kernel checks nothing.
+    Raises `InputError` if it is not the state of ``model``'s trained parameters: the fused kernel checks nothing.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    put_moments(model, optimizer, checked_moments(state, trained, source))
-
-
-def put_moments(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Tensor]]) -> None:
-    """``state``: whole moments of every trained parameter, on the CPU. For a while they and older ones are held."""
-    name_of = {p: name for name, p in model.named_parameters()}
-    groups = [dict(group, params=[name_of[p] for p in group["params"]]) for group in optimizer.param_groups]
-    content = {"state": state, "param_groups": groups}
-    set_optimizer_state_dict(model, optimizer, content, options=StateDictOptions(full_state_dict=True))
-
-
-def checked_moments(state: object, trained: Mapping[str, Tensor], source: object) -> dict[str, dict[str, Tensor]]:
-    """``state`` as AdamW's of exactly the ``trained`` parameters, in memory of its own. Raises `InputError`."""
     if not isinstance(state, dict) or state.keys() != trained.keys():
         names = set(map(shown, state)) if isinstance(state, dict) else set()
         other = sorted(names ^ set(map(shown, trained)))
         raise InputError(f"{source} is not the optimizer state of what this run trains: it differs in {other[:6]}")
-    checked = {}
     for name, p in trained.items():
-        moments = state[name]
-        if not isinstance(moments, dict) or moments.keys() != MOMENTS:
-            raise InputError(f"{source}: {name} has {shown(moments)}; {', '.join(sorted(MOMENTS))} are expected")
-        if problem := step_problem(moments["step"]) or next(
-            (told for key in ("exp_avg", "exp_avg_sq") if (told := moment_problem(key, moments[key], p))), None
-        ):
+        if problem := moments_problem(state[name], p):
             raise InputError(f"{source}: {name}: {problem}")
-        # A copy of each: contiguous, aliasing neither the file nor another moment.
-        checked[name] = {key: own_copy(value) for key, value in moments.items()}
-    return checked
+        put_moments(optimizer, p, state[name])
 
 
-def own_copy(value: Tensor) -> Tensor:
-    return value if hasattr(value, "codes") else value.detach().clone(memory_format=torch.contiguous_format)
+@torch.no_grad()
+def put_moments(optimizer: torch.optim.Optimizer, p: Tensor, moments: Mapping[str, Tensor]) -> None:
+    """Give ``optimizer`` copies of whole ``moments``, sharded as ``p`` is; the copies do not alias the file."""
+    own = {"step": moments["step"].to(p.device if optimizer.defaults.get("fused") else "cpu", copy=True)}
+    for key in ("exp_avg", "exp_avg_sq"):
+        if hasattr(moments[key], "codes"):  # in 8 bits, never sharded
+            own[key] = moments[key].to(p.device)
+        else:
+            own[key] = torch.zeros_like(p)
+            copy_whole(own[key], moments[key])
+    optimizer.state[p] = own
+
+
+def moments_problem(moments: object, p: Tensor) -> str | None:
+    """What is wrong with ``moments`` as AdamW's of parameter ``p``; None: nothing."""
+    if not isinstance(moments, dict) or moments.keys() != MOMENTS:
+        return f"has {shown(moments)}; {', '.join(sorted(MOMENTS))} are expected"
+    problems = (moment_problem(key, moments[key], p) for key in ("exp_avg", "exp_avg_sq"))
+    return step_problem(moments["step"]) or next(filter(None, problems), None)
 
 
 def step_problem(value: object) -> str | None:
@@ -122,9 +117,14 @@ def copy_into(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: ob
         copy_whole(tensor, state[name])
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor as it is, a sharded one gathered; on the CPU."""
-    return gathered(tensor).cpu()
+def whole_on_main(session: Session, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors``, sharded ones gathered, on the CPU of the main process; on other processes empty. Collective."""
+    copies = {}
+    for name, tensor in tensors.items():
+        whole = gathered(tensor)  # by all processes
+        if session.is_main:
+            copies[name] = whole.cpu()
+    return copies
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ SCALER = {
     "growth_interval": Number(int, 1, 2**31 - 1),
     "_growth_tracker": COUNT,
 }
+REWARD_SCALE = {"backoff": Number(float, 1e-30, 1), "good_turns": COUNT}
 
 
 class NewerFormat(InputError):
@@ -120,6 +121,18 @@ def scalers(value: object) -> str | None:
     return next((f"{words}: {each}" for each in told if each), None)
 
 
+def overflows(value: object) -> str | None:
+    good = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+    return None if good and not any(map(COUNT.problem, value.values())) else "a dict of names, each with a count"
+
+
+def reward_scales(value: object) -> str | None:
+    words = f"a dict of rewards, each with {', '.join(REWARD_SCALE)}"
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        return words
+    return next((f"{words}: {told}" for each in value.values() if (told := numbers(each, REWARD_SCALE))), None)
+
+
 # field -> its check, which tells what is allowed where the value is not.
 FIELDS: dict[str, Callable[[object], str | None]] = {
     "step": STEP.problem,
@@ -134,6 +147,8 @@ OPTIONAL = {
     "ema_updates": COUNT.problem,
     "rewards_sha256": hashes,
     "latent_space_sha256": latent_space,
+    "overflows": overflows,
+    "reward_scales": reward_scales,
 }
 
 

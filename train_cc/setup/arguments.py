@@ -37,6 +37,13 @@ def validate(args: argparse.Namespace) -> list[str]:
             real = Path(os.path.realpath(path))
             if written & {str(each) for each in (real, *real.parents)}:
                 raise InputError(f"--overwrite would delete --{name.replace('_', '-')} {path}")
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if args.optimizer == "adamw8bit" and sharded and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(
+            "--optimizer adamw8bit under FSDP2 (ACCELERATE_USE_FSDP): moments that are sharded and in 8 bits cannot be "
+            "saved; allowed: adamw, whose moments FSDP2 shards, or an accelerate config that does not shard "
+            "(scripts/accelerate/ddp.yaml)"
+        )
     if args.optimizer == "adamw8bit" and not installed("torchao"):
         raise InputError("--optimizer adamw8bit needs torchao, which is not installed: pip install torchao")
     if args.report_to != "none" and not installed(args.report_to):

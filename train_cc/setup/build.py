@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,23 +11,30 @@ from torch import Tensor, nn
 
 from train_cc.distillation.settings import Run, trainable
 from train_cc.draws import Draws
+from train_cc.io.class_names import dataset_of
 from train_cc.io.errors import InputError
 from train_cc.io.fields import of
 from train_cc.io.hub import hub_name, model_folder
-from train_cc.models.estimator import ScoreEstimator
+from train_cc.io.read import read_json, shown
+from train_cc.io.weights import GENERATION_CONFIG
+from train_cc.models.estimator import CHECKED_STEPS, ScoreEstimator
 from train_cc.models.generator import generator_lora_rank, read_rewards, trainable_generator
+from train_cc.models.half import MARGIN, overflowing
 from train_cc.models.latents import read_latent_space
 from train_cc.models.lora import hold_frozen_in
+from train_cc.models.network import SiTBlock
 from train_cc.models.sit import SiT, choose_attention
 from train_cc.models.vae import require_decoder
 from train_cc.rewards.build import Built, Fit, build_rewards, require_judge_fits
 from train_cc.rewards.networks import Networks
 from train_cc.rewards.spec import rewards_of
 from train_cc.run.ema import Average
-from train_cc.run.session import COMPUTE_DTYPES, Session, configure_compiler, require_compiler
+from train_cc.run.session import COMPUTE_DTYPES, Session, configure_compiler
+from train_cc.samplers import euler_sample
 from train_cc.settings import Method, Optimisation, Output
 
-CHECK = 5  # first key of the draws, after the seed, of the batch that a user's function is checked on
+CHECK = 5  # first key of the draws, after the seed, of the batch that users' functions and fp16 are checked on
+SAMPLED = 4  # samples that decoder and judges are checked on in fp16
 
 
 def add_holdout(args: argparse.Namespace, fit: Fit, built: Built) -> None:
@@ -55,13 +63,55 @@ def build_optimizer(
     return torch.optim.AdamW(trainable(model).values(), fused=True, **options)
 
 
+def folder_of_teacher(args: argparse.Namespace) -> Path:
+    """A name on the hub is a folder of its cache; in a dry run the folder may be missing."""
+    return model_folder(args.teacher) if hub_name(args.teacher) else args.teacher
+
+
+def refuse_distilled(args: argparse.Namespace) -> None:
+    """Raises `InputError` for a teacher whose folder records steps of inference, as generators' folders do."""
+    path = folder_of_teacher(args) / GENERATION_CONFIG
+    steps = read_json(path, "a model's sampling and latents").get("num_inference_steps") if path.exists() else None
+    if steps is not None:
+        raise InputError(
+            f"--teacher {args.teacher} is a distilled generator: its {GENERATION_CONFIG} records {shown(steps)} "
+            "step(s) of inference. A multi-step teacher is expected, whose velocity holds at all times. If this one is "
+            "meant: --teacher-is-distilled"
+        )
+
+
 def load_teacher(args: argparse.Namespace, networks: Networks) -> tuple[SiT, dict, int]:
     """-> the teacher, its config, and the channels of an image; the other flags fit them. Raises `InputError`."""
+    if not args.teacher_is_distilled:
+        refuse_distilled(args)
     teacher = networks.sit(args.teacher)
     config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
     if args.num_classes not in (None, config["num_classes"]):
         raise InputError(f"--num-classes is {args.num_classes}, but {args.teacher} has {config['num_classes']} classes")
     return teacher, config, require_decoder(config["in_channels"], args.vae, args.teacher)
+
+
+def require_compiler() -> None:
+    """Compile and run a small block of the networks, forward and backward, under autocast, at two batch sizes.
+
+    Raises `InputError` if `torch.compile` cannot do it on this machine.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    block = SiTBlock(hidden_size=64, num_heads=2, mlp_ratio=4.0).to(device)
+    try:
+        compiled = torch.compile(lambda x: block(x, x.mean(dim=1)))
+        for batch in (2, 3):
+            x = torch.zeros(batch, 16, 64, device=device, requires_grad=True)
+            with torch._dynamo.config.patch(suppress_errors=False), torch.autocast(device):
+                out = compiled(x)
+            out.float().sum().backward()
+    except Exception as error:  # whatever the missing piece raises
+        words = " ".join(str(error).strip().splitlines()[:2])
+        missing = "Triton" if device == "cuda" else "a C++ compiler such as g++"
+        raise InputError(
+            f"--compile found no working compiler on this machine: {missing} is needed, and did not compile a small "
+            f"block, forward and backward. Install it, or leave --compile away ({type(error).__name__}: {words})"
+        ) from error
 
 
 def compiler_works(asked: bool | str, session: Session) -> bool:
@@ -88,16 +138,51 @@ def prepare_scores(estimator: ScoreEstimator, source: Path, session: Session, dt
 
     Sharded weights are gathered in the compute dtype alone. Raises `InputError` where fp16 was asked for and overflows.
     """
-    if dtype == torch.float32 or session.device.type == "cpu" or session.sharded:
+    if session.device.type == "cpu" or dtype == torch.float32 or (session.sharded and dtype != torch.float16):
         return
-    block = estimator.to(session.device).overflowing_block(torch.float16, session.device)
-    if block is None:
+    where = estimator.to(session.device).overflowing_block(torch.float16, session.device)
+    if where is not None and dtype == torch.float16:
+        raise_overflow(where, source)
+    elif where is not None:
+        session.notes.append(f"fp16 overflows in {where} of {source}: scores are computed in bf16")
+    elif not session.sharded:
         hold_frozen_in(estimator, torch.float16)
         estimator.score_dtype = torch.float16
-    elif dtype == torch.float16:
-        raise InputError(f"fp16 overflows in block {block} of {source}: take --mixed-precision bf16, or no")
-    else:
-        session.notes.append(f"fp16 overflows in block {block} of {source}: scores are computed in bf16")
+
+
+def raise_overflow(where: str, source: object) -> None:
+    told = f"its largest value is beyond {torch.finfo(torch.float16).max / MARGIN:.0f}, a quarter of the range"
+    raise InputError(f"fp16 overflows in {where} of {source} ({told}): take --mixed-precision bf16, or no")
+
+
+@torch.no_grad()
+def require_range(
+    args: argparse.Namespace, estimator: ScoreEstimator, built: Built, decode: Callable[[Tensor], Tensor], fit: Fit
+) -> None:
+    """Decoder, judges and feature spaces bear fp16, if they compute in it, on a few samples of the teacher.
+
+    Raises `InputError` that names the network and its layer.
+    """
+    networks: dict[str, Callable] = {f"the decoder {args.vae}": decode}
+    networks |= {f"the {name.replace('_', ' ')}": judge for name, judge in built.judges.items()}
+    networks |= {f"the reward {r.name}": r.memory.features_of for r in built.rewards if r.memory is not None}
+    halves = {name: each for name, each in networks.items() if in_half(each)}
+    if not halves:
+        return
+    device = next(estimator.parameters()).device
+    noise = Draws(0, CHECK, device=device).noise(SAMPLED, *estimator.network.sample_shape)
+    y = torch.arange(SAMPLED, device=device) % fit.num_classes
+    x0 = euler_sample(partial(estimator, lora_scale=1.0), noise, y, CHECKED_STEPS).to(fit.device)
+    images = decode(x0)
+    for name, network in halves.items():
+        given = x0 if network is decode else images
+        if where := overflowing(network, torch.float16, lambda network=network, given=given: network(given)):
+            raise_overflow(where, name)
+
+
+def in_half(network: Callable) -> bool:
+    weights = network.parameters() if isinstance(network, nn.Module) else iter(())
+    return any(weight.dtype == torch.float16 for weight in weights)
 
 
 def prepare_network(
@@ -155,6 +240,7 @@ def judged(
     """Rewards, tilts and the held-out judge, on the device, each with the attention that is fast there."""
     device, dtype = session.device, COMPUTE_DTYPES[session.generator_accelerator.mixed_precision]
     own = {"num_classes": num_classes, "channels": channels, "device": device, "dtype": dtype, "networks": networks}
+    own["dataset"] = None if hub_name(args.teacher) else dataset_of(args.teacher)
     fit = of(Fit, args, **own, reduce=session.total, checkpointing=args.reward_checkpointing)
     built = build_rewards(rewards_of(args), args.tilt, fit)
     add_holdout(args, fit, built)
@@ -169,6 +255,11 @@ def load_decode(args: argparse.Namespace, built: Built, fit: Fit, latents: str |
     decode = fit.networks.decoder(args.vae if decoded else None, fit.device, fit.dtype, latents)
     if isinstance(decode, nn.Module):  # pixel space has no decoder network
         built.files["vae"] = decode.files
+        if decode.needs_fp32 and fit.dtype == torch.float16:
+            built.notes.append(
+                f"--vae {args.vae}: its config.json has force_upcast, so images are decoded in fp32, not fp16; "
+                "write false there if its activations are known to fit fp16"
+            )
         if args.reward_checkpointing and built.rewards:
             decode.enable_gradient_checkpointing()
     return decode
@@ -179,20 +270,22 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     networks = networks or Networks(session)
     compiled = compiler_works(args.compile, session)  # before anything is loaded
     how = of(Optimisation, args)
-    teacher, config, shown = load_teacher(args, networks)
-    built, fit = judged(args, session, networks, config["num_classes"], shown)
+    teacher, config, channels = load_teacher(args, networks)
+    built, fit = judged(args, session, networks, config["num_classes"], channels)
     sample_shape, of_teacher = teacher.sample_shape, {"teacher": teacher.files}
     estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
     # Before the generator is loaded: never two copies in fp32.
     prepare_scores(estimator, args.teacher, session, fit.dtype)
+    teacher = folder_of_teacher(args)
+    latents = read_latent_space(teacher)
+    decode = load_decode(args, built, fit, latents)
+    require_range(args, estimator, built, decode, fit)
+    if session.sharded:
+        estimator.cpu()  # sharding moves it again, when there is room for it
     prepare_network(estimator, args, fit.device, fit.dtype, compiled)
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
     generator = trainable_generator(networks.sit(args.teacher), rank, args.seed)
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
-    # A name on the hub is a folder of its cache; in a dry run the folder may be missing.
-    teacher = model_folder(args.teacher) if hub_name(args.teacher) else args.teacher
-    latents = read_latent_space(teacher)
-    decode = load_decode(args, built, fit, latents)
     check_functions(built, decode, sample_shape, fit)
     session.notes += built.notes
     hashes = networks.hashes(of_teacher | built.files)

@@ -10,21 +10,29 @@ import os
 import torch
 
 from train_cc.io.errors import InputError
-from train_cc.run.checkpoint import newest_intact, open_checkpoint
+from train_cc.run.checkpoint import newest_intact, open_checkpoint, step_of
 from train_cc.run.session import GPU_PRECISION, agreed_precision
 from train_cc.setup.simulate import GIB, Cost, allowance, simulate
 
 UTILISATION = 0.4  # of a GPU's peak, that hours are told for
 
 
-def begins_at(stage: str, args: argparse.Namespace) -> int:
-    """The step that the run starts from. Raises `InputError` for a checkpoint that is missing or not whole."""
-    checkpoint = newest_intact(args.output_dir / "checkpoints")[0] if args.auto_resume and not args.overwrite else None
-    if checkpoint is None and args.resume_ckpt is not None:
-        checkpoint = open_checkpoint(args.resume_ckpt)
+def begins_at(stage: str, args: argparse.Namespace) -> tuple[int, list[str]]:
+    """The step that the run starts from, and notes. A checkpoint may be one that a cold start has yet to write.
+
+    Raises `InputError` for a checkpoint that is missing or not whole.
+    """
+    checkpoint, path = None, args.resume_ckpt
+    if args.auto_resume and not args.overwrite:
+        checkpoint = newest_intact(args.output_dir / "checkpoints")[0]
+    if checkpoint is None and path is not None:
+        step = step_of(path) if path.parent.name == "torch_units" else None
+        if step is not None and not os.path.lexists(path):
+            return step, [f"{path} does not exist yet: planned as from step {step}; a run needs it"]
+        checkpoint = open_checkpoint(path)
     if checkpoint is None and stage == "dmdr_refl":
         raise InputError("--resume-ckpt is missing: this stage starts from a cold start's torch_units/step-N.pt")
-    return checkpoint.step if checkpoint is not None else 0
+    return checkpoint.step if checkpoint is not None else 0, []
 
 
 def planned_precision(args: argparse.Namespace) -> tuple[str, list[str]]:
@@ -42,7 +50,7 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
     A teacher may be a name such as SiT-XL/2, or a folder that has its config.json alone yet.
     """
     precision, notes = planned_precision(args)
-    begin = begins_at(stage, args)
+    begin, more = begins_at(stage, args)
     cost = simulate(args, precision, processes)
     updates = max(0, args.max_train_steps - begin)
     batch = args.batch_size * args.gradient_accumulation_steps * processes
@@ -53,7 +61,7 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
             "arguments:",
             *[f"  --{name.replace('_', '-')} {value}" for name, value in vars(args).items() if name != "dry_run"],
             "",
-            *[f"note: {note}" for note in notes + cost.notes],
+            *[f"note: {note}" for note in notes + more + cost.notes],
             f"effective batch: {batch} = {args.batch_size} a process x {args.gradient_accumulation_steps} accumulated "
             f"x {processes} process(es), precision {precision}",
             f"images that the generator is trained on, from step {begin} to {args.max_train_steps}: "
@@ -91,6 +99,8 @@ def told_memory(cost: Cost, processes: int) -> list[str]:
         *[f"  peak, {name}: {value / GIB:.2f} GiB" for name, value in cost.peaks.items()],
         f"  peak of the run: {peak / GIB:.2f} GiB; with an allowance for torch's context, {of_several}fragmentation: "
         f"about {(peak + more) / GIB:.1f} GiB",
+        "  (the peak is that of live tensors, not compiled; not in it: the CUDA context, workspaces of libraries and "
+        "compilers, buffers of NCCL, the allocator's fragmentation)",
     ]
 
 

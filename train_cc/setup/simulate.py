@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from train_cc.distillation import loop, panel
 from train_cc.distillation.settings import Run, trainable
+from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.sit import SiT
 from train_cc.models.vae import DECODED_AT_ONCE
 from train_cc.run import states
@@ -25,7 +26,7 @@ from train_cc.run.fake_processes import fake_processes
 from train_cc.run.meters import FlopCounter, LiveMemory, Traffic
 from train_cc.run.session import make_session, take_environment
 from train_cc.samplers import few_step_sample
-from train_cc.setup.build import build
+from train_cc.setup import build as building
 from train_cc.setup.to_come import NetworksToCome
 
 GIB = 2**30
@@ -67,11 +68,16 @@ def simulate(args: argparse.Namespace, precision: str, processes: int) -> Cost:
         with LiveMemory(NAME) as memory:
             session = make_session(precision, sharded)
             session.shard_over = args.shard_over
-            run = build(argparse.Namespace(**vars(args) | lighter), session, networks)
+            with (  # weights that are not there bear fp16
+                mock.patch.object(ScoreEstimator, "overflowing_block", lambda *_: None),
+                mock.patch.object(building, "require_range"),
+            ):
+                run = building.build(argparse.Namespace(**vars(args) | lighter), session, networks)
             cost = Cost(parameters=parameters_of(run), sharded_over=session.mesh_shape[-1] if session.sharded else 1)
             memory.reset()
             resume(run)
             cost.peaks["resuming"] = memory.peak
+            first_steps(run)
             cycle(run, args, memory, cost)
             cost.held = held_by(run, memory.now)
             if args.num_previews:
@@ -83,7 +89,7 @@ def simulate(args: argparse.Namespace, precision: str, processes: int) -> Cost:
         cost.peaks[name] = sample(config, decode, args, gpu.device)
     if args.optimizer == "adamw8bit":
         in_8_bits(cost)
-    cost.notes = networks.notes
+    cost.notes = networks.notes + session.notes
     return cost
 
 
@@ -109,16 +115,24 @@ def resume(run: Run) -> None:
         (run.plain_generator, run.generator_optimizer.optimizer),
         (run.plain_estimator, run.estimator_optimizer.optimizer),
     ):
-        trained = trainable(model)
-        for p in trained.values():
+        for p in trainable(model).values():
             states.copy_whole(p, nothing(p))
-        moments = {
-            name: {"step": torch.zeros(()), "exp_avg": nothing(p), "exp_avg_sq": nothing(p)}
-            for name, p in trained.items()
-        }
-        states.put_moments(model, optimizer, moments)
+            moments = {"step": torch.zeros(()), "exp_avg": nothing(p), "exp_avg_sq": nothing(p)}
+            states.put_moments(optimizer, p, moments)
     for memory in run.memories.values():  # it holds samples, and has measured its scale
         memory.observed, memory.norms = True, [[1.0, 1.0]] * 3
+
+
+def first_steps(run: Run) -> None:
+    """A step of each optimizer, not counted: in the first, DTensor tries it on whole tensors that have no memory.
+
+    On a real device they take none; here they would be taken for the run's.
+    """
+    for optimizer in (run.generator_optimizer.optimizer, run.estimator_optimizer.optimizer):
+        for p in optimizer.state:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def cycle(run: Run, args: argparse.Namespace, memory: LiveMemory, cost: Cost) -> None:
@@ -223,9 +237,9 @@ def held_by(run: Run, now: int) -> dict[str, int]:
 
 
 def in_8_bits(cost: Cost) -> None:
-    """Two bytes a trained parameter in place of eight; while a run is resumed the moments are there twice."""
+    """Two bytes a trained parameter in place of eight."""
     for name in ("generator moments", "estimator LoRA moments"):
         less = 3 * cost.held[name] // 4
         cost.held[name] -= less
         for peak in cost.peaks:
-            cost.peaks[peak] -= 0 if peak.startswith("sampling") else less * (1 + (peak == "resuming"))
+            cost.peaks[peak] -= 0 if peak.startswith("sampling") else less

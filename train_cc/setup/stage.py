@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import os
 import sys
 
@@ -21,6 +22,8 @@ from train_cc.run.together import on_main
 from train_cc.setup.build import build
 from train_cc.setup.plan import plan
 from train_cc.setup.start import Start, check_own, find_start, go_back, write_run_record
+
+ENDS = 1 << 20  # bytes of a file's beginning and end that every process compares
 
 
 def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
@@ -46,8 +49,11 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
                 print(start.finished, file=sys.stderr)
             session.leave_at_exit()
             return
-        if not session.agree(int(start.checkpoint is None or start.checkpoint.complete())):
-            raise InputError(f"{start.checkpoint.path} is not complete for all processes: is it shared by all?")
+        if not session.agree(0 if start.checkpoint is None else fingerprint(start.checkpoint)):
+            raise InputError(
+                f"{start.checkpoint.path} and its files are not the same for all processes: is --output-dir on storage "
+                "that all nodes share?"
+            )
         with saying("reading the networks"):
             run = build(args, session)
             if start.checkpoint is not None:
@@ -55,6 +61,22 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
         on_main(session, lambda: begin(name, args, run, start, [*notes, *session.notes]))
         train(run)
     session.leave_at_exit()
+
+
+def fingerprint(checkpoint: Checkpoint) -> int:
+    """A hash of the checkpoint as this process sees it: its torch_units file, and the ends of each file it names.
+
+    The main process checks every byte; files of two runs or steps have the same size, and differ at their ends.
+    """
+    if not checkpoint.path.is_file() or not checkpoint.complete():
+        return -1
+    digest = hashlib.sha256()
+    for path in (checkpoint.path, *map(checkpoint.file, sorted(checkpoint.units["files"]))):
+        with path.open("rb") as file:
+            digest.update(file.read(ENDS))
+            file.seek(max(0, path.stat().st_size - ENDS))
+            digest.update(file.read())
+    return int.from_bytes(digest.digest()[:7], "big")
 
 
 def room_for(args: argparse.Namespace) -> int:

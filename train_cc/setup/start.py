@@ -50,8 +50,6 @@ def check_own(args: argparse.Namespace) -> None:
     """The output folder is empty, or a run of ours to continue or replace. Raises `InputError`; writes nothing."""
     folder = args.output_dir
     check_parent(folder / RECORD)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"the output folder {folder} is a file")
     if is_empty(folder) or is_run(folder) or complete_steps(folder / "checkpoints"):
         return
     raise InputError(

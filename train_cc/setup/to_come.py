@@ -1,5 +1,6 @@
 """The networks of a dry run: of the right sizes, without weights. What is here already is read, as by a run."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +23,9 @@ DINOV2_SIZES = {"vits14": (384, 12), "vitb14": (768, 12), "vitl14": (1024, 24)} 
 
 
 def named_size(teacher: Path) -> dict | None:
-    """The arguments of `SiT` of a name such as SiT-XL/2, where no folder has it; None: ``teacher`` is no such name."""
-    return None if teacher.exists() else SIT_SIZES.get(str(teacher))
+    """The arguments of `SiT` for SiT-XL/2, or for a folder named SiT-XL-2 that is missing; None for other names."""
+    of_folder = {name.replace("/", "-"): size for name, size in SIT_SIZES.items()}
+    return None if os.path.lexists(teacher) else SIT_SIZES.get(str(teacher), of_folder.get(teacher.name))
 
 
 class NetworksToCome(Networks):
@@ -45,7 +47,8 @@ class NetworksToCome(Networks):
             if not (model_folder(folder) / WEIGHTS_NAME).exists():
                 self.say(f"{folder / WEIGHTS_NAME} does not exist yet: a run needs it")
         else:
-            self.say(f"--teacher {folder} is the name of a size: a run needs a model folder")
+            how = "is the name" if str(folder) in SIT_SIZES else "does not exist yet, and has the name"
+            self.say(f"--teacher {folder} {how} of a size: a run needs a model folder")
         with self.device:
             model = SiT(**config)
         model.files = []

@@ -1,0 +1,181 @@
+"""A checkpoint that other code wrote: read without running code from it; if it is no SiT, its kind is named."""
+
+import argparse
+import contextlib
+import datetime
+import pathlib
+import pickletools
+import re
+import types
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from train_cc.io.errors import InputError
+from train_cc.io.read import read_safetensors, read_torch, require_file
+
+EXPECTED = "a SiT checkpoint or a model folder"
+
+# First match wins: what must be in some name (all of a row), and how such a network is called.
+NETWORKS = [
+    (
+        (r"(^|\.)lora_[A-Z]|\.lora[._]", r"^(?!.*lora)"),
+        "a network with a LoRA in it, such as the estimator of DMDR's authors",
+    ),
+    ((r"lora",), "a LoRA without its network"),
+    ((r"(^|\.)first_stage_model\.",), "a latent diffusion checkpoint with a U-Net and a VAE"),
+    ((r"(^|\.)single_transformer_blocks\.|(^|\.)(double|single)_blocks\.",), "a Flux transformer"),
+    ((r"(^|\.)joint_blocks\.|(^|\.)context_embedder\.",), "an MMDiT (Stable Diffusion 3)"),
+    ((r"^([a-z_]+\.)?transformer_blocks\.",), "a diffusers DiT (transformer_blocks)"),
+    ((r"(^|\.)(quant_conv|post_quant_conv)\.|(^|\.)decoder\.conv_in\.",), "a VAE"),
+    ((r"(^|\.)decoder\.", r"(^|\.)encoder\.conv_in\."), "a VAE"),
+    ((r"(^|\.)(down_blocks|input_blocks)\.",), "a U-Net"),
+    ((r"(^|\.)(enc|dec)\.\d+x\d+_",), "a U-Net of EDM"),
+    ((r"(^|\.)in_blocks\.", r"(^|\.)out_blocks\."), "a U-ViT"),
+    (
+        (r"\.mlp\.w(12|3|1|2)\.|\.mlp\.gate_proj\.|(^|\.)feat_rope\.",),
+        "a LightningDiT (SwiGLU, RMSNorm, rotary positions)",
+    ),
+    ((r"\.attn\.(q|k)_norm\.",), "a SiT or LightningDiT with qk-norm, which is not supported"),
+    ((r"(^|\.)cross_attn\.",), "a DiT with cross attention, such as PixArt"),
+    ((r"^bn\.running_mean",), "a SiT of REPA-E, whose latents are normalised by its batch norm"),
+    ((r"(^|\.)cls_token$", r"(^|\.)patch_embed\.proj\."), "a vision transformer, such as DINOv2"),
+    ((r"(^|\.)layer4\.\d+\.conv",), "a ResNet"),
+]
+
+
+def network_kind(names: Iterable[str]) -> str | None:
+    """The kind of a known network that is no SiT, by the names of its tensors."""
+    names = [str(name) for name in names]
+    for patterns, kind in NETWORKS:
+        if all(any(re.search(pattern, name) for name in names) for pattern in patterns):
+            return kind
+    return None
+
+
+def content_kind(content: object) -> str | None:
+    """The kind of a file's content that holds no network of ours."""
+    if not isinstance(content, dict):
+        return None
+    keys = {str(key) for key in content}
+    if "param_groups" in keys or "optimizer_state_dict" in keys or "fp32_flat_groups" in keys:
+        return "an optimizer's state; its network is in another file (mp_rank_00_model_states.pt, model.safetensors)"
+    if {"global_steps", "inner_steps"} >= keys and keys:
+        generator = "checkpoints/accelerator_1/step-N/pytorch_model/mp_rank_00_model_states.pt"
+        return f"the counters of a run of DMDR's authors; its generator is {generator}"
+    if "shadow_params" in keys and not isinstance(content["shadow_params"], dict):
+        return "an average of diffusers' EMAModel, whose tensors have no names; save its model's state_dict"
+    return None
+
+
+STARTS = [
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; `git lfs pull` fetches it"),
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
+    (b"\x89PNG", "a picture"),
+    (b"\xff\xd8\xff", "a picture"),
+]
+
+
+def is_safetensors(path: Path) -> bool:
+    """True if the file begins with the length of a JSON header that fits into it."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") + 8 <= path.stat().st_size
+
+
+def file_kind(path: Path) -> str | None:
+    """The kind of a file that is neither torch's nor safetensors', by its first bytes; None if it may be one."""
+    with path.open("rb") as file:
+        start = file.read(1024)
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        return "an empty file"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
+        return "a web page, not the file itself; download it again"
+    if text.startswith(b"{") and not is_safetensors(path):
+        sharded = "an index of a network in several files" if path.name.endswith(".index.json") else "a JSON file"
+        return f"{sharded}; save its tensors as one file, or name one that holds all of them"
+    for magic, kind in STARTS:
+        if start.startswith(magic):
+            return kind
+    if start[257:262] == b"ustar" and b"sys_info" not in start[:100]:
+        return "a tar archive; unpack it first"
+    if zipfile.is_zipfile(path):
+        with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names):
+                return "a TorchScript program, which is not run; save its state_dict"
+            if not any(name.endswith("data.pkl") for name in names):
+                return "a NumPy archive" if names and names[0].endswith(".npy") else "a ZIP archive; unpack it first"
+    return None
+
+
+def whole_module(path: Path) -> str | None:
+    """The class of a module that was pickled whole: the first in its pickle, whose opcodes are read and not run."""
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        classes = [arg.replace(" ", ".") for code, arg, _ in pickletools.genops(pickled) if code.name == "GLOBAL"]
+        if any(name.startswith("torch.nn.modules.") for name in classes):
+            plain = ("torch.", "builtins.", "collections.", "argparse.")
+            return next((name for name in classes if not name.startswith(plain)), classes[0])
+    return None
+
+
+def plain_classes() -> list:
+    """The classes of arguments and counters in a training checkpoint: values without behaviour of their own."""
+    import numpy as np
+    from numpy._core import multiarray
+
+    paths = {"Posix": pathlib.PurePosixPath, "Windows": pathlib.PureWindowsPath, "": pathlib.PurePath}
+    allowed = [argparse.Namespace, types.SimpleNamespace, dict, list, tuple, int, float, bool, str]
+    allowed += [datetime.datetime, datetime.date, datetime.timedelta, datetime.timezone]
+    for name, kind in paths.items():  # as pure paths, on any system; 3.13 moved them
+        names = (f"{module}.{pure}{name}Path" for module in ("pathlib", "pathlib._local") for pure in ("", "Pure"))
+        allowed += [(kind, each) for each in names]
+    for name in ("scalar", "_reconstruct"):
+        allowed += [(getattr(multiarray, name), f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")]
+    kinds = [np.dtype(code) for code in np.typecodes["All"] if code != "O"]
+    return [
+        *allowed,
+        *paths.values(),
+        np.ndarray,
+        np.dtype,
+        *{type(kind) for kind in kinds},
+        *{kind.type for kind in kinds},
+    ]
+
+
+def read_checkpoint(path: Path) -> object:
+    """The content of a .pt or .safetensors file, whatever its name; no code from it is run. Raises `InputError`."""
+    require_file(path, EXPECTED)
+    shard = re.search(r"-\d+-of-0*([1-9]\d*)\.", path.name)
+    kind = file_kind(path) or (f"one of the {shard[1]} files of a network" if shard and shard[1] != "1" else None)
+    if kind:
+        raise InputError(f"{path} is {kind}. {EXPECTED} is expected")
+    if is_safetensors(path):
+        return read_safetensors(path, EXPECTED)
+    if module := whole_module(path):
+        raise InputError(
+            f"{path} is a whole pickled module, of class {module}, which was not run. {EXPECTED} is expected: "
+            "where its code is, save its state_dict()"
+        )
+    return read_torch(path, EXPECTED, allowed=plain_classes())
+
+
+def require_checkpoint_file(folder: Path) -> None:
+    """Raise `InputError` for a folder that is no model folder of ours, with the files in it that may be meant."""
+    if (folder / "config.json").is_file():
+        return
+    files = sorted(path for path in [*folder.glob("*"), *folder.glob("*/*")] if path.is_file())
+    if any(path.suffix == ".distcp" for path in files):
+        how = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch makes one file of it"
+        raise InputError(f"{folder} is a distributed checkpoint in parts; {how}")
+    weights = [str(path) for path in files if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")]
+    if weights := [path for path in weights if "optim" not in path]:
+        raise InputError(
+            f"{folder} is no model folder (no config.json); --input takes one file: {', '.join(weights[:4])}"
+        )

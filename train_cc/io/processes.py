@@ -1,0 +1,101 @@
+"""The processes that were started, by the variables of torchrun, MPI and Slurm. No torch: the launcher reads it too."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from train_cc.io.errors import InputError
+from train_cc.io.flags import integer
+
+MOST = 2**20
+# Of Open MPI; of MPICH, Intel MPI and srun --mpi=pmi2; of MVAPICH2. accelerate reads them.
+MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+ONE_A_NODE = (
+    "Start one task per node: the launchers of scripts/ start its processes, with NUM_NODES, NODE_RANK and "
+    "MAIN_ADDRESS on several nodes (docs/multi_gpu.md)"
+)
+
+
+class Place(NamedTuple):
+    """This process among all, and the address where they meet."""
+
+    rank: int
+    count: int
+    address: str
+    port: int
+
+
+def number(environment: Mapping[str, str], name: str, low: int, high: int, default: object) -> int:
+    """The whole number in variable ``name``, else ``default``. Raises `InputError` that says what is allowed."""
+    try:
+        return integer(low, high)(environment.get(name) or str(default))
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{name} {error}") from None
+
+
+def tasks(environment: Mapping[str, str]) -> tuple[str, int]:
+    """The variable by which MPI or srun counts the tasks that it started, and their number; ("", 1) without one.
+
+    A batch script and the shell of `srun --pty` have Slurm's variables too, and are one task.
+    """
+    names = list(MPI)
+    step = "SLURM_STEP_ID" in environment or environment.get("SLURM_PROCID", "0") != "0"
+    if step and "SLURM_PTY_PORT" not in environment:
+        names.append("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS")
+    counts = {name: number(environment, name, 0, MOST, 1) for name in names}
+    name = max(counts, key=counts.get)
+    return (name, counts[name]) if counts[name] > 1 else ("", 1)
+
+
+def require_no_other_tasks(environment: Mapping[str, str], expected: int) -> None:
+    """Raises `InputError` where MPI or srun started more than the ``expected`` processes, which cannot meet."""
+    name, count = tasks(environment)
+    if count > expected:
+        raise InputError(
+            f"{name} is {count}: mpirun or srun started {count} processes that do not know of each other "
+            f"(WORLD_SIZE is {environment.get('WORLD_SIZE') or 'not set'}). {ONE_A_NODE}. For one process alone unset "
+            f"{name}"
+        )
+
+
+def require_same_count(wanted: int, count: int) -> None:
+    """Raises `InputError` where ``wanted`` processes were asked for and WORLD_SIZE or the start is ``count``."""
+    if wanted == count:
+        return
+    if count == 1:
+        raise InputError(f"NUM_PROCESSES is {wanted}, but 1 process(es) were started: use a launcher of scripts/")
+    raise InputError(
+        f"NUM_PROCESSES is {wanted}, but WORLD_SIZE is {count}, as clusters set it for their pods. For a run of "
+        f"{wanted} process(es) unset WORLD_SIZE, RANK and MASTER_ADDR. {ONE_A_NODE}"
+    )
+
+
+def require_alone(environment: Mapping[str, str], processes: int, nodes: int) -> None:
+    """Raises `InputError` where a launcher of ``processes`` is one of several that something else started."""
+    require_no_other_tasks(environment, nodes)
+    count = number(environment, "WORLD_SIZE", 1, MOST, 1)
+    if nodes == 1 and count > 1:
+        require_same_count(processes, count)
+
+
+def started(exact: bool = False) -> Place:
+    """This process among all that were started. Raises `InputError`, before anything waits, if they cannot meet.
+
+    ``exact``: one process is refused where NUM_PROCESSES asks for several.
+    """
+    environment = os.environ
+    count = number(environment, "WORLD_SIZE", 1, MOST, 1)
+    require_no_other_tasks(environment, count)
+    wanted = number(environment, "NUM_PROCESSES", 1, MOST, count)
+    if exact or count > 1:
+        require_same_count(wanted, count)
+    if count == 1:
+        return Place(0, 1, "", 0)
+    missing = [name for name in ("RANK", "MASTER_ADDR") if not environment.get(name)]
+    if missing:
+        raise InputError(f"WORLD_SIZE is {count}, but {' and '.join(missing)} not set. {ONE_A_NODE}")
+    rank = number(environment, "RANK", 0, count - 1, "")
+    number(environment, "LOCAL_RANK", 0, count - 1, 0)
+    number(environment, "LOCAL_WORLD_SIZE", 1, count, 1)
+    return Place(rank, count, environment["MASTER_ADDR"], number(environment, "MASTER_PORT", 1, 65535, 29500))
