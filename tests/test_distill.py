@@ -24,7 +24,6 @@ from tests.conftest import (
 from train_cc import cold_start
 from train_cc.distillation import loop, panel, turns
 from train_cc.distillation.panel import preview_inputs
-from train_cc.distillation.scores import scores
 from train_cc.draws import Draws
 from train_cc.io.errors import InputError
 from train_cc.models import SiT
@@ -41,7 +40,7 @@ def tiny_run(teacher, tmp_path, *more):
 
 
 def show_previews(run) -> None:
-    panel.preview(run, lambda x_t, t_cpu, t, y: scores(run, x_t, t_cpu, t, y, 1.0))
+    panel.preview(run, lambda x_t, t_cpu, t, y: run.scores.both(x_t, t_cpu, t, y, 1.0))
 
 
 def gradients_of(turn, run, step) -> dict[str, torch.Tensor]:
@@ -127,7 +126,7 @@ def test_network_rows_of_the_two_scores(teacher, tmp_path, monkeypatch, scale, i
     monkeypatch.setattr(run.estimator, "forward", lambda x, *a, **k: counted.append(len(x)) or forward(x, *a, **k))
     draws = Draws(0)
     t = torch.tensor([0.1, 0.4, 0.6, 0.9])
-    v_fake, v_real = scores(run, draws.noise(4, 1, 8, 8), t, t, torch.arange(4), 1.0)
+    v_fake, v_real = run.scores.both(draws.noise(4, 1, 8, 8), t, t, torch.arange(4), 1.0)
     assert sum(counted) == rows
     assert v_fake.shape == v_real.shape == (4, 1, 8, 8) and not torch.allclose(v_fake, v_real, atol=1e-2)
 

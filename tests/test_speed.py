@@ -32,7 +32,6 @@ from tests.conftest import (
 )
 from train_cc import cold_start
 from train_cc.distillation import loop, turns
-from train_cc.distillation.scores import scores
 from train_cc.io.errors import InputError
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.lora import ADAPTER, hold_frozen_in, lora_layers, set_lora_scale
@@ -222,7 +221,7 @@ def test_fake_and_real_in_one_call_are_those_of_two(teacher, tmp_path, scale, in
     run = tiny_run(teacher, tmp_path, "--real-guidance-scale", scale, "--real-guidance-interval", *interval)
     spread_lora_b(run.estimator)
     (x, t, y), c = inputs(), 0.6
-    v_fake, v_real = scores(run, x, t, t, y, c)
+    v_fake, v_real = run.scores.both(x, t, t, y, c)
     assert not v_fake.requires_grad and not v_real.requires_grad
     real = 0.75 * c
     with torch.no_grad():

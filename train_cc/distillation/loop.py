@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from train_cc.distillation.panel import picture_path, preview
-from train_cc.distillation.scores import scores
 from train_cc.distillation.settings import Run, trainable
 from train_cc.distillation.state import export, require_finite_run, save
 from train_cc.distillation.turns import (
@@ -206,7 +205,7 @@ def count_update(run: Run, step: int, row: Row) -> Row:
 def show(run: Run, step: int) -> Row:
     """The previews of now, and what the judges say of them. Where a run was cut short must not show in its log."""
     require_finite_run(run, moments=False)
-    read: Callable = partial(scores, run, c=annealing(step, run.method.dynamic_steps))
+    read: Callable = partial(run.scores.both, c=annealing(step, run.method.dynamic_steps))
     figures = preview(run, read)
     return figures if run.step % run.output.sample_steps == 0 else {}
 

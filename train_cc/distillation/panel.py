@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +85,7 @@ def teacher_row(run: Run, noise: Tensor, y: Tensor, shape: tuple[int, ...]) -> n
     session, kept = run.session, run.output.output_dir / "samples" / name
     images = read_teacher_row(kept, shape) if session.is_main else None
     if session.mean(torch.tensor(float(images is not None), device=session.device)).item() == 0:
-        x0 = euler_sample(partial(run.estimator, lora_scale=0.0), noise, y, run.output.teacher_preview_steps)
+        x0 = euler_sample(run.scores.teacher, noise, y, run.output.teacher_preview_steps)
         if session.is_main:
             images = images_to_uint8(decode_all(run, x0)).numpy()
             kept.parent.mkdir(parents=True, exist_ok=True)

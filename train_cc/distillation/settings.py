@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from train_cc.distillation.scores import LoraScores
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.sit import SiT
 from train_cc.rewards.at_x0 import Reward
@@ -50,6 +51,11 @@ class Run:
     def scaled(self) -> bool:
         """True in fp16: losses are scaled, and what is not finite may be an overflow."""
         return self.session.generator_accelerator.scaler is not None
+
+    @property
+    def scores(self) -> LoraScores:
+        """The roles of the estimator."""
+        return LoraScores(self.estimator, self.method, self.num_classes)
 
     @property
     def plain_generator(self) -> SiT:

@@ -6,7 +6,6 @@ A cycle is ``ratio_update`` estimator turns and one generator turn; ``step`` cou
 import torch
 from torch import Tensor
 
-from train_cc.distillation.scores import scores
 from train_cc.distillation.settings import Run
 from train_cc.draws import Draws, JoinedDraws
 from train_cc.flow import interpolate, x0_from_velocity
@@ -98,7 +97,7 @@ def estimator_turn(run: Run, step: int, batches: list[tuple[Draws, Tensor, Tenso
     for chunk in synchronised(accelerator, run.estimator, chunks):
         draws, y, x0 = batches[chunk]
         x_t, noise, _, t = renoise(run, draws, x0, c)
-        v_fake = run.estimator(x_t, t, y, lora_scale=run.method.lora_scale_fake)
+        v_fake = run.scores.fake(x_t, t, y)
         losses = velocity_matching_losses(v_fake, x0, noise)
         weighted = losses if weights is None else losses * weights[chunk]
         accelerator.backward(weighted.mean() / chunks)
@@ -179,7 +178,7 @@ def fill_memories(run: Run) -> None:
 def matching_term(run: Run, draws: Draws, x0: Tensor, y: Tensor, c: float) -> Term:
     """Distribution matching as a term at x0: gradient = direction / numel (docs/method.md: terms at x0)."""
     x_t, noise, t_cpu, t = renoise(run, draws, x0, c)
-    v_fake, v_real = scores(run, x_t, t_cpu, t, y, c)
+    v_fake, v_real = run.scores.both(x_t, t_cpu, t, y, c)
     direction = dmd_direction(v_real, v_fake, x0, noise)
     loss = dmd_loss(x0, direction)
     gap = (v_real.float() - v_fake.float()).abs().mean(dim=(1, 2, 3))
