@@ -40,7 +40,7 @@ from evaluation import roofline
 from evaluation.phases import Stopwatch, phases_watched
 from evaluation.standins import write_dinov2, write_vae
 from train_cc.distillation import loop
-from train_cc.distillation.settings import Run
+from train_cc.distillation.run import Run
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.read import Number, check_numbers, printable, read_json

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from evaluation.lowering import Lowered, library_attention, lower
-from train_cc.distillation.settings import Run
+from train_cc.distillation.run import Run
 from train_cc.models.lora import lora_layers, set_lora_scale
 from train_cc.run.roofline import LAUNCH, MEMORY_EFFICIENCY, Card, Cost, Roofline
 

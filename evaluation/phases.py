@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from train_cc.distillation import loop, turns
-from train_cc.distillation.settings import Run
+from train_cc.distillation.run import Run
 
 Phase = Callable[[str], AbstractContextManager]
 

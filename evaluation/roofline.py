@@ -14,7 +14,7 @@ from evaluation.fused import BlockRuns
 from evaluation.lowering import require_cuda_lowering
 from evaluation.phases import phases_watched
 from train_cc.distillation import loop
-from train_cc.distillation.settings import Run
+from train_cc.distillation.run import Run
 from train_cc.io.errors import InputError
 from train_cc.run.fake_gpu import fake_gpu
 from train_cc.run.fake_processes import fake_processes

@@ -17,7 +17,7 @@ from tests.conftest import build_run, random_sit
 from train_cc.distillation import scores as scores_room
 from train_cc.distillation import turns
 from train_cc.distillation.loop import cycle, show
-from train_cc.distillation.settings import Run
+from train_cc.distillation.run import Run
 from train_cc.models.dinov2 import DINOv2Classifier
 from train_cc.models.features import load_space
 from train_cc.models.vae import new_vae

@@ -88,9 +88,10 @@ def test_where_a_run_is_cut_short_its_previews_are_not_logged(monkeypatch):
     checked, seen = [], []
     monkeypatch.setattr(loop, "require_finite_run", lambda run, moments: checked.append(moments))
     monkeypatch.setattr(loop, "preview", lambda run, read: seen.append(read.keywords["c"]) or {"a": 1.0})
-    method, output = SimpleNamespace(dynamic_steps=20), SimpleNamespace(sample_steps=5)
+    own = {"method": SimpleNamespace(dynamic_steps=20), "output": SimpleNamespace(sample_steps=5)}
+    own["scores"] = SimpleNamespace(both=lambda: None)
     for step, figures in ((10, {"a": 1.0}), (11, {})):
-        assert loop.show(SimpleNamespace(step=step, method=method, output=output), step - 1) == figures
+        assert loop.show(SimpleNamespace(step=step, **own), step - 1) == figures
     assert checked == [False, False] and seen == [annealing(9, 20), annealing(10, 20)] and seen[0] != seen[1]
 
 

@@ -48,7 +48,7 @@ MODULES = {
     "train_cc/run/ema.py": ["test_golden", "test_teacher", "test_distill"],
     "train_cc/rewards/classifier.py": ["test_reward::test_loss_and_hits_of_a_classifier_a_sample"],
     "train_cc/rewards/frechet.py": ["test_frechet"],
-    "train_cc/distillation/settings.py": ["test_recipes", "test_golden", "test_distill::test_log_columns"],
+    "train_cc/distillation/run.py": ["test_recipes", "test_golden", "test_distill::test_log_columns"],
     "train_cc/setup/build.py": [*TURNS, "test_recipes"],
     "train_cc/setup/stage.py": ["test_dry_run", "test_distill", "test_resume", "test_command_line"],
     "train_cc/pretrain/resumable.py": ["test_pretrain"],

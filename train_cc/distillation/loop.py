@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from train_cc.distillation.panel import picture_path, preview
-from train_cc.distillation.settings import Run, trainable
+from train_cc.distillation.run import Run, trainable
 from train_cc.distillation.state import export, require_finite_run, save
 from train_cc.distillation.turns import (
     Figures,

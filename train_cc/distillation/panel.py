@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train_cc.distillation.settings import Run
+from train_cc.distillation.run import Run
 from train_cc.distillation.state import averaged
 from train_cc.draws import Draws
 from train_cc.flow import interpolate, x0_from_velocity

@@ -4,17 +4,16 @@ import contextlib
 import shutil
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from train_cc.distillation.settings import Run, trainable
+from train_cc.distillation.parts import AVERAGE
+from train_cc.distillation.run import Run, trainable
 from train_cc.io.errors import InputError, message_of
 from train_cc.io.hub import model_folder
 from train_cc.io.read import Number, check_numbers, sha256
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
 from train_cc.io.write import flush, need_space, plain_mode
-from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.generator import (
     SAMPLING,
     assemble_generator,
@@ -29,9 +28,6 @@ from train_cc.run.folder import EXPORT, GENERATOR_FILES, delete_ours, put_in_pla
 from train_cc.run.logbook import logger
 from train_cc.run.together import on_main
 
-AVERAGE = "accelerator_1/ema.safetensors"
-MEMORIES = "accelerator_1/rewards.safetensors"  # of the rewards that have one
-
 
 def averaged(run: Run) -> contextlib.AbstractContextManager:
     """The generator with its EMA weights, where there is an EMA."""
@@ -44,18 +40,7 @@ def accelerators(run: Run) -> tuple[Accelerator, Accelerator]:
 
 def require_finite_run(run: Run, moments: bool = True) -> None:
     """No weight, average or moment holds NaN or infinity. Collective; raises `InputError` that names the step."""
-    groups = {
-        "the generator's weights": list(trainable(run.plain_generator).values()),
-        "the estimator's LoRA": list(trainable(run.plain_estimator).values()),
-        "the EMA": list(run.ema.values.values()) if run.ema else [],
-    }
-    if moments:
-        for name, optimizer in (
-            ("the generator's moments", run.generator_optimizer),
-            ("the estimator's moments", run.estimator_optimizer),
-        ):
-            held = [value for state in optimizer.state.values() for value in state.values()]
-            groups[name] = [value.dequantize() if hasattr(value, "codes") else value for value in held]
+    groups = {part.name: list(part.tensors()) for part in run.parts if moments or part.optimizer is None}
     if bad := states.not_finite_groups(run.session, groups):
         message = f"step {run.step}: NaN or infinity in {', '.join(bad)}. Stopped, nothing of it was written; "
         message += f"{checkpoints.kept(run.output.checkpoints)}. Lower the learning rates?"
@@ -69,18 +54,7 @@ def save(run: Run, rotate: bool = True) -> Path:
     ``rotate``: delete older ones, as --keep-checkpoints has it.
     """
     require_finite_run(run)
-    generator, estimator = run.plain_generator, run.plain_estimator
-    parts = {
-        "accelerator_1/generator.safetensors": states.trained_state(generator),
-        "accelerator_1/optimizer.pt": states.optimizer_state(generator, run.generator_optimizer.optimizer),
-        "accelerator_2/estimator_lora.safetensors": lora_state(estimator),
-        "accelerator_2/optimizer.pt": states.optimizer_state(estimator, run.estimator_optimizer.optimizer),
-    }
-    if run.ema is not None:
-        parts[AVERAGE] = states.whole_on_main(run.session, run.ema.values)
-    if run.memories:
-        memories = {name: memory.state_dict() for name, memory in run.memories.items()}
-        parts[MEMORIES] = {f"{name}.{key}": value for name, state in memories.items() for key, value in state.items()}
+    parts = {part.file: part.state() for part in run.parts}
     units = {
         "samples_seen": run.samples_seen,
         "effective_batch": run.optimisation.effective_batch(run.session.world_size),
@@ -134,59 +108,27 @@ def restore_overflows(run: Run, units: dict) -> None:
         reward.backoff, reward.good_turns = state["backoff"], state["good_turns"]
 
 
-def lora_state(estimator: ScoreEstimator) -> dict[str, Tensor]:
-    return {name: value for name, value in states.trained_state(estimator).items() if "lora_" in name}
-
-
 def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     """Weights, moments, EMA, scaler and step. The draws need no state, and the learning rate is the command line's."""
-    generator, estimator, source = run.plain_generator, run.plain_estimator, str(checkpoint.path)
+    source = checkpoint.path
     theirs = checkpoint.units
     if theirs["model_config"] != run.model_config:
         raise InputError(f"{source} does not fit this run's model: {theirs['model_config']}, not {run.model_config}")
     if theirs["teacher_sha256"] != run.hashes["teacher"]:
         raise InputError(f"{source} was trained from other teacher weights: {theirs['arguments']['teacher']}")
-    frozen_buffers = dict(estimator.named_buffers())
-    states.restore_trained(generator, checkpoint.read("accelerator_1/generator.safetensors"), source)
-    lora = checkpoint.read("accelerator_2/estimator_lora.safetensors")
-    states.restore_trained(estimator, lora | frozen_buffers, source)
-    for model, optimizer, name in (
-        (generator, run.generator_optimizer.optimizer, "accelerator_1/optimizer.pt"),
-        (estimator, run.estimator_optimizer.optimizer, "accelerator_2/optimizer.pt"),
-    ):
-        states.restore_optimizer(model, optimizer, checkpoint.read(name), checkpoint.file(name))
+    for part in run.parts:
+        if checkpoint.has(part.file):
+            part.load(checkpoint.read(part.file), checkpoint)
+        elif part.anew is not None:
+            part.anew()
+        else:
+            raise InputError(f"{source} lacks {part.file}, {part.name}: was it made by another kind of run?")
     run.rewards_sha256 |= set(theirs.get("rewards_sha256", []))
-    restore_average(run, checkpoint)
-    restore_memories(run, checkpoint)
     restore_overflows(run, theirs)
     for accelerator, state in zip(accelerators(run), checkpoint.units["scalers"], strict=True):
         if accelerator.scaler is not None and state:
             accelerator.scaler.load_state_dict(state)
     run.step, run.samples_seen = checkpoint.step, checkpoint.units["samples_seen"]
-
-
-def restore_memories(run: Run, checkpoint: Checkpoint) -> None:
-    """The statistics of rewards that the checkpoint knows by name; one that it does not know begins anew."""
-    state = checkpoint.read(MEMORIES) if run.memories and checkpoint.has(MEMORIES) else {}
-    for name, memory in run.memories.items():
-        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-        if own:
-            memory.load_state_dict(own, checkpoint.file(MEMORIES))
-
-
-@torch.no_grad()
-def restore_average(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
-    """The EMA and the number of its updates; from a checkpoint without one it starts at the raw weights, with none."""
-    if run.ema is None:
-        return
-    if checkpoint.has(AVERAGE):
-        states.copy_into(run.ema.values, checkpoint.read(AVERAGE), checkpoint.file(AVERAGE))
-        # Format 1 did not count: an average of that time was updated at every step.
-        run.ema.updates = checkpoint.units.get("ema_updates", checkpoint.step)
-    else:
-        for name, value in trainable(run.plain_generator).items():
-            run.ema.values[name].copy_(value)
-        run.ema.updates = 0
 
 
 def export(run: Run) -> None:

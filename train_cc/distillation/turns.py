@@ -6,7 +6,7 @@ A cycle is ``ratio_update`` estimator turns and one generator turn; ``step`` cou
 import torch
 from torch import Tensor
 
-from train_cc.distillation.settings import Run
+from train_cc.distillation.run import Run
 from train_cc.draws import Draws, JoinedDraws
 from train_cc.flow import interpolate, x0_from_velocity
 from train_cc.objectives import dmd_direction, dmd_loss, dmd_normaliser, velocity_matching_losses

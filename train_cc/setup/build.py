@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from train_cc.distillation.settings import Run, trainable
+from train_cc.distillation.parts import parts_of
+from train_cc.distillation.run import Run, trainable
 from train_cc.draws import Draws
 from train_cc.io.class_names import dataset_of
 from train_cc.io.errors import InputError
@@ -289,7 +290,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     check_functions(built, decode, sample_shape, fit)
     session.notes += built.notes
     hashes = networks.hashes(of_teacher | built.files)
-    return Run(
+    run = Run(
         session=session,
         method=of(Method, args),
         optimisation=how,
@@ -309,3 +310,5 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         rewards_sha256={*built.spaces, *read_rewards(teacher), *(hashes[n] for n in built.judging if n in hashes)},
         hashes=hashes,
     )
+    run.parts = parts_of(run)
+    return run

@@ -77,14 +77,13 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
 
 def told_parameters(args: argparse.Namespace, cost: Cost, updates: int) -> list[str]:
     (trained, whole), (lora, estimator) = cost.parameters["generator"], cost.parameters["estimator"]
-    saved = 4 * (trained + 2 * trained + (trained if args.ema_decay else 0) + 3 * lora)
     kept = -(-updates // args.checkpoint_steps)
     kept = min(kept, args.keep_checkpoints) if args.keep_checkpoints else kept
     return [
         f"parameters: generator {trained:,} trained of {whole:,}; estimator {lora:,} trained, "
         f"{estimator - lora:,} frozen",
-        f"checkpoints kept: {kept} (every {args.checkpoint_steps} updates), {saved / GIB:.2f} GiB each, "
-        f"{kept * saved / GIB:.2f} GiB in all",
+        f"checkpoints kept: {kept} (every {args.checkpoint_steps} updates), {cost.checkpoint / GIB:.2f} GiB each, "
+        f"{kept * cost.checkpoint / GIB:.2f} GiB in all",
     ]
 
 

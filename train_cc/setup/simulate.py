@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from train_cc.distillation import loop, panel
-from train_cc.distillation.settings import Run, trainable
+from train_cc.distillation.parts import Part
+from train_cc.distillation.run import Run, trainable
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.sit import SiT
 from train_cc.models.vae import DECODED_AT_ONCE
@@ -44,6 +45,7 @@ class Cost:
     flop: int = 0
     sent: int = 0
     parameters: dict[str, tuple[int, int]] = field(default_factory=dict)  # by network: trained, all
+    checkpoint: int = 0  # bytes of its parts
     sharded_over: int = 1
     notes: list[str] = field(default_factory=list)
 
@@ -77,6 +79,7 @@ def simulate(args: argparse.Namespace, precision: str, processes: int) -> Cost:
             memory.reset()
             resume(run)
             cost.peaks["resuming"] = memory.peak
+            cost.checkpoint = sum(t.numel() * t.element_size() for part in run.parts for t in part.tensors())
             first_steps(run)
             cycle(run, args, memory, cost)
             cost.held = held_by(run, memory.now)
@@ -109,16 +112,17 @@ def nothing(p: Tensor) -> Tensor:
     return torch.zeros((), dtype=p.dtype).expand(p.shape)
 
 
+def with_moments(run: Run) -> list[Part]:
+    return [part for part in run.parts if part.optimizer is not None]
+
+
 def resume(run: Run) -> None:
     """`train_cc.distillation.state.restore`, from a checkpoint that takes no memory. Moments are there afterwards."""
-    for model, optimizer in (
-        (run.plain_generator, run.generator_optimizer.optimizer),
-        (run.plain_estimator, run.estimator_optimizer.optimizer),
-    ):
-        for p in trainable(model).values():
+    for part in with_moments(run):
+        for p in trainable(part.network).values():
             states.copy_whole(p, nothing(p))
             moments = {"step": torch.zeros(()), "exp_avg": nothing(p), "exp_avg_sq": nothing(p)}
-            states.put_moments(optimizer, p, moments)
+            states.put_moments(part.optimizer, p, moments)
     for memory in run.memories.values():  # it holds samples, and has measured its scale
         memory.observed, memory.norms = True, [[1.0, 1.0]] * 3
 
@@ -128,11 +132,11 @@ def first_steps(run: Run) -> None:
 
     On a real device they take none; here they would be taken for the run's.
     """
-    for optimizer in (run.generator_optimizer.optimizer, run.estimator_optimizer.optimizer):
-        for p in optimizer.state:
+    for part in with_moments(run):
+        for p in part.optimizer.state:
             p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad()
+        part.optimizer.step()
+        part.optimizer.zero_grad()
 
 
 def cycle(run: Run, args: argparse.Namespace, memory: LiveMemory, cost: Cost) -> None:

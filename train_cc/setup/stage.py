@@ -7,8 +7,9 @@ import os
 import sys
 
 from train_cc.distillation.loop import train
-from train_cc.distillation.settings import Run, trainable
-from train_cc.distillation.state import AVERAGE, restore
+from train_cc.distillation.parts import AVERAGE
+from train_cc.distillation.run import Run, trainable
+from train_cc.distillation.state import restore
 from train_cc.io.errors import InputError
 from train_cc.io.hub import model_folder, pinned
 from train_cc.io.saying import saying

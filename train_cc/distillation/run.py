@@ -33,6 +33,7 @@ class Run:
     decode: Callable[[Tensor], Tensor]  # x0 -> images in [0, 1]
     model_config: dict
     teacher: Path
+    parts: list = field(default_factory=list)  # `distillation.parts.Part`: what a checkpoint holds
     ema: Average | None = None  # of the generator's trained parameters
     rewards: list[Reward] = field(default_factory=list)
     tilts: list[Tilt] = field(default_factory=list)  # experimental: rewards without gradient
