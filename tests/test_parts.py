@@ -133,9 +133,9 @@ print(os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"], os.environ.g
 @pytest.mark.parametrize(
     "processes,variables,expected",
     [
-        ([], {}, f"{threads.usable_cores()} passive 1000"),
-        ([10_000], {}, "1 passive 1000"),
-        ([10_000], {"OMP_NUM_THREADS": "7"}, "7 passive 1000"),
+        ([], {}, f"{threads.usable_cores()} passive 10000"),
+        ([10_000], {}, "1 passive 10000"),
+        ([10_000], {"OMP_NUM_THREADS": "7"}, "7 passive 10000"),
         ([], {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "active"}, "7 active None"),
         ([10_000], {"GOMP_SPINCOUNT": "0"}, "1 passive 0"),
     ],

@@ -1,9 +1,9 @@
 """One rule for threads on the CPU: the cores that a process may use, shared by the processes beside it.
 
-A thread that waits looks for its next work for some microseconds, and then sleeps. Spinning for long, as OpenMP does by
-itself, takes a core from whoever has work for it: where other processes run, two spinning threads are several times
-slower than one. If it slept at once, small networks would take half as long again on free cores (docs/benchmarks.md).
-What the user has set is respected.
+A thread that waits looks for its next work for some tens of microseconds, and then sleeps. Spinning for long, as OpenMP
+does by itself, takes a core from other processes: beside these, two spinning threads are several times slower than one.
+With a wait ten times shorter small networks take twice as long on some processors (docs/benchmarks.md). Variables that
+the user has set are respected.
 """
 
 import os
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
-SPINS = 1000  # looks of GNU's OpenMP, torch's on Linux; others sleep at once
+SPINS = 10_000  # looks of GNU's OpenMP, torch's on Linux; others sleep at once
 _ours: dict[str, str] = {}  # what this process has set, and may set again
 
 

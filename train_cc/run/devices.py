@@ -106,10 +106,12 @@ def open_processes(timeout: timedelta = TIMEOUT, exact: bool = False) -> Partial
 
     ``exact``: one process is refused where NUM_PROCESSES asks for several.
     """
+    require_usable_gpus()
+    if dist.is_initialized():
+        return PartialState(cpu=not torch.cuda.is_available())
     place = started(exact)
     complete_environment(place)
-    require_usable_gpus()
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+    if "LOCAL_RANK" in os.environ:
         store = meet(place) if place.count > 1 else dist.HashStore()
         store.set_timeout(timeout)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
