@@ -43,7 +43,7 @@ FRECHET = ("train_cc/rewards/frechet.py solve", "train_cc/rewards/frechet.py tra
 DRAWN_ON_THE_CPU = {  # what is drawn there and copied without a wait: labels, times, rows
     "train_cc/distillation/turns.py draw_labels",
     "train_cc/distillation/turns.py renoise",
-    "train_cc/distillation/scores.py scores",
+    "train_cc/distillation/scores.py both",
     "train_cc/samplers.py few_step_input",
 }
 

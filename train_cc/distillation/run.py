@@ -34,6 +34,8 @@ class Run:
     model_config: dict
     teacher: Path
     parts: list = field(default_factory=list)  # `distillation.parts.Part`: what a checkpoint holds
+    generator_terms: list[Callable] = field(default_factory=list)  # (run, draws, x0, y, c, terms before) -> [Term]
+    estimator_terms: list[Callable] = field(default_factory=list)  # (run, draws, x0, y, c, weights (B,) | None) -> Term
     ema: Average | None = None  # of the generator's trained parameters
     rewards: list[Reward] = field(default_factory=list)
     tilts: list[Tilt] = field(default_factory=list)  # experimental: rewards without gradient

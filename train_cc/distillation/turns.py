@@ -3,6 +3,9 @@
 A cycle is ``ratio_update`` estimator turns and one generator turn; ``step`` counts the generator turns.
 """
 
+import functools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -96,16 +99,29 @@ def estimator_turn(run: Run, step: int, batches: list[tuple[Draws, Tensor, Tenso
     weights, figures = tilt_batches(run, batches)
     for chunk in synchronised(accelerator, run.estimator, chunks):
         draws, y, x0 = batches[chunk]
-        x_t, noise, _, t = renoise(run, draws, x0, c)
-        v_fake = run.scores.fake(x_t, t, y)
-        losses = velocity_matching_losses(v_fake, x0, noise)
-        weighted = losses if weights is None else losses * weights[chunk]
-        accelerator.backward(weighted.mean() / chunks)
-        losses = losses.detach()
-        if run.scaled:
-            add(totals, first_overflow(generator=finite(x0), estimator=finite(v_fake)), chunks)
-        add(totals, {"loss_fake": losses.mean(), f"loss_fake{BY_BAND}": by_band(losses, t)}, chunks)
+        terms = [term(run, draws, x0, y, c, weights and weights[chunk]) for term in run.estimator_terms]
+        accelerator.backward(sum_of(term.loss for term in terms) / chunks)
+        for term in terms:
+            add(totals, term.figures, chunks)
     return totals | figures
+
+
+def velocity_matching(run: Run, draws: Draws, x0: Tensor, y: Tensor, c: float, weights: Tensor | None) -> Term:
+    """The fake score's loss; ``weights`` (B,): of the samples, where they are tilted."""
+    x_t, noise, _, t = renoise(run, draws, x0, c)
+    v_fake = run.scores.fake(x_t, t, y)
+    losses = velocity_matching_losses(v_fake, x0, noise)
+    loss = (losses if weights is None else losses * weights).mean()
+    losses = losses.detach()
+    figures = {"loss_fake": losses.mean(), f"loss_fake{BY_BAND}": by_band(losses, t)}
+    if run.scaled:
+        figures |= first_overflow(generator=finite(x0), estimator=finite(v_fake))
+    return Term(loss, None, figures)
+
+
+def sum_of(values: Iterable[Tensor]) -> Tensor:
+    """The sum in order; of one value that value itself, bit for bit."""
+    return functools.reduce(torch.add, values)
 
 
 @torch.no_grad()
@@ -175,7 +191,7 @@ def fill_memories(run: Run) -> None:
 
 
 @torch.no_grad()
-def matching_term(run: Run, draws: Draws, x0: Tensor, y: Tensor, c: float) -> Term:
+def matching(run: Run, draws: Draws, x0: Tensor, y: Tensor, c: float, before: list[Term]) -> list[Term]:
     """Distribution matching as a term at x0: gradient = direction / numel (docs/method.md: terms at x0)."""
     x_t, noise, t_cpu, t = renoise(run, draws, x0, c)
     v_fake, v_real = run.scores.both(x_t, t_cpu, t, y, c)
@@ -194,7 +210,12 @@ def matching_term(run: Run, draws: Draws, x0: Tensor, y: Tensor, c: float) -> Te
         if not run.scaled:  # the generator computes in bf16, whose NaN is no overflow
             del overflows[f"{OVERFLOW}generator"]
         figures |= overflows
-    return Term(loss, direction / direction.numel(), figures)
+    return [Term(loss, direction / direction.numel(), figures)]
+
+
+def rewards(run: Run, draws: Draws, x0: Tensor, y: Tensor, c: float, before: list[Term]) -> list[Term]:
+    """A term for each reward; matching's comes ``before``, whose gradient they are compared with."""
+    return reward_terms(run.rewards, run.decode, x0, y, run.reward_micro_batch, before[0].gradient, half=run.scaled)
 
 
 def generator_turn(run: Run, step: int) -> Figures:
@@ -208,15 +229,13 @@ def generator_turn(run: Run, step: int) -> Figures:
         draws = chunk_draws(run, GENERATOR_TURN, step, chunk)
         y = draw_labels(run, draws)
         x0 = generate(run, draws, y)
-        matching = matching_term(run, draws, x0.detach(), y, c)
-        gradient, figures = matching.gradient, matching.figures
-        rewards = run.rewards, run.decode, x0, y, run.reward_micro_batch, matching.gradient
-        for term in reward_terms(*rewards, half=run.scaled):
-            gradient = gradient + term.gradient
-            figures = figures | term.figures
+        terms: list[Term] = []
+        for entry in run.generator_terms:
+            terms += entry(run, draws, x0.detach(), y, c, terms)
         # Every term's gradient at x0 is known: one backward passes their sum on to the generator.
+        gradient = sum_of(term.gradient for term in terms)
         accelerator.backward((x0.float() * gradient).sum() / chunks)
-        add(totals, figures, chunks)
+        add(totals, {name: value for term in terms for name, value in term.figures.items()}, chunks)
     for memory in run.memories.values():
         memory.end_turn()
     return totals

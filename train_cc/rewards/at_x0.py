@@ -21,10 +21,10 @@ GROWTH_INTERVAL = 2000  # turns without an overflow after which a lowered scale 
 
 
 class Term(NamedTuple):
-    """One term of the generator's loss at x0."""
+    """One term of a turn's loss: the generator's are known by their gradient at x0, the estimator's by their loss."""
 
     loss: Tensor  # 0-d, the mean over the batch
-    gradient: Tensor  # of the weighted loss at x0, (B, C, H, W), fp32
+    gradient: Tensor | None  # of the weighted loss at x0, (B, C, H, W), fp32
     figures: dict[str, Tensor]  # for the log
 
 

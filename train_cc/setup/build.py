@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from train_cc.distillation import turns
 from train_cc.distillation.parts import parts_of
 from train_cc.distillation.run import Run, trainable
 from train_cc.draws import Draws
@@ -311,4 +312,5 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         hashes=hashes,
     )
     run.parts = parts_of(run)
+    run.generator_terms, run.estimator_terms = [turns.matching, turns.rewards], [turns.velocity_matching]
     return run
