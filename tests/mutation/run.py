@@ -54,6 +54,9 @@ MODULES = {
     "train_cc/pretrain/resumable.py": ["test_pretrain"],
     "train_cc/distillation/panel.py": ["test_diagnostics", "test_distill"],
     "train_cc/distillation/state.py": ["test_distill", "test_resume"],
+    "train_cc/distillation/parts.py": ["test_distill", "test_resume"],
+    "train_cc/settings.py": ["test_recipes", "test_docs::test_the_page_of_flags_is_that_of_the_parsers"],
+    "train_cc/io/fields.py": ["test_docs::test_the_page_of_flags_is_that_of_the_parsers", "test_command_line"],
     "train_cc/models/estimator.py": ["test_lora", "test_models", "test_golden", "test_speed"],
     "train_cc/models/generator.py": [
         "test_models::test_a_generator_of_a_checkpoint_is_frozen_and_its_rank_twice_the_estimators",
