@@ -190,9 +190,8 @@ def in_order(names: list[str], folder: Path) -> list[str]:
         return sorted(names)
     numbers = [int(part[2]) for part in parts]
     repeated = len(set(numbers)) < len(numbers)
-    if len({part[3] for part in parts}) > 1 and (
-        repeated or any(part[3][:1].isalnum() for part in parts)
-    ):  # 3d_printer
+    words = repeated or any(part[3][:1].isalnum() for part in parts)  # such as 3d_printer
+    if words and len({part[3] for part in parts}) > 1:
         return sorted(names)
     if repeated:
         twice = sorted(name for name, number in zip(names, numbers, strict=True) if numbers.count(number) > 1)

@@ -580,6 +580,7 @@ def dangling(folder: Path) -> None:
     os.symlink("gone.png", folder / "png" / "9a.png")
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 PIXELS = np.random.default_rng(0).random((60, 8, 8, 3))
 EVALUATE = "evaluation.evaluate s.npz r.npz --space classifier:classifier"
 AGAINST_MU = "evaluation.evaluate s.npz mu.npz --space classifier:classifier"
@@ -742,6 +743,12 @@ EVALUATION = [
         OF_PNG,
         ("| png |", "accuracy"),
         code=0,
+    ),
+    Situation(
+        "samples that are a pointer of Git LFS",
+        lambda folder: (images_of(folder, name="r.npz"), content("s.npz", LFS)(folder)),
+        EVALUATE,
+        ("s.npz is a pointer of Git LFS", "`git lfs pull`"),
     ),
     Situation(
         "EDM's index without labels",
@@ -1059,6 +1066,12 @@ SAMPLING = [
         lambda folder: sampling.main(shlex.split(GENERATE.partition(" ")[2])),
         f"{GENERATE} --num-steps 1 --seed 3",
         ("s.npz exists, made otherwise (seed 0, now 3); give another --output",),
+    ),
+    Situation(
+        "a generator whose weights are a pointer of Git LFS",
+        lambda folder: (shutil.copytree(folder / "teacher", folder / "g"), content(f"g/{WEIGHTS_NAME}", LFS)(folder)),
+        f"{GENERATE.replace('teacher', 'g')} --num-steps 1",
+        (f"g/{WEIGHTS_NAME} is a pointer of Git LFS", "`git lfs pull`"),
     ),
     Situation(
         "a class beyond the last",
