@@ -156,7 +156,7 @@ def difference(output: Path, asked: dict) -> str:
         old, new = made.get(part), asked[part]
         old = old if isinstance(old, dict) else {}
         changed += [f"{k} {old.get(k)}, now {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
-    changed += [name for name in ("generator_sha256", "vae_sha256") if made.get(name) != asked[name]]
+    changed += [f"another {name}" for name in ("generator_sha256", "vae_sha256") if made.get(name) != asked[name]]
     return printable(f" ({'; '.join(changed[:8])})") if changed else ""
 
 
