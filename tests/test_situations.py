@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from evaluation import generate as sampling
 from evaluation import statistics as gather
 from evaluation.standins import write_vae
 from tests.conftest import ldm_names, random_sit
@@ -564,9 +565,27 @@ def arrays(**more: object) -> Callable[[Path], object]:
     return make
 
 
+def with_index(labels: object) -> Callable[[Path], object]:
+    """Two folders of images that are no classes, and EDM's dataset.json."""
+
+    def make(folder: Path) -> None:
+        pngs(folder, ["00000", "00001"])
+        (folder / "png" / "dataset.json").write_text(json.dumps({"labels": labels}))
+
+    return make
+
+
+def dangling(folder: Path) -> None:
+    pngs(folder, [""])
+    os.symlink("gone.png", folder / "png" / "9a.png")
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 PIXELS = np.random.default_rng(0).random((60, 8, 8, 3))
 EVALUATE = "evaluation.evaluate s.npz r.npz --space classifier:classifier"
 AGAINST_MU = "evaluation.evaluate s.npz mu.npz --space classifier:classifier"
+STATISTICS = "evaluation.statistics --images png --space classifier:classifier --output o.npz --workers 0"
+INDEX = [[f"0000{k % 2}/{k // 2}.png", k % 10] for k in range(20)]
 OF_PNG = "evaluation.evaluate png r.npz --space classifier:classifier"
 
 EVALUATION = [
@@ -704,6 +723,76 @@ EVALUATION = [
         arrays(arr_0=PIXELS.round().astype("u1")[..., :1]),
         "evaluation.statistics --images s.npz --space classifier:classifier --output o.npz",
         ("s.npz holds no value above 1; images in [0, 255] are expected",),
+    ),
+    Situation(
+        "samples in [0, 1), cast to whole numbers",
+        arrays(arr_0=np.zeros((60, 8, 8, 1), "u1")),
+        EVALUATE,
+        ("s.npz holds no value above 1; images in [0, 255] are expected",),
+    ),
+    Situation(
+        "data of EDM's and REPA's preprocessing",
+        with_index(INDEX),
+        STATISTICS,
+        ("20 images, 10 classes,",),
+        code=0,
+    ),
+    Situation(
+        "samples with EDM's index",
+        with_index(INDEX),
+        OF_PNG,
+        ("| png |", "accuracy"),
+        code=0,
+    ),
+    Situation(
+        "samples that are a pointer of Git LFS",
+        lambda folder: (images_of(folder, name="r.npz"), content("s.npz", LFS)(folder)),
+        EVALUATE,
+        ("s.npz is a pointer of Git LFS", "`git lfs pull`"),
+    ),
+    Situation(
+        "EDM's index without labels",
+        with_index(None),
+        STATISTICS,
+        ("20 images, no labels,",),
+        code=0,
+    ),
+    Situation(
+        "EDM's index of other images",
+        with_index(INDEX[1:]),
+        STATISTICS,
+        ("png/dataset.json is damaged or something else", "EDM's dataset_tool", "'00000/0.png'"),
+    ),
+    Situation(
+        "EDM's index with labels below 0",
+        with_index([[name, k - 1] for name, k in INDEX]),
+        STATISTICS,
+        ("png/dataset.json has labels -1 to 8; allowed: 0 to",),
+    ),
+    Situation(
+        "the folder above ImageNet's train and val",
+        lambda folder: pngs(folder, ["train/3", "val/3"]),
+        STATISTICS,
+        ("png holds train, val, which are no classes; give one of them: png/train",),
+    ),
+    Situation(
+        "an image that is a link to nothing",
+        dangling,
+        STATISTICS,
+        ("png/9a.png", "an image is expected", "FileNotFoundError"),
+    ),
+    Situation(
+        "class folders with a number and a name",
+        lambda folder: pngs(folder, ["0_cat", "1_dog", "10_bird-2", "2_ant"]),
+        STATISTICS,
+        ("class 0 is 0_cat, 1 is 1_dog, 2 is 2_ant, 3 is 10_bird-2",),
+        code=0,
+    ),
+    Situation(
+        "class folders that count from 1",
+        lambda folder: pngs(folder, [f"{k:02d}" for k in range(1, 11)]),
+        OF_PNG,
+        ("png: the folder 01 is its class 0, but the model's class 1", "by the model's numbers"),
     ),
     Situation(
         "samples under another name",
@@ -966,6 +1055,25 @@ SAMPLING = [
         ("--guidance-channels is 0; allowed: 1 to 1024",),
     ),
     Situation(
+        "times guided, and no scale",
+        nothing,
+        f"{GENERATE} --num-steps 1 --guidance-interval 0 0.7",
+        ("note: --guidance-interval and --guidance-channels change nothing: --guidance-scale is 1",),
+        code=0,
+    ),
+    Situation(
+        "samples that are there with other settings",
+        lambda folder: sampling.main(shlex.split(GENERATE.partition(" ")[2])),
+        f"{GENERATE} --num-steps 1 --seed 3",
+        ("s.npz exists, made otherwise (seed 0, now 3); give another --output",),
+    ),
+    Situation(
+        "a generator whose weights are a pointer of Git LFS",
+        lambda folder: (shutil.copytree(folder / "teacher", folder / "g"), content(f"g/{WEIGHTS_NAME}", LFS)(folder)),
+        f"{GENERATE.replace('teacher', 'g')} --num-steps 1",
+        (f"g/{WEIGHTS_NAME} is a pointer of Git LFS", "`git lfs pull`"),
+    ),
+    Situation(
         "a class beyond the last",
         nothing,
         f"{GENERATE} --num-steps 1 --classes 3 10",
@@ -988,6 +1096,12 @@ SAMPLING = [
         nine_names,
         f"{GENERATE} --num-steps 1 --classes a --names names.txt",
         ("--names", "names.txt has 9 names; 10 classes are expected"),
+    ),
+    Situation(
+        "names that are not there",
+        nothing,
+        f"{GENERATE} --num-steps 1 --classes a --names none.txt",
+        ("none.txt does not exist; a text file with one class a line is expected",),
     ),
     Situation(
         "names and no classes",
