@@ -31,6 +31,7 @@ from train_cc.io.write import (
     record_of,
     write_atomically,
     write_record,
+    writing,
 )
 from train_cc.run.pictures import png_bytes
 
@@ -91,7 +92,7 @@ def write_npz(path: Path, kind: str, arrays: dict[str, np.ndarray], images: Iter
     """An .npz of ``count`` ``images`` (n, H, W, C), given a part at a time, and ``arrays``; its comment is our mark."""
     parts = iter(images)
     first = next(parts)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with writing(path), zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         archive.comment = mark_of(kind).encode()
         with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, *first.shape[1:])}

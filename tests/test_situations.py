@@ -60,6 +60,22 @@ def saved(value: object) -> Callable[[Path], object]:
     return lambda folder: torch.save({"format_version": 3, "arguments": {"a": value}}, folder / "step-1.pt")
 
 
+def a_run(folder: Path) -> None:
+    """run: one update and its checkpoint, of Slurm's job 7."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_JOB_ID", "7")
+        importlib.import_module("train_cc.cold_start").main([*shlex.split(COLD_RUN)[1:], "--max-train-steps", "1"])
+
+
+def elsewhere(folder: Path) -> None:
+    os.symlink("/not/mounted", folder / "run/checkpoints")
+
+
+UNITS = "run/checkpoints/torch_units"
+COLD_RUN = (
+    "train_cc.cold_start --teacher teacher --vae none --output-dir run --batch-size 4 --lora-rank 4 --ratio-update 1 "
+    "--num-previews 0 --gradient-accumulation-steps 1 --max-train-steps 2"
+)
 RESUMED = "train_cc.cold_start --teacher teacher --vae none --output-dir run --resume-ckpt step-1.pt"
 DMDR = "train_cc.dmdr_refl --teacher teacher --vae none --reward classifier 1 classifier --output-dir run --dry-run"
 RUNS = [
@@ -86,6 +102,45 @@ RUNS = [
         saved(torch.nn.Linear(2, 2)),
         RESUMED,
         ("step-1.pt holds torch.nn.modules.linear.Linear", "was not run"),
+    ),
+    Situation(
+        "a checkpoint under another step's name",
+        lambda folder: (a_run(folder), os.replace(folder / f"{UNITS}/step-1.pt", folder / f"{UNITS}/step-9.pt")),
+        f"{COLD_RUN} --resume-ckpt {UNITS}/step-9.pt",
+        ("step-9.pt is damaged or was renamed: it says step 1",),
+    ),
+    Situation(
+        "checkpoints on storage that is not there",
+        lambda folder: (a_run(folder), shutil.rmtree(folder / "run/checkpoints"), elsewhere(folder)),
+        f"{COLD_RUN} --auto-resume",
+        ("run/checkpoints is a link that leads nowhere",),
+    ),
+    Situation(
+        "a checkpoint of another teacher",
+        lambda folder: (a_run(folder), random_sit(seed=1).save_pretrained(folder / "other")),
+        COLD_RUN.replace("teacher teacher", "teacher other") + " --auto-resume",
+        ("other teacher weights: teacher, SHA-256", "but --teacher other has", "another --output-dir"),
+    ),
+    Situation(
+        "a job that Slurm queued again, and --overwrite",
+        lambda folder: (a_run(folder), (folder / "run/log.txt").unlink()),
+        f"SLURM_JOB_ID=7 SLURM_RESTART_COUNT=1 {COLD_RUN} --auto-resume --overwrite",
+        ("continues from run/checkpoints", "at step 1", "Slurm queued this job again"),
+        code=0,
+    ),
+    Situation(
+        "another job that Slurm queued again, and --overwrite",
+        lambda folder: a_run(folder),
+        f"SLURM_JOB_ID=8 SLURM_RESTART_COUNT=1 {COLD_RUN} --auto-resume --overwrite",
+        ("--overwrite starts anew",),
+        code=0,
+    ),
+    Situation(
+        "a plan on a pod that is not the first",
+        nothing,
+        f"WORLD_SIZE=2 RANK=1 {COLD_RUN} --dry-run",
+        ("peak of the run",),
+        code=0,
     ),
     Situation(
         "a plan from a checkpoint that is missing elsewhere",
@@ -121,6 +176,10 @@ OF_FOLDERS = {
     "convert_weight.sit_convert --input teacher": "--save-dir",
     "convert_weight.export_generator --checkpoint units.pt": "--pipeline",
 }
+ADDRESSES = {
+    "train_cc.cold_start --teacher teacher --vae none --output-dir s3://bucket/run": "--output-dir is s3://bucket/run",
+    "evaluation.generate --generator teacher --output gs://b/s.npz": "--output is gs://b/s.npz",
+}
 NO_NAMES = (".", "./", "/", "..", "a/", "a/.", "a/..", "''")
 
 
@@ -152,6 +211,14 @@ PATHS = [
         Situation(f"a generator at {text}", a_file, f"{command} {text}", ("holds the current folder", "name a folder"))
         for command in ("convert_weight.export_generator --checkpoint units.pt --output-dir",)
         for text in ("/", "//", "/.")
+    ),
+    *(Situation(command, nothing, command, (told, "a path on this machine")) for command, told in ADDRESSES.items()),
+    Situation(
+        "a home that the shell left as it is",
+        nothing,
+        "HOME=home evaluation.generate --generator teacher --num-steps 1 --num-images 2 --output=~/s.npz",
+        ("2 images -> home/s.npz",),
+        code=0,
     ),
     Situation(
         "a file's path whose parent is a file",
@@ -253,6 +320,19 @@ PROCESSES = [
     *map(without_gpus, TO_MEET | ALONE, LISTED),
     *map(unusable_gpus, TO_MEET | ALONE),
     Situation(
+        "a pod of Kubeflow where one node is started",
+        nothing,
+        f"PET_NNODES=2 PET_NPROC_PER_NODE=8 NUM_PROCESSES=2 {STARTED['launcher']}",
+        ("PET_NNODES is 2, but NUM_NODES is 1", "unset PET_NNODES"),
+    ),
+    Situation(
+        "a job of Slurm without a GPU",
+        nothing,
+        f"CUDA_VISIBLE_DEVICES=NoDevFiles {TO_MEET['generate']} --num-images 1",
+        ("1 images",),
+        code=0,
+    ),
+    Situation(
         "a batch script of Slurm is one task",
         nothing,
         f"SLURM_NTASKS=8 SLURM_PROCID=0 {TO_MEET['generate']} --num-images 1",
@@ -338,7 +418,7 @@ PRECISION = [
         "a reward that is NaN at the second update",
         nan_at_the_second_update,
         f"train_cc.cold_start --teacher teacher {SMALL_RUN} --checkpoint-steps 100 --reward python 1 mine.py:f",
-        ("step 2: loss_reward_f is nan", "Stopped; the checkpoint of step 2 is kept"),
+        ("step 2: loss_reward_f is nan", "Stopped; the checkpoint of step 2 is kept", "Is the reward finite"),
     ),
 ]
 
