@@ -156,7 +156,7 @@ def test_the_order_of_class_folders_is_printed_and_recorded(space, tmp_path, cap
 
 
 class Rank:
-    """One of several processes that are threads here: what the command uses of an `Accelerator`."""
+    """One of several processes that are threads here: what the command uses of a `PartialState`."""
 
     def __init__(self, index: int, barrier: threading.Barrier):
         self.process_index, self.num_processes, self.is_main_process = index, barrier.parties, index == 0
@@ -165,7 +165,7 @@ class Rank:
 
 def made_by(count: int, monkeypatch, *arguments) -> dict[str, np.ndarray]:
     barrier, own, failed = threading.Barrier(count), threading.local(), []
-    monkeypatch.setattr(gathering, "Accelerator", lambda **options: Rank(own.rank, barrier))
+    monkeypatch.setattr(gathering, "open_processes", lambda timeout: Rank(own.rank, barrier))
 
     def run(rank: int) -> None:
         own.rank = rank
