@@ -7,6 +7,7 @@ This file needs torch, diffusers and pillow alone: a pipeline that is shared hol
 """
 
 import difflib
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -78,9 +79,16 @@ class DMDRPipeline(DiffusionPipeline):
 
     def label_ids(self, class_labels: int | str | Sequence[int | str]) -> list[int]:
         """Numbers of classes that are given as numbers or names. Raises `ValueError`."""
-        given = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        # A tensor or array of several has __index__, too.
+        single = hasattr(class_labels, "__index__") and getattr(class_labels, "ndim", 0) == 0
         classes = self.generator.config.num_classes
-        labels = [self._id_of(each) if isinstance(each, str) else int(each) for each in given]
+        try:
+            given = [class_labels] if single or isinstance(class_labels, str) else list(class_labels)
+            labels = [self._id_of(each) if isinstance(each, str) else operator.index(each) for each in given]
+        except TypeError:
+            raise ValueError(
+                f"class_labels is {class_labels!r}; a whole number, a name or a list of them is allowed"
+            ) from None
         if not labels or not all(0 <= label < classes for label in labels):
             raise ValueError(f"class_labels is {given}; one label or more of 0 to {classes - 1} are allowed")
         return labels

@@ -180,9 +180,9 @@ def main(argv: list[str] | None = None) -> None:
         for name, note in ((name, note) for name, row in each["rows"].items() for note in row["notes"]):
             print(f"warning: {name}, {each['features']}: {note}", file=sys.stderr)
     means = over_spaces(judged) if held.out is not None else {}
+    show(args, judged, means, set_size(args, held))  # before a write that a full disk stops
     if args.output:
         write(args, judged, means, set_size(args, held))
-    show(args, judged, means, set_size(args, held))
     if args.picture:
         draw(args, names)
 

@@ -63,7 +63,7 @@ def array_shape(headers: Mapping[str, tuple], path: Path, expected: str) -> tupl
 
 def require_range(images: np.ndarray, path: Path) -> None:
     """Not all values are 0 or 1, as of images in [0, 1] that were cast without a scale. Raises `InputError`."""
-    if images.max() == 1:
+    if images.max() <= 1:
         raise InputError(f"{path} holds no value above 1; images in [0, 255] are expected, not in [0, 1]")
 
 
@@ -109,7 +109,9 @@ def read_folder(folder: Path) -> dict[str, np.ndarray]:
     read = batches_of(images, batches, choose_workers(1) if len(batches) > 1 else 0)
     content = {"arr_0": np.concatenate([batch.permute(0, 2, 3, 1).numpy() for batch in read])}
     if images.labels is not None:
-        content |= {"arr_1": images.labels.numpy(), "classes": np.array(images.source["classes"])}
+        content["arr_1"] = images.labels.numpy()
+    if "classes" in images.source:
+        content["classes"] = np.array(images.source["classes"])
     if provenance := record_of(folder).get("provenance"):  # of evaluation.generate --png-dir
         content["provenance"] = np.array(json.dumps(provenance))
     return content

@@ -32,6 +32,7 @@ from train_cc.io.write import (
     record_of,
     write_atomically,
     write_record,
+    writing,
 )
 from train_cc.models.features import FeatureSpace, load_space, without_tf32
 from train_cc.rewards.statistics import read_space
@@ -58,7 +59,7 @@ def remove_shards(folder: Path) -> None:
 
 def write_shard(path: Path, content: dict[str, np.ndarray], rank: int) -> None:
     temporary = path.with_name(f"{path.stem}-{rank}.tmp")
-    with temporary.open("wb") as file:
+    with writing(path), temporary.open("wb") as file:
         np.savez(file, **content)
     flush(temporary)
     os.replace(temporary, path)

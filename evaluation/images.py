@@ -16,9 +16,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from evaluation.files import MAX_LABEL, array_shape, require_range
 from train_cc.io.errors import InputError
-from train_cc.io.read import first_line, parsing, read_npz, require_file, sha256
+from train_cc.io.read import first_line, parsing, read_json, read_npz, require_file, sha256
 from train_cc.pretrain.data import DATASETS, load_dataset
 
+SPLITS = {"train", "val", "valid", "validation", "test"}
 EXPECTED = f"a folder of images, an .npz with arr_0 uint8 (N, H, W, C), or one of {', '.join(DATASETS)}"
 
 
@@ -166,7 +167,6 @@ def open_npz(path: Path) -> ArrayImages:
     images, labels = content["arr_0"], content.get("arr_1")
     if not images.size:
         raise InputError(f"{path} has arr_0 {images.shape}, without an image; {EXPECTED} is expected")
-    require_range(images, path)
     if labels is not None:
         if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
             raise InputError(
@@ -175,30 +175,56 @@ def open_npz(path: Path) -> ArrayImages:
         if len(labels) and not 0 <= labels.min() <= labels.max() <= MAX_LABEL:
             raise InputError(f"{path} has labels {labels.min()} to {labels.max()}; allowed: 0 to {MAX_LABEL}")
         labels = torch.from_numpy(labels.astype(np.int64))
+    require_range(images, path)
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     return ArrayImages(images, labels, {"images": str(path), "sha256": sha256(path)})
 
 
 def in_order(names: list[str], folder: Path) -> list[str]:
-    """Class folders as they are numbered: 2 or class_2 before 10, all others by the alphabet, as ImageNet's ids are.
+    """Class folders by their numbers: 2, class_2 or 2_bird before 10; others by the alphabet, as ImageNet's ids are.
 
     Raises `InputError` for two folders of one number.
     """
-    parts = [re.fullmatch(r"(\D*)([0-9]+)(\D*)", name) for name in names]
-    if not all(parts) or len({(part[1], part[3]) for part in parts}) > 1:
+    parts = [re.fullmatch(r"(\D*)([0-9]+)(\D*|[\W_].*)", name) for name in names]
+    if not all(parts) or len({part[1] for part in parts}) > 1:
         return sorted(names)
     numbers = [int(part[2]) for part in parts]
-    if len(set(numbers)) < len(numbers):
+    repeated = len(set(numbers)) < len(numbers)
+    words = repeated or any(part[3][:1].isalnum() for part in parts)  # such as 3d_printer
+    if words and len({part[3] for part in parts}) > 1:
+        return sorted(names)
+    if repeated:
         twice = sorted(name for name, number in zip(names, numbers, strict=True) if numbers.count(number) > 1)
         raise InputError(f"the class folders {', '.join(twice[:8])} of {folder} have one number; rename or merge them")
     return [name for _, name in sorted(zip(numbers, names, strict=True))]
 
 
+def indexed_labels(index: Path, names: list[str]) -> Tensor | None:
+    """Labels that ``index`` gives the images ``names``; None if it has none. Raises `InputError`."""
+    expected = 'a dataset.json of EDM\'s dataset_tool, {"labels": [["00000/img00000000.png", 0], ...]},'
+    pairs = read_json(index, expected).get("labels")
+    if pairs is None:
+        return None
+    with parsing(index, expected):
+        known = {name: int(label) for name, label in pairs}
+        labels = [known[name] for name in names]
+    if not 0 <= min(labels) <= max(labels) <= MAX_LABEL:
+        raise InputError(f"{index} has labels {min(labels)} to {max(labels)}; allowed: 0 to {MAX_LABEL}")
+    return torch.tensor(labels)
+
+
 def open_folder(folder: Path, size: int | None, channels: int) -> FolderImages:
-    """A folder per class, in the order of `in_order`; or images without labels in ``folder`` itself."""
+    """A folder per class, in the order of `in_order`; or images without labels in ``folder`` itself.
+
+    Where there is a dataset.json (EDM's and REPA's data), the labels are its, and the folders are no classes.
+    """
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     classes = in_order([entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")], folder)
-    flat = [entry.path for entry in entries if entry.is_file() and entry.name.lower().endswith(IMG_EXTENSIONS)]
+    flat = [entry.path for entry in entries if not entry.is_dir() and entry.name.lower().endswith(IMG_EXTENSIONS)]
+    if classes and {name.lower() for name in classes} <= SPLITS:
+        raise InputError(
+            f"{folder} holds {', '.join(classes)}, which are no classes; give one of them: {folder / classes[0]}"
+        )
     numbers = {name: i for i, name in enumerate(classes)}
     found = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True) if classes else []
     if flat and found:
@@ -210,9 +236,12 @@ def open_folder(folder: Path, size: int | None, channels: int) -> FolderImages:
         raise InputError(f"the class folders {', '.join(empty[:8])} of {folder} hold no images; remove or fill them")
     paths = [path for path, _ in found] or flat
     labels = torch.tensor([label for _, label in found]) if found else None
-    names = "\n".join(os.path.relpath(path, folder) for path in paths)
-    source = {"images": str(folder), "sha256_of_names": hashlib.sha256(names.encode(errors="replace")).hexdigest()}
-    if found:
+    names = [os.path.relpath(path, folder) for path in paths]
+    digest = hashlib.sha256("\n".join(names).encode(errors="replace")).hexdigest()
+    source = {"images": str(folder), "sha256_of_names": digest}
+    if (index := folder / "dataset.json").is_file():
+        labels, source = indexed_labels(index, names), source | {"sha256_of_labels": sha256(index)}
+    elif found:
         source["classes"] = classes
     if size is not None:
         source["image_size"] = size

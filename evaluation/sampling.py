@@ -19,6 +19,7 @@ from evaluation.sample import classes_of
 from evaluation.shards import (
     check_png_dir,
     check_shards_folder,
+    difference,
     finished,
     merge_shards,
     open_shards,
@@ -183,6 +184,9 @@ def resolve_sampling(args: argparse.Namespace, source: Source) -> None:
     elif not few and source.sampling is not None:
         recorded = f"{args.generator} is distilled (num_inference_steps {source.sampling[0]})"
         note(f"{recorded}; --sampler {args.sampler} is for a multi-step teacher")
+    if args.guidance_scale <= 1 and (args.guidance_channels or args.guidance_interval != [0.0, 1.0]):
+        told = f"--guidance-scale is {args.guidance_scale:g}, and at most 1 is off"
+        note(f"--guidance-interval and --guidance-channels change nothing: {told}")
     steps, shift = source.sampling if source.sampling and few else (1, 1.0)
     args.num_steps = steps if args.num_steps is None else args.num_steps
     args.timestep_shift = shift if args.timestep_shift is None else args.timestep_shift
@@ -292,7 +296,8 @@ def generate(args: argparse.Namespace) -> None:
         check_png_dir(args.png_dir, args.overwrite, provenance)
     there = not args.overwrite and finished(args.output, provenance)
     if not there and args.output.exists() and not args.overwrite:
-        raise InputError(f"{args.output} exists, made otherwise; give another --output, or --overwrite")
+        told = difference(args.output, provenance)
+        raise InputError(f"{args.output} exists, made otherwise{told}; give another --output, or --overwrite")
     accelerator.wait_for_everyone()  # what is there is looked at before anything is written
     folder = shards_of(args.output)
     with open_shards(args.output, provenance) if accelerator.is_main_process else contextlib.nullcontext():

@@ -20,7 +20,7 @@ from PIL import Image
 
 from evaluation.files import provenance_of
 from train_cc.io.errors import InputError
-from train_cc.io.read import npz_headers, parsing, read_npz
+from train_cc.io.read import npz_headers, parsing, printable, read_npz
 from train_cc.io.write import (
     UNFINISHED,
     check_output_dir,
@@ -31,6 +31,7 @@ from train_cc.io.write import (
     record_of,
     write_atomically,
     write_record,
+    writing,
 )
 from train_cc.run.pictures import png_bytes
 
@@ -91,7 +92,7 @@ def write_npz(path: Path, kind: str, arrays: dict[str, np.ndarray], images: Iter
     """An .npz of ``count`` ``images`` (n, H, W, C), given a part at a time, and ``arrays``; its comment is our mark."""
     parts = iter(images)
     first = next(parts)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with writing(path), zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         archive.comment = mark_of(kind).encode()
         with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, *first.shape[1:])}
@@ -145,6 +146,19 @@ def merge_shards(shards: list[Path], output: Path, provenance: dict) -> int:
 def same_but_for_the_decoder(found: object, asked: dict) -> bool:
     """The precision of a decoder is known only once it was tried."""
     return isinstance(found, dict) and found | {"decoder": None} == asked | {"decoder": None}
+
+
+def difference(output: Path, asked: dict) -> str:
+    """The settings, files and versions of ``asked`` in which ``output`` was made otherwise, in words."""
+    with parsing(output, "samples"), np.load(output) as file:
+        made = provenance_of(file, output) or {}
+    changed = []
+    for part in ("arguments", "versions"):
+        old, new = made.get(part), asked[part]
+        old = old if isinstance(old, dict) else {}
+        changed += [f"{k} {old.get(k)}, now {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
+    changed += [f"another {name}" for name in ("generator_sha256", "vae_sha256") if made.get(name) != asked[name]]
+    return printable(f" ({'; '.join(changed[:8])})") if changed else ""
 
 
 def finished(output: Path, provenance: dict) -> bool:

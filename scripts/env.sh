@@ -91,3 +91,11 @@ run() {
 one_process_unless_asked() {
     [ -n "${ACCELERATE_CONFIG:-}${NUM_NODES:-}" ] || export NUM_PROCESSES="${NUM_PROCESSES:-1}"
 }
+
+# two_folders "$@": what a script of evaluation is given first.
+two_folders() {
+    if [ $# -lt 2 ] || [[ "$1" == -* || "$2" == -* ]]; then
+        echo "error: two folders are expected: bash $0 GENERATOR_FOLDER OUTPUT_FOLDER [flags]" >&2
+        exit 2
+    fi
+}

@@ -2,7 +2,8 @@
 # One row of the Fashion-MNIST table: bash scripts/evaluate_fashion.sh GENERATOR_FOLDER OUTPUT_FOLDER [flags of evaluation.generate]
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 FASHION="${FASHION:-runs/fashion}"
-GENERATOR="${1:?the generator folder is missing}" OUTPUT="${2:?the output folder is missing}"
+two_folders "$@"
+GENERATOR="$1" OUTPUT="$2"
 
 run python -m evaluation.generate --generator "$GENERATOR" --output "$OUTPUT/samples.npz" --overwrite --num-images 10000 \
     --vae "${VAE:-$FASHION/vae}" "${@:3}"

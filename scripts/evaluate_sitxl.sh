@@ -5,7 +5,8 @@
 # OUTPUT_FOLDER/samples.npz (10 GB) is kept: the same command after a failed evaluation does not sample again. Samples of
 # another generator there are refused without --overwrite. Sampling is in fp16 as training is; on a CPU add --dtype fp32.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-GENERATOR="${1:?the generator folder is missing}" OUTPUT="${2:?the output folder is missing}"
+two_folders "$@"
+GENERATOR="$1" OUTPUT="$2"
 REFERENCE="${REFERENCE:-VIRTUAL_imagenet256_labeled.npz}"
 
 # INCEPTION: torch-fidelity's weights file, where it cannot be downloaded. SPACES: the judges, any of evaluation.evaluate.

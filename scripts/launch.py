@@ -76,6 +76,8 @@ def torchrun(plan: Plan, words: list[str], outcome: list[BaseException]) -> None
     try:
         from torch.distributed import run
 
+        for name in [name for name in os.environ if name.startswith("PET_")]:
+            del os.environ[name]  # torchrun's own flags, as a cluster sets them for its pods
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # we say it ourselves
         meet = ["--standalone"]
         if plan.nodes > 1:

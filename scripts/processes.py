@@ -1,13 +1,11 @@
 """How many processes where: from the environment and an accelerate config to a `Plan`."""
 
-import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from train_cc.io.errors import InputError
-from train_cc.io.processes import number
+from train_cc.io.processes import devices_listed, gpus_shown, number
 from train_cc.io.read import parsing
 
 MOST_ON_A_NODE = 256
@@ -28,15 +26,8 @@ class Plan:
 
 
 def visible_gpus(environment: Mapping[str, str]) -> int:
-    if "CUDA_VISIBLE_DEVICES" in environment:
-        listed = [word.strip() for word in environment["CUDA_VISIBLE_DEVICES"].split(",")]
-        hidden = [i for i, word in enumerate(listed) if word in ("", "-1")]  # CUDA stops reading there
-        return hidden[0] if hidden else len(listed)
-    try:
-        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    except OSError:
-        return 0
-    return len(re.findall(r"^GPU ", told, re.MULTILINE))
+    listed = devices_listed(environment)
+    return len(gpus_shown() if listed is None else listed)
 
 
 def read_config(path: Path) -> dict:

@@ -5,8 +5,10 @@ import os
 import pytest
 import torch
 
+from scripts.processes import make_plan
 from tests.conftest import flags, refused
 from train_cc import cold_start
+from train_cc.io import processes
 from train_cc.io.errors import InputError
 from train_cc.run import devices
 
@@ -44,10 +46,17 @@ def test_an_old_driver_is_told_in_its_own_words(two_gpus, monkeypatch):
         devices.require_usable_gpus()
 
 
-@pytest.mark.parametrize("visible", ["", "-1", "-1,0"])
+@pytest.mark.parametrize("visible", ["", "-1", "-1,0", "NoDevFiles"])
 def test_hidden_gpus_are_meant_to_be_hidden(two_gpus, monkeypatch, visible):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     devices.require_usable_gpus()
+
+
+def test_an_nvidia_smi_that_hangs_is_no_wait(two_gpus, tmp_path, monkeypatch):
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 9\n")
+    monkeypatch.setattr(processes, "NVIDIA_SMI", 0.2)
+    with pytest.raises(InputError, match=r"nvidia-smi -L gave no answer in 0\.2 s.*CUDA_VISIBLE_DEVICES"):
+        make_plan({})
 
 
 def test_a_dry_run_needs_no_gpu(two_gpus, teacher, tmp_path, capsys):

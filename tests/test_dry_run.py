@@ -45,7 +45,7 @@ def test_nothing_is_loaded_or_written(tmp_path, capsys):
 def test_one_process_of_many_tells_the_plan(teacher, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in (0, 1, 2):
-        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
         text = planned(capsys, teacher, tmp_path / "run")
         assert ("effective batch: 12" in text) if rank == 0 else (text == "")
 

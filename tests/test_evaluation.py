@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -209,6 +210,18 @@ def test_provenance_travels_with_the_figures(teacher, digits, classifier, tmp_pa
     for name, (low, high) in row["intervals"].items():
         assert low <= high, name
     assert (tmp_path / "p.png").stat().st_size > 0
+
+
+def test_figures_are_shown_though_their_file_cannot_be_written(digits, classifier, tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(SystemExit):
+            evaluate.main(words(digits, digits, "--classifier", classifier, "--output", tmp_path / "o.json"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    out, err = capsys.readouterr()
+    assert "| reference | 0.00 |" in out and "File too large" in err and not (tmp_path / "o.json").exists()
 
 
 def written(folder, images, labels):

@@ -122,6 +122,11 @@ def test_labels_are_numbers_or_names():
     pipeline = DMDRPipeline(random_sit(), id2label=ids)
     assert pipeline.label_ids(LABELS) == NUMBERS and pipeline.label_ids("T-shirt, top") == [0]
     assert pipeline.label_ids(7) == [7] and pipeline.label_ids("SANDAL") == [5]
+    for given in (np.int64(3), np.array(3), torch.tensor(3), torch.tensor([3]), np.array([3]), range(3, 4)):
+        assert pipeline.label_ids(given) == [3]
+    for given in (None, 3.7, [3.7], torch.tensor([3.7])):
+        with pytest.raises(ValueError, match=r"class_labels is .*a whole number, a name or a list"):
+            pipeline.label_ids(given)
     for given, told in (("bag", r"classes \[1, 8\]"), ("sandals", "Near: sandal"), (["shirt", 10], "0 to 9")):
         with pytest.raises(ValueError, match=told):
             pipeline.label_ids(given)

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from evaluation import generate as sampling
 from evaluation import statistics as gather
 from evaluation.standins import write_vae
 from tests.conftest import ldm_names, random_sit
@@ -59,6 +60,22 @@ def saved(value: object) -> Callable[[Path], object]:
     return lambda folder: torch.save({"format_version": 3, "arguments": {"a": value}}, folder / "step-1.pt")
 
 
+def a_run(folder: Path) -> None:
+    """run: one update and its checkpoint, of Slurm's job 7."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_JOB_ID", "7")
+        importlib.import_module("train_cc.cold_start").main([*shlex.split(COLD_RUN)[1:], "--max-train-steps", "1"])
+
+
+def elsewhere(folder: Path) -> None:
+    os.symlink("/not/mounted", folder / "run/checkpoints")
+
+
+UNITS = "run/checkpoints/torch_units"
+COLD_RUN = (
+    "train_cc.cold_start --teacher teacher --vae none --output-dir run --batch-size 4 --lora-rank 4 --ratio-update 1 "
+    "--num-previews 0 --gradient-accumulation-steps 1 --max-train-steps 2"
+)
 RESUMED = "train_cc.cold_start --teacher teacher --vae none --output-dir run --resume-ckpt step-1.pt"
 DMDR = "train_cc.dmdr_refl --teacher teacher --vae none --reward classifier 1 classifier --output-dir run --dry-run"
 RUNS = [
@@ -85,6 +102,45 @@ RUNS = [
         saved(torch.nn.Linear(2, 2)),
         RESUMED,
         ("step-1.pt holds torch.nn.modules.linear.Linear", "was not run"),
+    ),
+    Situation(
+        "a checkpoint under another step's name",
+        lambda folder: (a_run(folder), os.replace(folder / f"{UNITS}/step-1.pt", folder / f"{UNITS}/step-9.pt")),
+        f"{COLD_RUN} --resume-ckpt {UNITS}/step-9.pt",
+        ("step-9.pt is damaged or was renamed: it says step 1",),
+    ),
+    Situation(
+        "checkpoints on storage that is not there",
+        lambda folder: (a_run(folder), shutil.rmtree(folder / "run/checkpoints"), elsewhere(folder)),
+        f"{COLD_RUN} --auto-resume",
+        ("run/checkpoints is a link that leads nowhere",),
+    ),
+    Situation(
+        "a checkpoint of another teacher",
+        lambda folder: (a_run(folder), random_sit(seed=1).save_pretrained(folder / "other")),
+        COLD_RUN.replace("teacher teacher", "teacher other") + " --auto-resume",
+        ("other teacher weights: teacher, SHA-256", "but --teacher other has", "another --output-dir"),
+    ),
+    Situation(
+        "a job that Slurm queued again, and --overwrite",
+        lambda folder: (a_run(folder), (folder / "run/log.txt").unlink()),
+        f"SLURM_JOB_ID=7 SLURM_RESTART_COUNT=1 {COLD_RUN} --auto-resume --overwrite",
+        ("continues from run/checkpoints", "at step 1", "Slurm queued this job again"),
+        code=0,
+    ),
+    Situation(
+        "another job that Slurm queued again, and --overwrite",
+        lambda folder: a_run(folder),
+        f"SLURM_JOB_ID=8 SLURM_RESTART_COUNT=1 {COLD_RUN} --auto-resume --overwrite",
+        ("--overwrite starts anew",),
+        code=0,
+    ),
+    Situation(
+        "a plan on a pod that is not the first",
+        nothing,
+        f"WORLD_SIZE=2 RANK=1 {COLD_RUN} --dry-run",
+        ("peak of the run",),
+        code=0,
     ),
     Situation(
         "a plan from a checkpoint that is missing elsewhere",
@@ -120,6 +176,10 @@ OF_FOLDERS = {
     "convert_weight.sit_convert --input teacher": "--save-dir",
     "convert_weight.export_generator --checkpoint units.pt": "--pipeline",
 }
+ADDRESSES = {
+    "train_cc.cold_start --teacher teacher --vae none --output-dir s3://bucket/run": "--output-dir is s3://bucket/run",
+    "evaluation.generate --generator teacher --output gs://b/s.npz": "--output is gs://b/s.npz",
+}
 NO_NAMES = (".", "./", "/", "..", "a/", "a/.", "a/..", "''")
 
 
@@ -151,6 +211,14 @@ PATHS = [
         Situation(f"a generator at {text}", a_file, f"{command} {text}", ("holds the current folder", "name a folder"))
         for command in ("convert_weight.export_generator --checkpoint units.pt --output-dir",)
         for text in ("/", "//", "/.")
+    ),
+    *(Situation(command, nothing, command, (told, "a path on this machine")) for command, told in ADDRESSES.items()),
+    Situation(
+        "a home that the shell left as it is",
+        nothing,
+        "HOME=home evaluation.generate --generator teacher --num-steps 1 --num-images 2 --output=~/s.npz",
+        ("2 images -> home/s.npz",),
+        code=0,
     ),
     Situation(
         "a file's path whose parent is a file",
@@ -252,6 +320,19 @@ PROCESSES = [
     *map(without_gpus, TO_MEET | ALONE, LISTED),
     *map(unusable_gpus, TO_MEET | ALONE),
     Situation(
+        "a pod of Kubeflow where one node is started",
+        nothing,
+        f"PET_NNODES=2 PET_NPROC_PER_NODE=8 NUM_PROCESSES=2 {STARTED['launcher']}",
+        ("PET_NNODES is 2, but NUM_NODES is 1", "unset PET_NNODES"),
+    ),
+    Situation(
+        "a job of Slurm without a GPU",
+        nothing,
+        f"CUDA_VISIBLE_DEVICES=NoDevFiles {TO_MEET['generate']} --num-images 1",
+        ("1 images",),
+        code=0,
+    ),
+    Situation(
         "a batch script of Slurm is one task",
         nothing,
         f"SLURM_NTASKS=8 SLURM_PROCID=0 {TO_MEET['generate']} --num-images 1",
@@ -337,7 +418,7 @@ PRECISION = [
         "a reward that is NaN at the second update",
         nan_at_the_second_update,
         f"train_cc.cold_start --teacher teacher {SMALL_RUN} --checkpoint-steps 100 --reward python 1 mine.py:f",
-        ("step 2: loss_reward_f is nan", "Stopped; the checkpoint of step 2 is kept"),
+        ("step 2: loss_reward_f is nan", "Stopped; the checkpoint of step 2 is kept", "Is the reward finite"),
     ),
 ]
 
@@ -564,9 +645,27 @@ def arrays(**more: object) -> Callable[[Path], object]:
     return make
 
 
+def with_index(labels: object) -> Callable[[Path], object]:
+    """Two folders of images that are no classes, and EDM's dataset.json."""
+
+    def make(folder: Path) -> None:
+        pngs(folder, ["00000", "00001"])
+        (folder / "png" / "dataset.json").write_text(json.dumps({"labels": labels}))
+
+    return make
+
+
+def dangling(folder: Path) -> None:
+    pngs(folder, [""])
+    os.symlink("gone.png", folder / "png" / "9a.png")
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 PIXELS = np.random.default_rng(0).random((60, 8, 8, 3))
 EVALUATE = "evaluation.evaluate s.npz r.npz --space classifier:classifier"
 AGAINST_MU = "evaluation.evaluate s.npz mu.npz --space classifier:classifier"
+STATISTICS = "evaluation.statistics --images png --space classifier:classifier --output o.npz --workers 0"
+INDEX = [[f"0000{k % 2}/{k // 2}.png", k % 10] for k in range(20)]
 OF_PNG = "evaluation.evaluate png r.npz --space classifier:classifier"
 
 EVALUATION = [
@@ -704,6 +803,76 @@ EVALUATION = [
         arrays(arr_0=PIXELS.round().astype("u1")[..., :1]),
         "evaluation.statistics --images s.npz --space classifier:classifier --output o.npz",
         ("s.npz holds no value above 1; images in [0, 255] are expected",),
+    ),
+    Situation(
+        "samples in [0, 1), cast to whole numbers",
+        arrays(arr_0=np.zeros((60, 8, 8, 1), "u1")),
+        EVALUATE,
+        ("s.npz holds no value above 1; images in [0, 255] are expected",),
+    ),
+    Situation(
+        "data of EDM's and REPA's preprocessing",
+        with_index(INDEX),
+        STATISTICS,
+        ("20 images, 10 classes,",),
+        code=0,
+    ),
+    Situation(
+        "samples with EDM's index",
+        with_index(INDEX),
+        OF_PNG,
+        ("| png |", "accuracy"),
+        code=0,
+    ),
+    Situation(
+        "samples that are a pointer of Git LFS",
+        lambda folder: (images_of(folder, name="r.npz"), content("s.npz", LFS)(folder)),
+        EVALUATE,
+        ("s.npz is a pointer of Git LFS", "`git lfs pull`"),
+    ),
+    Situation(
+        "EDM's index without labels",
+        with_index(None),
+        STATISTICS,
+        ("20 images, no labels,",),
+        code=0,
+    ),
+    Situation(
+        "EDM's index of other images",
+        with_index(INDEX[1:]),
+        STATISTICS,
+        ("png/dataset.json is damaged or something else", "EDM's dataset_tool", "'00000/0.png'"),
+    ),
+    Situation(
+        "EDM's index with labels below 0",
+        with_index([[name, k - 1] for name, k in INDEX]),
+        STATISTICS,
+        ("png/dataset.json has labels -1 to 8; allowed: 0 to",),
+    ),
+    Situation(
+        "the folder above ImageNet's train and val",
+        lambda folder: pngs(folder, ["train/3", "val/3"]),
+        STATISTICS,
+        ("png holds train, val, which are no classes; give one of them: png/train",),
+    ),
+    Situation(
+        "an image that is a link to nothing",
+        dangling,
+        STATISTICS,
+        ("png/9a.png", "an image is expected", "FileNotFoundError"),
+    ),
+    Situation(
+        "class folders with a number and a name",
+        lambda folder: pngs(folder, ["0_cat", "1_dog", "10_bird-2", "2_ant"]),
+        STATISTICS,
+        ("class 0 is 0_cat, 1 is 1_dog, 2 is 2_ant, 3 is 10_bird-2",),
+        code=0,
+    ),
+    Situation(
+        "class folders that count from 1",
+        lambda folder: pngs(folder, [f"{k:02d}" for k in range(1, 11)]),
+        OF_PNG,
+        ("png: the folder 01 is its class 0, but the model's class 1", "by the model's numbers"),
     ),
     Situation(
         "samples under another name",
@@ -966,6 +1135,25 @@ SAMPLING = [
         ("--guidance-channels is 0; allowed: 1 to 1024",),
     ),
     Situation(
+        "times guided, and no scale",
+        nothing,
+        f"{GENERATE} --num-steps 1 --guidance-interval 0 0.7",
+        ("note: --guidance-interval and --guidance-channels change nothing: --guidance-scale is 1",),
+        code=0,
+    ),
+    Situation(
+        "samples that are there with other settings",
+        lambda folder: sampling.main(shlex.split(GENERATE.partition(" ")[2])),
+        f"{GENERATE} --num-steps 1 --seed 3",
+        ("s.npz exists, made otherwise (seed 0, now 3); give another --output",),
+    ),
+    Situation(
+        "a generator whose weights are a pointer of Git LFS",
+        lambda folder: (shutil.copytree(folder / "teacher", folder / "g"), content(f"g/{WEIGHTS_NAME}", LFS)(folder)),
+        f"{GENERATE.replace('teacher', 'g')} --num-steps 1",
+        (f"g/{WEIGHTS_NAME} is a pointer of Git LFS", "`git lfs pull`"),
+    ),
+    Situation(
         "a class beyond the last",
         nothing,
         f"{GENERATE} --num-steps 1 --classes 3 10",
@@ -988,6 +1176,12 @@ SAMPLING = [
         nine_names,
         f"{GENERATE} --num-steps 1 --classes a --names names.txt",
         ("--names", "names.txt has 9 names; 10 classes are expected"),
+    ),
+    Situation(
+        "names that are not there",
+        nothing,
+        f"{GENERATE} --num-steps 1 --classes a --names none.txt",
+        ("none.txt does not exist; a text file with one class a line is expected",),
     ),
     Situation(
         "names and no classes",

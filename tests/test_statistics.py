@@ -131,6 +131,9 @@ def class_folders(folder: Path, names: list[str]) -> Path:
         [f"{k:03d}" for k in range(12)],
         [str(k) for k in range(1, 13)],
         [f"class_{k}" for k in range(12)],
+        [f"{k}_bird{k % 3}" for k in range(12)],
+        ["2_door", "2_seater", "3_door"],
+        ["2_wheels", "3d_printer", "4_wheels"],
         ["ant", "bee", "cat 10", "cat 2"],  # names, not numbers: by the alphabet
         ["n01440764", "n01443537", "n02123045"],
     ],
@@ -156,7 +159,7 @@ def test_the_order_of_class_folders_is_printed_and_recorded(space, tmp_path, cap
 
 
 class Rank:
-    """One of several processes that are threads here: what the command uses of `PartialState`."""
+    """One of several processes that are threads here: what the command uses of a `PartialState`."""
 
     def __init__(self, index: int, barrier: threading.Barrier):
         self.process_index, self.num_processes, self.is_main_process = index, barrier.parties, index == 0
@@ -354,7 +357,7 @@ def test_commands_that_cannot_work_are_refused_before_anything_is_written(npz, s
         np.savez(tmp_path / "bad.npz", **arrays)
         return told(tmp_path / "bad.npz")
 
-    pixels = np.zeros((4, 8, 8, 1), np.uint8)
+    pixels = np.full((4, 8, 8, 1), 9, np.uint8)
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.npz").write_text("no archive")
     (tmp_path / "mine.npz").write_bytes(b"mine")

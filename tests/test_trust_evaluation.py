@@ -563,6 +563,16 @@ def test_check_needs_no_samples_and_writes_nothing(reference, classifier, tmp_pa
     assert "can be evaluated against" in capsys.readouterr().out and tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("script", ["digits", "fashion", "sitxl"])
+@pytest.mark.parametrize("given", [[], ["generator"], ["generator", "--overwrite"]], ids=" ".join)
+def test_a_script_of_evaluation_asks_for_its_two_folders(script, given):
+    environment = os.environ | {"VIRTUAL_ENV": str(Path(sys.executable).parents[1])}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    command = ["bash", str(ROOT / "scripts" / f"evaluate_{script}.sh"), *given]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: two folders are expected"), done.stderr
+
+
 @pytest.mark.slow
 def test_the_full_size_row_checks_its_reference_before_it_samples(teacher, tmp_path):
     environment = os.environ | {

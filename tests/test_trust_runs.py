@@ -18,7 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import flags, logged, random_sit, refused, run_cold_start
+from convert_weight import export_generator
+from evaluation import generate
+from tests.conftest import flags, logged, random_sit, refused, run_cold_start, words
 from tests.test_resume import assert_same_run, torchrun, units
 from train_cc import cold_start, dmdr_refl
 from train_cc.distillation import loop
@@ -405,6 +407,16 @@ def test_a_librarys_error_at_a_full_disk_is_a_message(tmp_path, how):
     with files_of_at_most(9000), pytest.raises(Exception) as caught:
         WRITERS[how](torch.rand(20000), tmp_path / "file")
     assert "free some space, or raise the limit" in message_of(caught.value)
+
+
+def test_a_full_disks_message_names_what_is_not_written(teacher, run, tmp_path, capsys):
+    samples = words("--generator", teacher, "--num-steps", 1, "--num-images", 200, "--output", tmp_path / "s.npz")
+    exported = words("--checkpoint", units(run, 2), "--output-dir", tmp_path / "new")
+    with files_of_at_most(9000):
+        told = refused(generate.main, samples, capsys=capsys)
+        assert "s.npz.shards/00000000.npz.tmp is not written: File too large" in told
+        told = refused(export_generator.main, exported, capsys=capsys)
+        assert f"{tmp_path / 'new'} is not written: File too large" in told and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,9 @@ def stop_unless_finite(run: Run, rows: list[Row]) -> None:
         skipped = NORMS & set(bad) if scaled or overflows(row) else set()
         if not overflows(row) and (other := [name for name in bad if name not in skipped]):
             message = ", ".join(f"{name} is {row[name]}" for name in other)
-            raise InputError(f"step {run.step}: {message}. Lower the learning rates?")
+            of_rewards = all("_reward_" in name for name in other if name not in NORMS)
+            advice = "Is the reward finite for every image?" if of_rewards else "Lower the learning rates?"
+            raise InputError(f"step {run.step}: {message}. {advice}")
         count_in_a_row(run, row, skipped)
 
 

@@ -115,7 +115,11 @@ def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     if theirs["model_config"] != run.model_config:
         raise InputError(f"{source} does not fit this run's model: {theirs['model_config']}, not {run.model_config}")
     if theirs["teacher_sha256"] != run.hashes["teacher"]:
-        raise InputError(f"{source} was trained from other teacher weights: {theirs['arguments']['teacher']}")
+        raise InputError(
+            f"{source} was trained from other teacher weights: {theirs['arguments']['teacher']}, SHA-256 "
+            f"{theirs['teacher_sha256'][:12]}..., but --teacher {run.teacher} has {run.hashes['teacher'][:12]}...; "
+            "give the weights of that time, or begin anew in another --output-dir"
+        )
     for part in run.parts:
         if checkpoint.has(part.file):
             part.load(checkpoint.read(part.file), checkpoint)

@@ -39,8 +39,9 @@ def class_names(
     elif source in KNOWN:
         names = KNOWN[source]
     else:
-        path = require_file(Path(source), EXPECTED)
-        with parsing(path, EXPECTED):
+        expected = EXPECTED if flag == "--class-names" else "a text file with one class a line"
+        path = require_file(Path(source), expected)
+        with parsing(path, expected):
             names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(names) != num_classes:
         raise InputError(f"{flag} {source} has {len(names)} names; {num_classes} classes are expected")
@@ -60,11 +61,14 @@ def order_of(folders: list[str]) -> str:
 
 
 def contradiction(folders: list[str], num_classes: int, dataset: str | None) -> str | None:
-    """The first class folder that has the name of another class of a model of ``dataset``, in words; None: no such."""
-    names = class_names("auto", num_classes, dataset)
-    if names is None or len(folders) != num_classes:
+    """The first class folder that has the name or the number of another class of a model of ``dataset``, in words.
+
+    None: there is no such folder.
+    """
+    if len(folders) != num_classes:
         return None
-    known = [{_letters(name), *map(_letters, name.split(","))} for name in names]
+    names = class_names("auto", num_classes, dataset) or map(str, range(num_classes))
+    known = [{str(j), _letters(name), *map(_letters, name.split(","))} for j, name in enumerate(names)]
     for k, folder in enumerate(folders):
         classes = [j for j, spellings in enumerate(known) if _letters(folder) in spellings]
         if classes and k not in classes:
@@ -73,4 +77,5 @@ def contradiction(folders: list[str], num_classes: int, dataset: str | None) -> 
 
 
 def _letters(name: str) -> str:
-    return "".join(c for c in name.lower() if c.isalnum())
+    letters = "".join(c for c in name.lower() if c.isalnum())
+    return str(int(letters)) if letters.isascii() and letters.isdecimal() else letters  # 0001 is 1

@@ -106,7 +106,9 @@ BETA_PARAMETER = number(1e-2, 1e3)
 def path(text: str) -> Path:
     if not text or "\0" in text:
         refuse(repr(text), "a path")
-    return Path(text)
+    if re.match(r"\w+://", text):
+        refuse(text, "a path on this machine, not an address")
+    return Path(text).expanduser() if text.startswith("~/") else Path(text)  # the shell leaves --flag=~/... as it is
 
 
 def output_file(text: str) -> Path:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import subprocess
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -9,8 +10,10 @@ from train_cc.io.errors import InputError
 from train_cc.io.flags import integer
 
 MOST = 2**20
+NO_DEVICE = ("", "-1", "NoDevFiles", "none", "void")  # words for none: CUDA's, Slurm's, the container toolkit's
 # Of Open MPI; of MPICH, Intel MPI and srun --mpi=pmi2; of MVAPICH2. accelerate reads them.
 MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+NVIDIA_SMI = 60  # seconds
 ONE_A_NODE = (
     "Start one task per node: the launchers of scripts/ start its processes, with NUM_NODES, NODE_RANK and "
     "MAIN_ADDRESS on several nodes (docs/multi_gpu.md)"
@@ -32,6 +35,28 @@ def number(environment: Mapping[str, str], name: str, low: int, high: int, defau
         return integer(low, high)(environment.get(name) or str(default))
     except argparse.ArgumentTypeError as error:
         raise InputError(f"{name} {error}") from None
+
+
+def devices_listed(environment: Mapping[str, str]) -> list[str] | None:
+    """The devices of CUDA_VISIBLE_DEVICES, or None if it is not set. CUDA stops reading at the first that is none."""
+    if (visible := environment.get("CUDA_VISIBLE_DEVICES")) is None:
+        return None
+    words = [word.strip() for word in visible.split(",")]
+    return words[: next((i for i, word in enumerate(words) if word in NO_DEVICE), len(words))]
+
+
+def gpus_shown() -> list[str]:
+    """The lines of ``nvidia-smi -L`` that are of GPUs; none without such a command. Raises `InputError` if it hangs."""
+    try:
+        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI).stdout
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"nvidia-smi -L gave no answer in {NVIDIA_SMI} s, as when a GPU or its driver hangs. Try it by itself; "
+            "CUDA_VISIBLE_DEVICES (0,1 and so on; empty: the CPU) before the command goes without it"
+        ) from None
+    except OSError:
+        return []
+    return [line for line in told.splitlines() if line.startswith("GPU ")]
 
 
 def tasks(environment: Mapping[str, str]) -> tuple[str, int]:
@@ -74,6 +99,9 @@ def require_same_count(wanted: int, count: int) -> None:
 def require_alone(environment: Mapping[str, str], processes: int, nodes: int) -> None:
     """Raises `InputError` where a launcher of ``processes`` is one of several that something else started."""
     require_no_other_tasks(environment, nodes)
+    pods = environment.get("PET_NNODES") or "1"  # of torchrun, as Kubeflow sets it; MIN:MAX if elastic
+    if nodes == 1 and pods not in ("1", "1:1"):
+        raise InputError(f"PET_NNODES is {pods}, but NUM_NODES is 1. {ONE_A_NODE}. For one node alone unset PET_NNODES")
     count = number(environment, "WORLD_SIZE", 1, MOST, 1)
     if nodes == 1 and count > 1:
         require_same_count(processes, count)

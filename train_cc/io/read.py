@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+POINTER = b"version https://git-lfs"  # of what a clone holds where Git LFS is not installed
 JSON_BYTES = 64 << 20  # no JSON file of ours or of a library comes near
 
 
@@ -38,6 +39,10 @@ def parsing(path: Path | str, expected: str, told: str = "is damaged or somethin
     except InputError:
         raise
     except Exception as error:
+        if Path(path).is_file():
+            with Path(path).open("rb") as file:
+                if file.read(len(POINTER)) == POINTER:
+                    told = "is a pointer of Git LFS, not the file itself, which `git lfs pull` fetches"
         raise InputError(f"{path} {told}; {expected} is expected ({first_line(error)})") from error
 
 

@@ -17,6 +17,7 @@ from train_cc.io.write import (
     locked,
     record_of,
     write_record,
+    writing,
 )
 
 
@@ -86,10 +87,11 @@ def whole_folder(target: Path, content: dict, names: Collection[str], overwrite:
             for leftover in (fresh, before):
                 shutil.rmtree(leftover, ignore_errors=True)
             fresh.mkdir()
-            yield fresh
-            write_record(fresh, content)
-            for path in fresh.rglob("*"):
-                flush(path)
+            with writing(target):
+                yield fresh
+                write_record(fresh, content)
+                for path in fresh.rglob("*"):
+                    flush(path)
             if target.exists():
                 target.rename(before)
             fresh.rename(target)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from train_cc.io.errors import InputError
+from train_cc.io.errors import InputError, disk_message
 
 LIBRARIES = ("torch", "torchvision", "accelerate", "timm", "peft", "diffusers", "safetensors", "numpy", "scipy")
 # Stands in every file and record that a command writes: what does not have it is somebody else's, and is not replaced.
@@ -199,6 +199,18 @@ def copy_mode(like: Path, path: Path) -> None:
     path.chmod(like.stat().st_mode & 0o777)
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes ``path``: a full disk or a limit, for which libraries name no file, is an `InputError`."""
+    try:
+        yield
+    except Exception as error:
+        reason = disk_message(error)
+        if isinstance(error, InputError) or reason is None or getattr(error, "filename", None) is not None:
+            raise
+        raise InputError(f"{path} is not written: {reason}") from error
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """``path`` holds ``content``, text as UTF-8, or what it held before."""
     for each in list(path.parent.iterdir()):
@@ -206,8 +218,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             each.unlink(missing_ok=True)
     temporary = unfinished(path)
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        flush(temporary)
+        with writing(path):
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            flush(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -123,7 +123,7 @@ def class_note(statistics: Statistics, path: Path, fit: Fit) -> str | None:
                 "evaluation.statistics, or give --frechet-unconditional"
             )
         return f"{path}: {order_of(statistics.classes)}"
-    if isinstance(source, dict) and "sha256_of_names" in source:
+    if isinstance(source, dict) and "sha256_of_names" in source and "sha256_of_labels" not in source:
         return (
             f"WARNING: {path} is of class folders in the order of the alphabet, 10 before 2, and does not name them: "
             "if their names are numbers, make it anew by evaluation.statistics"

@@ -74,6 +74,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.stat().st_size > UNITS_BYTES:
         raise InputError(f"{path} has {path.stat().st_size:,} bytes; {EXPECTED} is expected")
     checkpoint = Checkpoint(path, check_units(read_torch(path, OF_PLAIN_VALUES), path))
+    if step_of(path) not in (None, checkpoint.step):
+        raise InputError(f"the checkpoint {path} is damaged or was renamed: it says step {checkpoint.step}")
     for name, entry in checkpoint.units["files"].items():
         file = checkpoint.file(name)
         found = file.stat().st_size if file.is_file() else None
@@ -123,10 +125,7 @@ def newest_intact(root: Path) -> tuple[Checkpoint | None, dict[int, str]]:
     damaged: dict[int, str] = {}
     for step in reversed(complete_steps(root)):
         try:
-            checkpoint = open_checkpoint(units_path(root, step))
-            if checkpoint.step != step:
-                raise InputError(f"the checkpoint {checkpoint.path} is damaged: it says step {checkpoint.step}")
-            return checkpoint, damaged
+            return open_checkpoint(units_path(root, step)), damaged
         except NewerFormat:
             raise
         except InputError as error:

@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from accelerate import PartialState
 from torch.distributed.device_mesh import DeviceMesh
 
 from train_cc.io.errors import InputError
-from train_cc.io.processes import Place, started
+from train_cc.io.processes import Place, devices_listed, gpus_shown, started
 from train_cc.io.read import first_line
 from train_cc.io.saying import FIRST
 
@@ -27,25 +26,6 @@ TIMEOUT = timedelta(hours=6)
 SHARDS_TIMEOUT = timedelta(days=2)  # with its shards done, a process waits for the slowest
 MEETING = timedelta(minutes=10)  # until all processes have come to the address where they meet
 ON_THE_CPU = "CUDA_VISIBLE_DEVICES= (empty) before the command runs on the CPU"
-
-
-def devices_listed() -> list[str] | None:
-    """The devices of CUDA_VISIBLE_DEVICES, or None if it is not set. CUDA stops reading at the first that is none."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
-        return None
-    words = [word.strip() for word in visible.split(",")]
-    return words[: next((i for i, word in enumerate(words) if word in ("", "-1")), len(words))]
-
-
-def gpus_shown() -> list[str]:
-    """The lines of ``nvidia-smi -L`` that are of GPUs; none where there is no such command, or all are hidden."""
-    if devices_listed() == []:
-        return []
-    try:
-        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line for line in told.splitlines() if line.startswith("GPU ")]
 
 
 def why_not() -> str:
@@ -61,10 +41,11 @@ def why_not() -> str:
 
 def require_usable_gpus() -> None:
     """Raises `InputError` for GPUs that are shown and cannot be used: an old driver, a wrong wheel, a card too new."""
-    listed = devices_listed() or []
+    words = devices_listed(os.environ)
+    listed = words or []
     visible = f"CUDA_VISIBLE_DEVICES is {','.join(listed)} (gpu_ids of an accelerate config set it too)"
     if not torch.cuda.is_available():
-        if shown := gpus_shown():
+        if words != [] and (shown := gpus_shown()):  # [] hides all
             raise InputError(
                 f"nvidia-smi shows {len(shown)} GPU(s), but torch cannot use them. {why_not()}. {ON_THE_CPU}"
             )

@@ -9,6 +9,7 @@ from train_cc import settings
 from train_cc.io.errors import InputError
 from train_cc.io.fields import add_flags, marked
 from train_cc.io.flags import Parser
+from train_cc.io.write import record_of
 from train_cc.rewards.spec import Rewards, require_sense, rewards_of
 
 GROUPS = {
@@ -50,7 +51,14 @@ def validate(args: argparse.Namespace) -> list[str]:
         raise InputError(f"--report-to {args.report_to}: it is not installed: pip install {args.report_to}")
     notes = []
     if args.auto_resume and args.overwrite:
-        notes.append("--overwrite starts anew: --auto-resume is set aside")
+        restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        args.auto_resume = restarted and record_of(args.output_dir).get("job") == os.environ.get("SLURM_JOB_ID")
+        args.overwrite = not args.auto_resume
+        notes.append(
+            "Slurm queued this job again: its run continues, and --overwrite is set aside"
+            if args.auto_resume
+            else "--overwrite starts anew: --auto-resume is set aside"
+        )
     if args.real_guidance_scale <= 1 and args.real_guidance_interval != [0.0, 1.0]:
         notes.append(
             f"--real-guidance-scale is {args.real_guidance_scale} (off): --real-guidance-interval is set aside"

@@ -30,6 +30,7 @@ from train_cc.run.checkpoint import (
     open_checkpoint,
     rotate_checkpoints,
     set_aside,
+    units_path,
 )
 from train_cc.run.folder import check_writable, exported_step, is_empty, is_run
 from train_cc.run.logbook import logger
@@ -50,6 +51,7 @@ def check_own(args: argparse.Namespace) -> None:
     """The output folder is empty, or a run of ours to continue or replace. Raises `InputError`; writes nothing."""
     folder = args.output_dir
     check_parent(folder / RECORD)
+    check_parent(units_path(folder / "checkpoints", 1))  # a link to storage that is not there is no empty run
     if is_empty(folder) or is_run(folder) or complete_steps(folder / "checkpoints"):
         return
     raise InputError(
@@ -174,4 +176,5 @@ def write_run_record(stage: str, args: argparse.Namespace, start: Start, hashes:
         elif before:
             step = before.get("from_step", step)
     content = {"command": sys.argv, "commit": commit(), "from_step": step, "sha256": hashes, "earlier": earlier}
+    content["job"] = os.environ.get("SLURM_JOB_ID")
     write_record(args.output_dir, record(stage, vars(args), **content))
