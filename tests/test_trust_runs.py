@@ -317,7 +317,10 @@ def status(name):
     return 1024 * int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
 model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(8)])
-optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+optimizer, before_it = (torch.optim.AdamW(model.parameters(), fused=True) for _ in range(2))
+# Once before: what the libraries load at their first use is not counted.
+states.restore_optimizer(model, before_it, read_torch(Path(sys.argv[1]), "moments"), "optimizer.pt")
+del before_it
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)
 Path("/proc/self/clear_refs").write_text("5")

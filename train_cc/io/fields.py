@@ -43,14 +43,10 @@ def setting(default: object = MISSING, help: str = "", **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"setting": Setting(help, **more)}, kw_only=True)
 
 
-def settings_in(*kinds: type) -> dict[str, Setting]:
-    """Every setting of the dataclasses ``kinds`` by name."""
-    return {f.name: f.metadata["setting"] for kind in kinds for f in dataclasses.fields(kind)}
-
-
-def marked(mark: str, *kinds: type) -> list[str]:
-    """Names of the settings whose ``mark`` ("start", "recipe", "reads", "lasting") is set."""
-    return [name for name, each in settings_in(*kinds).items() if getattr(each, mark)]
+def marked(mark: str, *kinds: type) -> dict[str, object]:
+    """Name -> default of the settings of ``kinds`` whose ``mark`` ("start", "recipe", "reads", "lasting") is set."""
+    every = (field for kind in kinds for field in dataclasses.fields(kind))
+    return {field.name: field.default for field in every if getattr(field.metadata["setting"], mark)}
 
 
 def add_flags(parser: argparse.ArgumentParser, **groups: type) -> None:

@@ -74,9 +74,10 @@ def find_start(stage: str, args: argparse.Namespace, space: int) -> Start:
         start.finished = what_is_left(args, start)
         if start.finished:
             return start
-        moments = checkpoint.units["arguments"].get("optimizer", "adamw")
-        if moments != args.optimizer:
-            raise InputError(f"--optimizer is {args.optimizer}, but {checkpoint.path} holds the moments of {moments}")
+        for name, default in marked("lasting", *GROUPS.values()).items():
+            flag, own, theirs = f"--{name}", getattr(args, name), checkpoint.units["arguments"].get(name, default)
+            if own != theirs:
+                raise InputError(f"{flag} is {own}, but {checkpoint.path} was made with {flag} {theirs}: give that one")
     check_writable(args.output_dir)
     need_space(args.output_dir, space)
     return start
