@@ -270,7 +270,10 @@ ANSWERS = [
     (None, "Check the network, the proxy and HF_ENDPOINT"),
     (401, "`hf auth login`"),
     (403, "The token has no right to this"),
-    (409, "Check the name"),
+    (
+        409,
+        "Check the name" if int(huggingface_hub.__version__.split(".")[0]) else "Check the network",
+    ),  # 0.34 ignores it
 ]
 
 

@@ -63,7 +63,7 @@ def message_of(error: BaseException) -> str | None:
 def disk_message(error: BaseException) -> str | None:
     """The sentence for what a path or a disk did, also if a library has its own words for it; None for other errors."""
     text = str(error)
-    rust = re.search(r"\(os error (\d+)\)", text)  # safetensors
+    rust = re.search(r"(?:\(os error |Os { code: )(\d+)", text)  # safetensors, new and old
     number = int(rust[1]) if rust else getattr(error, "errno", None)
     if number in OF_THE_DISK and (rust or isinstance(error, OSError)):
         where = f"{error.filename}: " if getattr(error, "filename", None) is not None else ""
