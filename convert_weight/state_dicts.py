@@ -75,6 +75,9 @@ def unnest(content: object) -> tuple[State, str]:
     if not found:
         raise InputError(nothing_found(content, expected))
     place, state = min(found, key=lambda network: preference(network[0]))
+    if not any(value.numel() for value in state.values()):
+        how = "zero_to_fp32.py, which DeepSpeed writes beside the checkpoint, makes one file of all"
+        raise InputError(f"this is a part of a DeepSpeed ZeRO-3 checkpoint, whose tensors are empty here; {how}")
     if not place:
         return require_tensors(state, "this file", expected), "a bare state dict"
     told = f'"{".".join(place)}"'

@@ -484,6 +484,12 @@ REFUSED = {
     "the authors' estimator": (names(ANCHOR, BLOCK, "blocks.0.attn.lora.lora_QA", nest="module"), "LoRA in it"),
     "a vision transformer": (names("cls_token", "patch_embed.proj.weight", BLOCK), "a vision transformer"),
     "an MMDiT": (names("joint_blocks.0.x_block.attn.qkv.weight"), "an MMDiT"),
+    "a part of ZeRO-3": (
+        lambda folder: torch.save(
+            deepspeed(module={name: torch.empty(0) for name in random_sit().state_dict()}), folder / "in.pt"
+        ),
+        "zero_to_fp32.py",
+    ),
     "an optimizer": (lambda folder: torch.save({"state": {}, "param_groups": []}, folder / "in.pt"), "an optimizer"),
     "a whole module": (lambda folder: torch.save(random_sit(), folder / "in.pt"), "of class train_cc.models.sit.SiT"),
     "a web page": (content("in.pt", "<!DOCTYPE html><html></html>"), "a web page"),
