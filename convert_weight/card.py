@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from train_cc.io.fields import marked
+from train_cc.io.fields import flag_of, marked
 from train_cc.io.figures import columns_of, markdown_table, with_arrow
 from train_cc.setup.arguments import GROUPS
 
@@ -59,7 +59,7 @@ def model_card(
     )
     names_of = [name for name in marked("recipe", *GROUPS.values()) if name not in ("reward", "tilt")]
     rewards = [f"{kind}, weight {weight:g}" for kind, weight, *_ in recorded.get("reward") or []]
-    recipe = [[f"`--{key.replace('_', '-')}`", recorded[key]] for key in names_of if recorded.get(key) is not None]
+    recipe = [[f"`{flag_of(key)}`", recorded[key]] for key in names_of if recorded.get(key) is not None]
     recipe += [["`--reward`", "; ".join(rewards)]] if rewards else []
     parts = [use, "## Recipe\n", markdown_table(["flag", "value"], recipe), ""]
     files = [[what, f"`{sha}`"] for what, sha in hashes.items()]

@@ -364,9 +364,8 @@ def test_a_scaler_may_skip_an_overflowing_gradient_but_no_loss():
     """fp16 alone has a scaler: its first steps overflow, and are skipped."""
 
     def stopped(scaler, **row) -> bool:
-        session = SimpleNamespace(generator_accelerator=SimpleNamespace(scaler=scaler))
         output = SimpleNamespace(checkpoints=Path("nowhere"))
-        run = SimpleNamespace(step=3, session=session, output=output, overflows={})
+        run = SimpleNamespace(step=3, scaled=scaler is not None, output=output, overflows={})
         try:
             loop.stop_unless_finite(run, [{"loss_dmd": 1.0, "grad_norm_generator": 1.0} | row])
         except InputError as error:

@@ -6,7 +6,7 @@ from datetime import timedelta
 import numpy as np
 
 from evaluation.report.runs import RunLog
-from train_cc.io.fields import marked
+from train_cc.io.fields import flag_of, marked
 from train_cc.io.read import printable
 from train_cc.setup.arguments import GROUPS
 
@@ -54,5 +54,5 @@ def what_differs(runs: list[RunLog]) -> dict[str, list[list[str]]]:
         values = [shown(run.arguments.get(name, "")) for run in runs]
         differ = len(set(values)) > 1
         if name not in start and (differ or name in recipe):
-            found["other" if differ else "same"].append([f"--{printable(name).replace('_', '-')}", *values])
+            found["other" if differ else "same"].append([flag_of(printable(name)), *values])
     return found

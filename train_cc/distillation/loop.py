@@ -247,10 +247,9 @@ def in_words(row: Row) -> str:
 
 def stop_unless_finite(run: Run, rows: list[Row]) -> None:
     """Raise `InputError` for NaN or infinity that is no overflow in fp16, and for overflows that do not end."""
-    scaled = run.session.generator_accelerator.scaler is not None
     for row in rows:
         bad = not_finite(row)
-        skipped = NORMS & set(bad) if scaled or overflows(row) else set()
+        skipped = NORMS & set(bad) if run.scaled or overflows(row) else set()
         if not overflows(row) and (other := [name for name in bad if name not in skipped]):
             message = ", ".join(f"{name} is {row[name]}" for name in other)
             of_rewards = all("_reward_" in name for name in other if name not in NORMS)
@@ -268,7 +267,7 @@ def count_in_a_row(run: Run, row: Row, skipped: set[str]) -> None:
         run.overflows[name] = run.overflows.get(name, 0) + 1 if name in now else 0
         if run.overflows[name] == MOST_OVERFLOWS:
             places = ", ".join(place.removeprefix(OVERFLOW) for place in overflows(row)) or name
-            wider = "bf16 or no" if run.session.generator_accelerator.scaler is not None else "no"
+            wider = "bf16 or no" if run.scaled else "no"
             raise InputError(
                 f"step {run.step}: {name} overflowed in fp16 {MOST_OVERFLOWS} times in a row, and nothing was learned "
                 f"(where: {places}). Take --mixed-precision {wider}"

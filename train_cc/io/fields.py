@@ -49,6 +49,11 @@ def marked(mark: str, *kinds: type) -> dict[str, object]:
     return {field.name: field.default for field in every if getattr(field.metadata["setting"], mark)}
 
 
+def flag_of(name: str) -> str:
+    """The flag of the setting ``name``."""
+    return f"--{name.replace('_', '-')}"
+
+
 def add_flags(parser: argparse.ArgumentParser, **groups: type) -> None:
     """Add a flag for every setting; ``groups``: title -> dataclass. One of another's group comes last in it."""
     sections = {title: parser.add_argument_group(title) for title in groups}
@@ -56,7 +61,7 @@ def add_flags(parser: argparse.ArgumentParser, **groups: type) -> None:
     for title, kind, field in sorted(every, key=lambda each: bool(each[2].metadata["setting"].group)):
         each: Setting = field.metadata["setting"]
         how = arguments_of(each, field, get_type_hints(kind)[field.name])
-        sections[each.group or title].add_argument(f"--{field.name.replace('_', '-')}", **how)
+        sections[each.group or title].add_argument(flag_of(field.name), **how)
 
 
 def arguments_of(each: Setting, field: dataclasses.Field, kind: Any) -> dict[str, Any]:

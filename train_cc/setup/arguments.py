@@ -7,7 +7,7 @@ from pathlib import Path
 
 from train_cc import settings
 from train_cc.io.errors import InputError
-from train_cc.io.fields import add_flags, marked
+from train_cc.io.fields import add_flags, flag_of, marked
 from train_cc.io.flags import Parser
 from train_cc.io.write import record_of
 from train_cc.rewards.spec import Rewards, require_sense, rewards_of
@@ -37,7 +37,7 @@ def validate(args: argparse.Namespace) -> list[str]:
         if path is not None and os.path.exists(path):
             real = Path(os.path.realpath(path))
             if written & {str(each) for each in (real, *real.parents)}:
-                raise InputError(f"--overwrite would delete --{name.replace('_', '-')} {path}")
+                raise InputError(f"--overwrite would delete {flag_of(name)} {path}")
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if args.optimizer == "adamw8bit" and sharded and os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(

@@ -10,6 +10,7 @@ import os
 import torch
 
 from train_cc.io.errors import InputError
+from train_cc.io.fields import flag_of
 from train_cc.run.checkpoint import newest_intact, open_checkpoint, step_of
 from train_cc.run.session import GPU_PRECISION, agreed_precision
 from train_cc.setup.simulate import GIB, Cost, allowance, simulate
@@ -59,7 +60,7 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
             f"{stage}, dry run: nothing is trained or written",
             "",
             "arguments:",
-            *[f"  --{name.replace('_', '-')} {value}" for name, value in vars(args).items() if name != "dry_run"],
+            *[f"  {flag_of(name)} {value}" for name, value in vars(args).items() if name != "dry_run"],
             "",
             *[f"note: {note}" for note in notes + more + cost.notes],
             f"effective batch: {batch} = {args.batch_size} a process x {args.gradient_accumulation_steps} accumulated "

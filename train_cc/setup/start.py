@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from train_cc.io.errors import InputError
-from train_cc.io.fields import marked
+from train_cc.io.fields import flag_of, marked
 from train_cc.io.read import shown
 from train_cc.io.write import (
     RECORD,
@@ -75,7 +75,7 @@ def find_start(stage: str, args: argparse.Namespace, space: int) -> Start:
         if start.finished:
             return start
         for name, default in marked("lasting", *GROUPS.values()).items():
-            flag, own, theirs = f"--{name}", getattr(args, name), checkpoint.units["arguments"].get(name, default)
+            flag, own, theirs = flag_of(name), getattr(args, name), checkpoint.units["arguments"].get(name, default)
             if own != theirs:
                 raise InputError(f"{flag} is {own}, but {checkpoint.path} was made with {flag} {theirs}: give that one")
     check_writable(args.output_dir)
@@ -141,7 +141,7 @@ def differences(args: argparse.Namespace, folder: Path, checkpoint: Checkpoint) 
     recorded = record_of(folder).get("arguments") or checkpoint.units["arguments"]
     asked = json.loads(json.dumps(vars(args), default=str))
     told = [
-        f"--{name.replace('_', '-')} is {shown(asked[name])}, recorded {shown(recorded[name])}"
+        f"{flag_of(name)} is {shown(asked[name])}, recorded {shown(recorded[name])}"
         for name in asked.keys() & recorded.keys() - set(marked("start", *GROUPS.values()))
         if asked[name] != recorded[name]
     ]
