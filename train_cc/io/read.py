@@ -13,9 +13,10 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from train_cc.io.errors import InputError
+from train_cc.io.flags import Number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -209,20 +210,6 @@ def shown(value: object) -> str:
         return repr(value)[:80]
     except (ValueError, RecursionError):
         return f"a {type(value).__name__} too large to show"
-
-
-class Number(NamedTuple):
-    """What a number in a config may be; ``kind``: int or float (which takes whole numbers too)."""
-
-    kind: type
-    low: float
-    high: float
-
-    def problem(self, value: object) -> str | None:
-        kinds = (int, float) if self.kind is float else (int,)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            return f"a {'whole ' if self.kind is int else ''}number"
-        return None if self.low <= value <= self.high else f"{self.low:g} to {self.high:g}"
 
 
 def check_numbers(config: Mapping, allowed: Mapping[str, Number], source: Path | str) -> None:
