@@ -26,7 +26,7 @@ from train_cc import cold_start, dmdr_refl
 from train_cc.distillation import loop
 from train_cc.distillation.state import restore
 from train_cc.io.errors import InputError, message_of
-from train_cc.io.read import read_npy, sha256
+from train_cc.io.read import sha256
 from train_cc.io.write import check_output_dir, check_parent, record, write_atomically, write_record
 from train_cc.models.generator import read_sampling
 from train_cc.run import checkpoint as checkpoints
@@ -750,22 +750,6 @@ def test_damaged_lines_of_a_log_are_dropped_and_told(tmp_path, caplog, monkeypat
     assert f"{path}: {len(DAMAGED_LINES)} line(s)" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["text", "objects", "another shape", "a header that lies", "empty", "truncated"])
-def test_a_damaged_row_of_the_teacher_is_drawn_again(teacher, run, how):
-    (path,) = (run / "samples").glob("teacher-*.npy")
-    good, content = np.load(path), path.read_bytes()
-    if how == "objects":
-        np.save(path, np.array([{}], dtype=object), allow_pickle=True)
-    elif how == "another shape":
-        np.save(path, np.zeros((4, 3, 3, 1), np.uint8))
-    else:
-        lie = content.replace(b"(4, 8, 8, 1)", b"(9**9, 8, 8)").replace(b"(9**9, 8, 8)", b"(99999999,8)")
-        other = {"text": b"not an array", "empty": b"", "truncated": content[:-9], "a header that lies": lie}
-        path.write_bytes(other[how])
-    cold_start.main(continued(teacher, run, "--num-previews", 4, "--sample-steps", 1, "--ratio-update", 2))
-    assert np.array_equal(np.load(path), good) and good.std() > 0
-
-
 # Random damage
 
 
@@ -800,7 +784,7 @@ def fuzz(teacher, run: Path, damages: int, seed: int) -> dict[str, int]:
     args = build_parser("").parse_args(flags(teacher, run, "--ema-decay", 0.9))
     parts, chance = build(args, open_session("no")), random.Random(seed)
     files = [run / "checkpoints" / name for name in STEP_FILES] + [run / "args.json"]
-    files += [*sorted((run / "loss_logs").iterdir()), *(run / "samples").glob("*.npy")]
+    files += sorted((run / "loss_logs").iterdir())
     whole, counts = {path: path.read_bytes() for path in files}, {"refused": 0, "read": 0}
     for _ in range(damages):
         path = chance.choice(files)
@@ -808,8 +792,6 @@ def fuzz(teacher, run: Path, damages: int, seed: int) -> dict[str, int]:
         try:
             if path.suffix == ".jsonl":
                 JsonLines(path, 2)
-            elif path.suffix == ".npy":
-                read_npy(path, "a row")
             elif path.name == "args.json":
                 is_run(run)
             else:

@@ -20,7 +20,7 @@ from train_cc.run import states
 from train_cc.run.checkpoint import Checkpoint
 from train_cc.run.folder import EXPORT, GENERATOR_FILES, delete_ours, put_in_place
 from train_cc.run.logbook import logger
-from train_cc.run.together import on_main
+from train_cc.run.session import on_main
 
 
 def averaged(run: Run) -> contextlib.AbstractContextManager:

@@ -170,17 +170,6 @@ def read_npz(path: Path, expected: str) -> dict[str, "np.ndarray"]:
         return {name: file[name] for name in file.files}
 
 
-def read_npy(path: Path, expected: str) -> "np.ndarray":
-    """The plain array of an .npy file."""
-    import numpy as np
-
-    require_file(path, expected)
-    with parsing(path, expected), path.open("rb") as file:
-        _array_header(str(path), path.stat().st_size, file)
-        file.seek(0)
-        return np.load(file, allow_pickle=False)
-
-
 def _array_header(told: str, held: int, file) -> tuple[tuple[int, ...], "np.dtype"]:
     """Shape and dtype, which make the ``held`` bytes that there are: a lie would reserve memory for itself."""
     from numpy.lib import format as npy

@@ -37,8 +37,7 @@ TREE = {
     "loss_logs": {rf"loss_(gen|gui)_log\.jsonl({UNFINISHED})?": None},
     "samples": {
         CHECKPOINT_STEP: {rf"grid\.png({UNFINISHED})?": None},
-        r"teacher-[0-9]+-steps-seed-[0-9]+\.npy": None,
-        r"teacher\.tmp\.npy": None,
+        r"teacher-[0-9]+-steps-seed-[0-9]+\.npy": None,  # of earlier versions
     },
     "dmdr": EVENTS | {r"[0-9]+\.[0-9]+": EVENTS},  # tensorboard's
     r"log\.txt": None,

@@ -19,8 +19,7 @@ from train_cc.io.write import locked
 from train_cc.run.checkpoint import Checkpoint
 from train_cc.run.folder import clear_output_dir
 from train_cc.run.logbook import log_to, logger
-from train_cc.run.session import open_session
-from train_cc.run.together import on_main
+from train_cc.run.session import on_main, open_session
 from train_cc.setup.build import build
 from train_cc.setup.plan import plan
 from train_cc.setup.start import Start, check_own, find_start, go_back, write_run_record
