@@ -29,7 +29,7 @@ from train_cc.io.errors import InputError
 from train_cc.models import SiT
 from train_cc.models.classifier import ImageClassifier
 from train_cc.rewards import networks
-from train_cc.run import together
+from train_cc.run import session as together
 from train_cc.run.session import open_session, resolve_precision
 from train_cc.samplers import few_step_input
 from train_cc.setup import stage
