@@ -69,7 +69,7 @@ MODULES = {
     ],
     "train_cc/models/vae.py": [
         "test_trust_inputs::test_a_number_of_a_config_may_be_anything_within_its_limits",
-        "test_trust_inputs::test_a_vae_config_has_one_width_and_one_kind_of_block_a_stage",
+        "test_trust_inputs::test_a_vae_config_that_does_not_fit_is_refused_with_its_path",
         "test_reward::test_a_vae_must_decode_what_the_model_samples",
         "test_reward::test_where_a_vae_is_looked_for",
         "test_reward::test_a_new_vae_has_the_published_size",

@@ -17,12 +17,10 @@ from train_cc.io.class_names import dataset_of
 from train_cc.io.errors import InputError
 from train_cc.io.fields import of
 from train_cc.io.hub import hub_name, model_folder
-from train_cc.io.read import read_json, shown
 from train_cc.io.weights import GENERATION_CONFIG
 from train_cc.models.estimator import CHECKED_STEPS, ScoreEstimator
-from train_cc.models.generator import generator_lora_rank, read_rewards, trainable_generator
+from train_cc.models.generator import GenerationConfig, build_generator, generator_lora_rank
 from train_cc.models.half import MARGIN, overflowing
-from train_cc.models.latents import read_latent_space
 from train_cc.models.lora import hold_frozen_in
 from train_cc.models.network import SiTBlock
 from train_cc.models.sit import SiT, choose_attention
@@ -72,11 +70,10 @@ def folder_of_teacher(args: argparse.Namespace) -> Path:
 
 def refuse_distilled(args: argparse.Namespace) -> None:
     """Raises `InputError` for a teacher whose folder records steps of inference, as generators' folders do."""
-    path = folder_of_teacher(args) / GENERATION_CONFIG
-    steps = read_json(path, "a model's sampling and latents").get("num_inference_steps") if path.exists() else None
+    steps = GenerationConfig.read(folder_of_teacher(args)).num_inference_steps
     if steps is not None:
         raise InputError(
-            f"--teacher {args.teacher} is a distilled generator: its {GENERATION_CONFIG} records {shown(steps)} "
+            f"--teacher {args.teacher} is a distilled generator: its {GENERATION_CONFIG} records {steps} "
             "step(s) of inference. A multi-step teacher is expected, whose velocity holds at all times. If this one is "
             "meant: --teacher-is-distilled"
         )
@@ -278,15 +275,14 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
     # Before the generator is loaded: never two copies in fp32.
     prepare_scores(estimator, args.teacher, session, fit.dtype)
-    teacher = folder_of_teacher(args)
-    latents = read_latent_space(teacher)
-    decode = load_decode(args, built, fit, latents)
+    recorded = GenerationConfig.read(folder_of_teacher(args))
+    decode = load_decode(args, built, fit, recorded.latent_space_sha256)
     require_range(args, estimator, built, decode, fit)
     if session.sharded:
         estimator.cpu()  # sharding moves it again, when there is room for it
     prepare_network(estimator, args, fit.device, fit.dtype, compiled)
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
-    generator = trainable_generator(networks.sit(args.teacher), rank, args.seed)
+    generator = build_generator(networks.sit(args.teacher), rank, args.seed)
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
     check_functions(built, decode, sample_shape, fit)
     session.notes += built.notes
@@ -300,7 +296,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         decode=decode,
         model_config=config,
         teacher=args.teacher,
-        latent_space=latents,
+        latent_space=recorded.latent_space_sha256,
         rewards=built.rewards,
         tilts=built.tilts,
         reward_micro_batch=args.reward_micro_batch,
@@ -308,7 +304,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         lora_rank_generator=rank,
         arguments=json.loads(json.dumps(vars(args), default=str)),
         # Of a teacher that is a rewarded generator, those too.
-        rewards_sha256={*built.spaces, *read_rewards(teacher), *(hashes[n] for n in built.judging if n in hashes)},
+        rewards_sha256={*built.spaces, *recorded.rewards_sha256, *(hashes[n] for n in built.judging if n in hashes)},
         hashes=hashes,
     )
     run.parts = parts_of(run)
