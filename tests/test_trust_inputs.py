@@ -391,7 +391,7 @@ def test_the_check_does_not_pass_outputs_that_are_not_finite(value):
 
 
 DINOV2_SPOILS = {
-    "cls_token": [torch.zeros(64), torch.zeros(1, 1, 100), torch.zeros(1, 1, 0), torch.zeros(1, 1, 64).long()],
+    "cls_token": [torch.zeros(64), torch.zeros(1, 1, 100), torch.zeros(1, 1, 0)],
     "pos_embed": [torch.zeros(64), torch.zeros(1, 1369, 64), torch.zeros(1, 1, 64), torch.zeros(1, 1370, 63)],
     "register_tokens": [torch.zeros(64), torch.zeros(1, 4, 63), torch.zeros(2, 4, 64)],
     "blocks.0.mlp.fc1.weight": [torch.zeros(64), torch.zeros(0, 64), torch.zeros(257, 64)],
