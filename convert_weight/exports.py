@@ -23,10 +23,9 @@ from train_cc.io.whole import whole_folder
 from train_cc.io.write import copy_mode, need_space, record_of, write_atomically
 from train_cc.models import network
 from train_cc.models.generator import generator_lora_rank, save_generator
-from train_cc.models.latents import require_latent_space
 from train_cc.models.lora import GENERATOR_TARGETS, save_adapter
 from train_cc.models.sit import SiT, check_sit_config
-from train_cc.models.vae import load_vae, require_decoder
+from train_cc.models.vae import load_vae, require_decoder, require_latent_space
 from train_cc.run.checkpoint import Checkpoint, open_checkpoint
 
 INDEX = "model_index.json"

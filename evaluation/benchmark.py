@@ -47,7 +47,7 @@ from train_cc.io.read import Number, check_numbers, printable, read_json
 from train_cc.io.write import check_output_file, library_versions, mark_of, write_atomically
 from train_cc.models import SIT_SIZES, SiT
 from train_cc.models.half import MARGIN, Seen, watched
-from train_cc.rewards.at_x0 import rewards_at_x0
+from train_cc.rewards.terms import rewards_at_x0
 from train_cc.run.meters import FlopCounter
 from train_cc.run.roofline import CARDS, card_of
 from train_cc.run.session import COMPUTE_DTYPES, open_session

@@ -36,8 +36,7 @@ from train_cc.io.read import check_numbers, read_npz, require_file, require_fold
 from train_cc.io.saying import note
 from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.io.write import check_output_file, library_versions, mark_of, need_space, record
-from train_cc.models.generator import SAMPLING, read_rewards, read_sampling
-from train_cc.models.latents import read_latent_space
+from train_cc.models.generator import SAMPLING, GenerationConfig
 from train_cc.models.sit import SiT, choose_attention, read_sit_config
 from train_cc.models.vae import DECODED_AT_ONCE, images_to_uint8, require_decoder, vae_files
 from train_cc.run.checkpoint import Checkpoint, open_checkpoint
@@ -155,8 +154,8 @@ def open_source(path: Path) -> Source:
         raise InputError(f"{path} is a file; a model folder or a checkpoints/torch_units/step-N.pt is expected")
     path = model_folder(path)
     require_folder(path, f"a model folder, with config.json and {WEIGHTS_NAME},", "config.json", WEIGHTS_NAME)
-    own = sha256(path / WEIGHTS_NAME), read_sampling(path), read_rewards(path), read_latent_space(path)
-    return Source(path, None, *own)
+    own = GenerationConfig.read(path)
+    return Source(path, None, sha256(path / WEIGHTS_NAME), own.sampling, own.rewards_sha256, own.latent_space_sha256)
 
 
 def recorded_sampling(checkpoint: Checkpoint) -> tuple[int, float]:

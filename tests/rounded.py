@@ -22,7 +22,7 @@ from train_cc import cold_start
 from train_cc.models import network
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.sit import SiT
-from train_cc.models.vae import VAEDecoder, pixels_to_images, unscaled
+from train_cc.models.vae import LatentSpace, VAEDecoder, pixels_to_images
 from train_cc.run import session as sessions
 from train_cc.setup import stage
 
@@ -90,7 +90,7 @@ def decodes(dtype: torch.dtype) -> mock._patch:
 
     def forward(self, x0):
         with Rounding(dtype):
-            pixels = self.vae.decode(unscaled(x0, self.vae.config)).sample
+            pixels = self.vae.decode(LatentSpace.of(self.vae.config).unscaled(x0)).sample
         return pixels_to_images(pixels)
 
     return mock.patch.object(VAEDecoder, "forward", forward)

@@ -32,7 +32,7 @@ from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError
 from train_cc.io.write import record, write_record
 from train_cc.models import DINOv2Classifier, SiT
-from train_cc.models.generator import read_rewards, read_sampling, save_generator
+from train_cc.models.generator import GenerationConfig, save_generator
 from train_cc.models.vae import load_vae
 
 SMALL = {"depth": 3, "hidden": 64, "input_size": 8, "classes": 10}
@@ -263,10 +263,11 @@ def test_a_generators_folder_keeps_its_steps_rewards_and_latents(tmp_path):
     save_generator(random_sit(), tmp_path / "g", 2, 1.5, rewards_sha256=["0" * 64])
     given = ["--input", str(tmp_path / "g"), "--save-dir", str(tmp_path), "--name"]
     sit_convert.main([*given, "h"])
-    assert read_sampling(tmp_path / "h") == (2, 1.5) and read_rewards(tmp_path / "h") == ["0" * 64]
+    kept = GenerationConfig.read(tmp_path / "h")
+    assert kept.sampling == (2, 1.5) and kept.rewards_sha256 == ["0" * 64]
     random_sit().save_pretrained(tmp_path / "g2")
     sit_convert.main(["--input", str(tmp_path / "g2"), *given[2:], "i"])
-    assert read_sampling(tmp_path / "i") is None
+    assert GenerationConfig.read(tmp_path / "i") == GenerationConfig()
 
 
 class Code:

@@ -42,7 +42,7 @@ def test_gradients_are_compared_by_norm_and_angle():
     """3-4-5 and its mirror image, scaled by two."""
     of_matching, of_reward = torch.tensor([[3.0, 4.0]]), torch.tensor([[8.0, 6.0]])
     found = compare_gradients("x", of_matching, of_reward)
-    expected = {"grad_norm_dmd_x0": 5.0, "grad_norm_reward_x_x0": 10.0, "grad_cosine_reward_x_x0": 48 / 50}
+    expected = {"grad_norm_dmd_x0": 5.0, "grad_norm_x_x0": 10.0, "grad_cosine_x_x0": 48 / 50}
     assert {name: value.item() for name, value in found.items()} == pytest.approx(expected)
     assert all(value.shape == () for value in found.values())
     assert whole_norm([of_matching, torch.tensor([12.0])]).item() == pytest.approx(13.0)

@@ -1,7 +1,6 @@
 """Feature spaces: one class, its preprocessing inside, differentiable, and known by its hash."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from train_cc.io.errors import InputError
 from train_cc.io.read import sha256
 from train_cc.models import DINOv2Classifier, features
 from train_cc.models.classifier import ImageClassifier
-from train_cc.models.features import INCEPTION_URL, load_space
+from train_cc.models.features import load_space
 
 SOURCES = {"classifier": 1, "dinov2": 3, "timm": 3}  # kind -> channels
 
@@ -222,16 +221,9 @@ def test_unusable_files_are_refused(reward_folder, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"no\.pth does not exist"):
         load_space("dinov2", dinov2_backbone=tmp_path / "no.pth")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-
-    def no_network(url, file, hash_prefix):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    for damaged in (False, True):  # what a stopped download left is asked for again, not refused for ever
-        if damaged:
-            (tmp_path / "checkpoints" / Path(INCEPTION_URL).name).write_bytes(b"<html>")
-        with pytest.raises(InputError, match=r"cannot download https.*no route to host.*give its file"):
-            load_space("inception")
+    monkeypatch.setattr(features, "INCEPTION_URL", "http://127.0.0.1:1/weights.pth")
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:1/weights\.pth .* give its file by --inception"):
+        load_space("inception")
     classifier = ImageClassifier.from_pretrained(reward_folder)
     next(classifier.parameters()).fill_(float("nan"))
     save_unchecked(classifier, tmp_path / "nan")

@@ -27,7 +27,7 @@ from train_cc.distillation.state import restore, save
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.vae import load_decoder
-from train_cc.rewards import at_x0
+from train_cc.rewards import terms
 from train_cc.run.checkpoint import open_checkpoint
 from train_cc.run.diagnostics import gathered
 from train_cc.run.session import open_session
@@ -182,7 +182,7 @@ def rewarded(classifier) -> list:
 
 
 def test_a_reward_whose_gradient_overflows_is_dropped_and_finds_its_scale(teacher, classifier, tmp_path, monkeypatch):
-    monkeypatch.setattr(at_x0, "GRADIENT_SCALE", 2.0**30)
+    monkeypatch.setattr(terms, "GRADIENT_SCALE", 2.0**30)
     more = ["--max-train-steps", 25, "--checkpoint-steps", 25, *rewarded(classifier)]
     run = half_run(teacher, tmp_path / "run", *more)
     before = trained(run.plain_generator)
@@ -198,7 +198,7 @@ def test_a_reward_whose_gradient_overflows_is_dropped_and_finds_its_scale(teache
 
 
 def test_a_run_with_overflows_is_resumed_to_the_bit(teacher, classifier, tmp_path, monkeypatch):
-    monkeypatch.setattr(at_x0, "GRADIENT_SCALE", 2.0**30)
+    monkeypatch.setattr(terms, "GRADIENT_SCALE", 2.0**30)
     straight = half_run(teacher, tmp_path / "straight", "--checkpoint-steps", 2, *rewarded(classifier))
     loop.train(straight)
     checkpoint = open_checkpoint(tmp_path / "straight/checkpoints/torch_units/step-2.pt")
@@ -217,12 +217,12 @@ def test_a_run_with_overflows_is_resumed_to_the_bit(teacher, classifier, tmp_pat
 
 
 def test_a_lowered_scale_grows_again_and_never_beyond_its_start():
-    reward = at_x0.Reward("r", 1.0, None)
+    reward = terms.Reward("r", 1.0, None)
     reward.adapt_scale(True)
-    for _ in range(at_x0.GROWTH_INTERVAL):
+    for _ in range(terms.GROWTH_INTERVAL):
         assert reward.backoff == 0.5
         reward.adapt_scale(False)
-    for _ in range(2 * at_x0.GROWTH_INTERVAL):
+    for _ in range(2 * terms.GROWTH_INTERVAL):
         assert reward.backoff == 1
         reward.adapt_scale(False)
 
@@ -297,7 +297,7 @@ def test_a_sample_that_overflows_never_enters_the_window_of_a_frechet_reward(tea
 def test_a_reward_that_overflows_for_ever_stops_the_run_and_good_weights_are_saved(
     teacher, classifier, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(at_x0, "GRADIENT_SCALE", 2.0**100)
+    monkeypatch.setattr(terms, "GRADIENT_SCALE", 2.0**100)
     monkeypatch.setattr(loop, "MOST_OVERFLOWS", 3)
     more = ["--max-train-steps", 9, "--checkpoint-steps", 100, "--keep-checkpoints", 1, *rewarded(classifier)]
     run = half_run(teacher, tmp_path / "run", *more)

@@ -6,7 +6,6 @@ import torch
 
 from evaluation import metrics
 from train_cc.io.errors import InputError
-from train_cc.rewards.at_x0 import Reward, Term, reward_terms
 from train_cc.rewards.build import window_note
 from train_cc.rewards.frechet import (
     Frechet,
@@ -19,6 +18,7 @@ from train_cc.rewards.frechet import (
     transport_matrix,
 )
 from train_cc.rewards.statistics import Statistics
+from train_cc.rewards.terms import Reward, Term, reward_terms
 
 
 def covariance(size: int, rank: int, seed: int) -> torch.Tensor:

@@ -23,8 +23,8 @@ from train_cc import dmdr_refl
 from train_cc.draws import Draws
 from train_cc.io.errors import InputError
 from train_cc.models.classifier import ImageClassifier
-from train_cc.models.latents import encode_images, latent_space_sha256, read_latent_space
-from train_cc.models.vae import VAEDecoder, load_decoder, load_vae, new_vae
+from train_cc.models.generator import GenerationConfig
+from train_cc.models.vae import VAEDecoder, encode_images, latent_space_sha256, load_decoder, load_vae, new_vae
 from train_cc.pretrain import classifier, data, teacher, vae
 
 SMALL_VAE = ["--channels", "8", "16", "--groups", "4", "--batch-size", "4", "--max-train-steps", "5"]
@@ -229,9 +229,8 @@ def test_a_decoder_is_not_trained_into_the_vae_that_it_is_of(folder, stage_0, tm
 
 def test_a_teacher_records_its_latents_and_a_student_inherits_them(stage_0, path_in_miniature):
     space = latent_space_sha256(load_vae(str(stage_0 / "vae")))
-    assert (
-        read_latent_space(stage_0 / "teacher") == space == read_latent_space(path_in_miniature / "dmdr" / "generator")
-    )
+    for folder in (stage_0 / "teacher", path_in_miniature / "dmdr" / "generator"):
+        assert GenerationConfig.read(folder).latent_space_sha256 == space
     assert not (stage_0 / "teacher" / "latents.safetensors").exists()
 
 
@@ -262,7 +261,7 @@ def test_a_killed_teacher_goes_on_with_the_latents_that_it_had(folder, stage_0, 
         assert len(images) == 30  # those of the training were computed before the kill
         return encode_images(vae, images)
 
-    monkeypatch.setattr("train_cc.models.latents.encode_images", held_out_alone)
+    monkeypatch.setattr("train_cc.models.vae.encode_images", held_out_alone)
     train_teacher(folder, stage_0 / "vae_first", run, *more)
     straight, again = weights(stage_0 / "teacher"), weights(run)
     assert all(torch.equal(straight[key], again[key]) for key in straight) and len(straight) > 10

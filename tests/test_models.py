@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import TINY, random_sit
 from train_cc.io.errors import InputError
 from train_cc.models import SIT_SIZES, ScoreEstimator, SiT
-from train_cc.models.generator import assemble_generator, build_generator, generator_lora_rank, read_sampling
+from train_cc.models.generator import GenerationConfig, assemble_generator, build_generator, generator_lora_rank
 from train_cc.models.lora import ADAPTER, lora_layers
 from train_cc.models.network import modulated_norm, position_embedding, sinusoidal_embedding
 from train_cc.models.sit import read_sit_config
@@ -319,7 +319,7 @@ def test_lora_rank_zero_is_refused():
 
 def test_merged_lora_is_the_lora(tmp_path):
     random_sit().save_pretrained(tmp_path)
-    generator = build_generator(tmp_path, lora_rank=8)
+    generator = build_generator(SiT.from_pretrained(tmp_path), lora_rank=8)
     for layer in lora_layers(generator):
         torch.nn.init.normal_(layer.lora_B[ADAPTER].weight, std=0.1)
     trained = {name: p.detach() for name, p in generator.named_parameters() if p.requires_grad}
@@ -330,13 +330,13 @@ def test_merged_lora_is_the_lora(tmp_path):
 
 def test_lora_generator_starts_as_the_teacher(tmp_path):
     random_sit().save_pretrained(tmp_path)
-    assert torch.equal(build_generator(tmp_path, lora_rank=8)(*inputs()), random_sit()(*inputs()))
+    assert torch.equal(build_generator(SiT.from_pretrained(tmp_path), lora_rank=8)(*inputs()), random_sit()(*inputs()))
 
 
 def test_a_generator_of_a_checkpoint_is_frozen_and_its_rank_twice_the_estimators(tmp_path):
     assert (generator_lora_rank(True, 8), generator_lora_rank(False, 8)) == (16, None)
     random_sit().save_pretrained(tmp_path)
-    lora = {name: p.detach() for name, p in build_generator(tmp_path, 8).named_parameters() if p.requires_grad}
+    lora = {n: p.detach() for n, p in build_generator(random_sit(), 8).named_parameters() if p.requires_grad}
     for state, rank in ((random_sit().state_dict(), None), (lora, 8)):
         generator = assemble_generator(TINY, state, tmp_path, rank)
         assert not generator.training and not any(p.requires_grad for p in generator.parameters())
@@ -345,18 +345,18 @@ def test_a_generator_of_a_checkpoint_is_frozen_and_its_rank_twice_the_estimators
 def test_a_generators_sampling_has_limits_and_is_whole(tmp_path):
     good = {"num_inference_steps": 1, "timestep_shift": 1}
     file = tmp_path / "generation_config.json"
-    assert read_sampling(tmp_path) is None
+    assert GenerationConfig.read(tmp_path).sampling is None
     for name, allowed, refused in [
         ("num_inference_steps", (1, 1000), (0, 1001)),
         ("timestep_shift", (1e-3, 1e3), (9e-4, 1000.5)),
     ]:
         for value in allowed:
             file.write_text(json.dumps(good | {name: value}))
-            assert value in read_sampling(tmp_path)
+            assert value in GenerationConfig.read(tmp_path).sampling
         for value in refused:
             file.write_text(json.dumps(good | {name: value}))
             with pytest.raises(InputError, match=f"{name} is {value}"):
-                read_sampling(tmp_path)
+                GenerationConfig.read(tmp_path)
         file.write_text(json.dumps({key: value for key, value in good.items() if key != name}))
         with pytest.raises(InputError, match=rf"lacks \['{name}'\]"):
-            read_sampling(tmp_path)
+            GenerationConfig.read(tmp_path)

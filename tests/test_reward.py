@@ -38,7 +38,7 @@ from train_cc.models.vae import (
     vae_files,
 )
 from train_cc.objectives import dmd_loss
-from train_cc.rewards.classifier import classifier_losses
+from train_cc.rewards.terms import classifier_losses
 
 
 def official_logits(backbone, head, images):

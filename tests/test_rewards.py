@@ -17,12 +17,11 @@ from train_cc.distillation import turns
 from train_cc.draws import Draws
 from train_cc.flow import interpolate
 from train_cc.io.read import sha256
-from train_cc.models.generator import read_rewards
+from train_cc.models.generator import GenerationConfig
 from train_cc.objectives import dmd_direction, dmd_loss, velocity_matching_losses
-from train_cc.rewards.at_x0 import Reward, rewards_at_x0
 from train_cc.rewards.python_file import PythonReward
 from train_cc.rewards.spec import RewardSpec, named_apart
-from train_cc.rewards.tilt import effective_samples, tilt_weights
+from train_cc.rewards.terms import Reward, effective_samples, rewards_at_x0, tilt_weights
 from train_cc.schedules import beta_times
 
 SHARP = """
@@ -413,4 +412,4 @@ def test_figures_in_the_space_of_a_reward_are_warned_of(teacher, tmp_path, rewar
     assert recorded["rewards_sha256"] == [digest]
     # A generator can be a teacher, if that is meant, and a folder that is converted.
     student = run_cold_start(rewarded / "generator", tmp_path / "d", "--max-train-steps", 1, "--teacher-is-distilled")
-    assert read_rewards(student / "generator") == [digest]
+    assert GenerationConfig.read(student / "generator").rewards_sha256 == [digest]

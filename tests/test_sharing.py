@@ -27,7 +27,7 @@ from train_cc.io import hub
 from train_cc.io.class_names import KNOWN, class_names
 from train_cc.io.errors import InputError
 from train_cc.models import SiT
-from train_cc.models.latents import write_latent_space
+from train_cc.models.generator import GenerationConfig
 from train_cc.models.vae import images_to_uint8, load_decoder, load_vae
 from train_cc.samplers import few_step_sample
 
@@ -393,7 +393,7 @@ def test_a_teacher_is_trained_from_by_its_name_and_its_commit_is_recorded(server
 def test_a_teacher_on_the_hub_says_which_latents_it_learnt(server, tmp_path, capsys):
     folder, _ = server
     random_sit(in_channels=4).save_pretrained(folder)
-    write_latent_space(folder, "0" * 64)
+    GenerationConfig(latent_space_sha256="0" * 64).write(folder)
     write_vae(tmp_path / "vae")
     message = refused(cold_start.main, flags("org/sit", tmp_path / "run", "--vae", tmp_path / "vae"), capsys=capsys)
     assert "has other latents" in message

@@ -78,18 +78,12 @@ def test_inception_weights_run_no_code(reference, tmp_path, monkeypatch, capsys)
 
 def test_a_damaged_download_of_inception_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    asked = []
-
-    def download(url, target, hash_prefix):
-        asked.append(hash_prefix)
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(features, "INCEPTION_URL", (tmp_path / "weights.pth").as_uri())
+    (tmp_path / "weights.pth").write_bytes(b"what the server sends")
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth").write_bytes(b"<html>")
-    with pytest.raises(InputError, match="give its file"):
-        features.inception_space(None)
-    assert asked == [features.INCEPTION_SHA256] and len(asked[0]) == 64
+    (tmp_path / "checkpoints" / "weights.pth").write_bytes(b"<html>")
+    with pytest.raises(InputError, match=f"has SHA-256 {hashlib.sha256(b'what the server sends').hexdigest()}"):
+        features.load_space("inception")
 
 
 def frontier_words(folder: Path, teacher: Path, reference: Path) -> list:

@@ -28,7 +28,7 @@ from train_cc.distillation.state import restore
 from train_cc.io.errors import InputError, message_of
 from train_cc.io.read import sha256
 from train_cc.io.write import check_output_dir, check_parent, record, write_atomically, write_record
-from train_cc.models.generator import read_sampling
+from train_cc.models.generator import GenerationConfig
 from train_cc.run import checkpoint as checkpoints
 from train_cc.run import states
 from train_cc.run.ema import decay_at
@@ -431,7 +431,7 @@ def test_an_average_that_starts_or_ends_at_a_checkpoint_is_told(teacher, run, tm
 def test_a_generator_says_how_it_is_sampled_and_where_it_comes_from(teacher, tmp_path):
     more = [*QUICK, "--num-steps", 2, "--timestep-shift", 1.5, "--max-train-steps", 1, "--ema-decay", 0.9]
     run = run_cold_start(teacher, tmp_path / "run", *more)
-    assert read_sampling(run / "generator") == (2, 1.5)
+    assert GenerationConfig.read(run / "generator").sampling == (2, 1.5)
     told = json.loads((run / "generator" / "generation_config.json").read_text())
     assert told["step"] == 1 and told["weights"] == "ema" and told["run"] == str(run)
     assert told["teacher_sha256"] == sha256(teacher / "diffusion_pytorch_model.safetensors")

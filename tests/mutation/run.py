@@ -46,7 +46,6 @@ MODULES = {
         "test_distill::test_the_loop_hands_each_step_to_its_cycle",
     ],
     "train_cc/run/ema.py": ["test_golden", "test_teacher", "test_distill"],
-    "train_cc/rewards/classifier.py": ["test_reward::test_loss_and_hits_of_a_classifier_a_sample"],
     "train_cc/rewards/frechet.py": ["test_frechet"],
     "train_cc/distillation/run.py": ["test_recipes", "test_golden", "test_distill::test_log_columns"],
     "train_cc/setup/build.py": [*TURNS, "test_recipes"],
@@ -69,7 +68,7 @@ MODULES = {
     ],
     "train_cc/models/vae.py": [
         "test_trust_inputs::test_a_number_of_a_config_may_be_anything_within_its_limits",
-        "test_trust_inputs::test_a_vae_config_has_one_width_and_one_kind_of_block_a_stage",
+        "test_trust_inputs::test_a_vae_config_that_does_not_fit_is_refused_with_its_path",
         "test_reward::test_a_vae_must_decode_what_the_model_samples",
         "test_reward::test_where_a_vae_is_looked_for",
         "test_reward::test_a_new_vae_has_the_published_size",
@@ -83,7 +82,10 @@ MODULES = {
         "test_trust_inputs::test_each_of_the_made_is_read_as_it_was_written",
     ],
     "train_cc/models/lora.py": ["test_lora", "test_models", "test_speed", "test_golden"],
-    "train_cc/rewards/at_x0.py": [
+    "train_cc/rewards/terms.py": [
+        "test_reward::test_loss_and_hits_of_a_classifier_a_sample",
+        "test_rewards::test_tilt_weights",
+        "test_rewards::test_a_black_box_tilts_the_estimator",
         "test_rewards::test_several_rewards_share_one_decode_and_add_up",
         "test_reward::test_the_gradient_reaches_x0_through_decoder_and_classifier",
         "test_reward::test_the_generators_gradient_is_that_of_both_losses_on_one_graph",
@@ -129,10 +131,6 @@ MODULES = {
         "test_trust_inputs::test_the_shift_of_a_vae_is_honoured",
         "test_trust_inputs::test_weights_may_be_read_by_whom_their_config_may",
         "test_convert::test_pipeline_round_trip_is_bit_identical",
-    ],
-    "train_cc/rewards/tilt.py": [
-        "test_rewards::test_tilt_weights",
-        "test_rewards::test_a_black_box_tilts_the_estimator",
     ],
     "evaluation/report/rules.py": ["test_rules"],
 }

@@ -12,7 +12,7 @@ from train_cc.distillation.state import averaged
 from train_cc.draws import Draws
 from train_cc.flow import interpolate, x0_from_velocity
 from train_cc.models.vae import images_to_uint8
-from train_cc.rewards.classifier import classifier_losses
+from train_cc.rewards.terms import classifier_losses
 from train_cc.run.pictures import save_grid
 from train_cc.samplers import euler_sample, few_step_sample
 

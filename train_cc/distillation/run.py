@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from train_cc.distillation.scores import LoraScores
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.sit import SiT
-from train_cc.rewards.at_x0 import Reward
 from train_cc.rewards.frechet import Frechet
-from train_cc.rewards.tilt import Tilt
+from train_cc.rewards.terms import Reward, Tilt
 from train_cc.run.ema import Average
 from train_cc.run.session import Session
 from train_cc.settings import Method, Optimisation, Output

@@ -13,9 +13,8 @@ from train_cc.distillation.run import Run
 from train_cc.draws import Draws, JoinedDraws
 from train_cc.flow import interpolate, x0_from_velocity
 from train_cc.objectives import dmd_direction, dmd_loss, dmd_normaliser, velocity_matching_losses
-from train_cc.rewards.at_x0 import Term, reward_terms
-from train_cc.rewards.tilt import effective_samples, tilt_weights
-from train_cc.run.diagnostics import by_band, finite, first_overflow
+from train_cc.rewards.terms import Term, effective_samples, reward_terms, tilt_weights
+from train_cc.run.diagnostics import by_band, compare_gradients, finite, first_overflow
 from train_cc.run.logbook import BY_BAND, OVERFLOW
 from train_cc.run.session import synchronised
 from train_cc.samplers import few_step_input
@@ -214,7 +213,7 @@ def matching(run: Run, draws: Draws, x0: Tensor, y: Tensor, c: float, before: li
 
 
 def rewards(run: Run, draws: Draws, x0: Tensor, y: Tensor, c: float, before: list[Term]) -> list[Term]:
-    """A term for each reward; matching's comes ``before``, whose gradient they are compared with."""
+    """A term for each reward; matching's comes ``before``."""
     return reward_terms(run.rewards, run.decode, x0, y, run.reward_micro_batch, before[0].gradient, half=run.scaled)
 
 
@@ -233,9 +232,12 @@ def generator_turn(run: Run, step: int) -> Figures:
         for entry in run.generator_terms:
             terms += entry(run, draws, x0.detach(), y, c, terms)
         # Every term's gradient at x0 is known: one backward passes their sum on to the generator.
-        gradient = sum_of(term.gradient for term in terms)
+        gradient = sum_of(term.pull for term in terms)
         accelerator.backward((x0.float() * gradient).sum() / chunks)
-        add(totals, {name: value for term in terms for name, value in term.figures.items()}, chunks)
+        figures = dict(terms[0].figures)
+        for term in terms[1:]:
+            figures |= term.figures | compare_gradients(term.name, terms[0].gradient, term.gradient)
+        add(totals, figures, chunks)
     for memory in run.memories.values():
         memory.end_turn()
     return totals

@@ -20,13 +20,12 @@ from train_cc.io.read import (
     read_safetensors,
     require_folder,
     require_keys,
-    safetensors_shapes,
 )
-from train_cc.io.weights import fit_shapes, load_weights, require_finite, require_tensors
+from train_cc.io.weights import load_weights, require_finite, require_tensors
 from train_cc.io.write import copy_mode
 
-WEIGHTS_NAME = "model.safetensors"
-EXPECTED = "a folder of train_cc/pretrain/classifier.py"
+TIMM_WEIGHTS = "model.safetensors"  # as timm's repositories name theirs
+CLASSIFIER_FOLDER = "a folder of train_cc/pretrain/classifier.py"
 CLASSIFIER_CONFIG = {
     "num_classes": Number(int, 1, 10**6),
     "in_channels": Number(int, 1, 1024),
@@ -41,8 +40,8 @@ def check_classifier_config(config: Mapping, source: Path | str) -> dict:
     check_numbers(config, CLASSIFIER_CONFIG, source)
     name = config["architecture"]
     if not isinstance(name, str) or not timm.is_model(name):
-        told = "timm.list_models() has the names"
-        raise InputError(f"{source}: timm knows no architecture {str(name)[:80]!r}; {told}")
+        hint = "timm.list_models() has the names"
+        raise InputError(f"{source}: timm knows no architecture {str(name)[:80]!r}; {hint}")
     for key, allowed in (("mean", MEAN), ("std", STD)):
         value = config.get(key, 0.5)
         each = value if isinstance(value, list | tuple) else [value]
@@ -66,7 +65,7 @@ class ImageClassifier(nn.Module):
         std: float | Sequence[float] = 0.5,
         weights: dict[str, Tensor] | None = None,
     ):
-        """``weights``: what timm publishes for ``architecture``; without them they are random. Raises `InputError`."""
+        """``weights``: those that timm publishes for ``architecture``; None: random. Raises `InputError`."""
         super().__init__()
         self.config = check_classifier_config(
             {
@@ -109,26 +108,37 @@ class ImageClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.network(self._preprocess(images))
 
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The input of the last linear layer (B, D), and the logits (B, num_classes)."""
+    @property
+    def preprocessing(self) -> dict:
+        """Size, resizing and normalisation, in words and numbers for a file."""
+        return {
+            "image_size": self.config["image_size"],
+            "resize": "bicubic, antialias, no crop",
+            "mean": torch.tensor(self.config["mean"], dtype=torch.float64).flatten().tolist(),
+            "std": torch.tensor(self.config["std"], dtype=torch.float64).flatten().tolist(),
+        }
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The input of the last linear layer (B, D), and the logits (B, num_classes), None without classes."""
         features = self.network.forward_head(self.network.forward_features(self._preprocess(images)), pre_logits=True)
-        return features, self.network.get_classifier()(features)
+        logits = self.network.get_classifier()(features)
+        return features, logits if self.num_classes else None
 
     def enable_gradient_checkpointing(self) -> None:
         """Raises `InputError` for an architecture that timm cannot recompute."""
         try:
             self.network.set_grad_checkpointing(True)
         except (AssertionError, AttributeError) as error:
-            told = f"{self.config['architecture']} cannot be recomputed by timm"
-            raise InputError(f"{told}: leave --reward-checkpointing out, or take --reward-micro-batch") from error
+            hint = "leave --reward-checkpointing out, or take --reward-micro-batch"
+            raise InputError(f"{self.config['architecture']} cannot be recomputed by timm: {hint}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """`config.json` and `model.safetensors`, with one mode."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.network.state_dict(), folder / WEIGHTS_NAME)
+        save_file(self.network.state_dict(), folder / TIMM_WEIGHTS)
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-        copy_mode(folder / "config.json", folder / WEIGHTS_NAME)
+        copy_mode(folder / "config.json", folder / TIMM_WEIGHTS)
 
     @classmethod
     def untrained(cls, name: str) -> "ImageClassifier":
@@ -139,9 +149,9 @@ class ImageClassifier(nn.Module):
     def from_timm(cls, name: str) -> "ImageClassifier":
         """A timm model with its published weights and preprocessing, frozen and in eval mode. Raises `InputError`."""
         arguments, repository = published_arguments(name)
-        file = hub_file(repository, WEIGHTS_NAME, f"timm's weights of {name!r}")
+        file = hub_file(repository, TIMM_WEIGHTS, f"timm's weights of {name!r}")
         if file is None:
-            raise InputError(f"{repository} has no {WEIGHTS_NAME}, the one kind of file that runs no code")
+            raise InputError(f"{repository} has no {TIMM_WEIGHTS}, the one kind of file that runs no code")
         state = require_tensors(read_safetensors(file, "weights of timm"), file, "weights of timm")
         require_finite(state, file)
         model = cls(name, **arguments, weights=state)
@@ -150,22 +160,17 @@ class ImageClassifier(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ImageClassifier":
-        """Read what `save_pretrained` wrote, frozen and in eval mode. Raises `InputError` on anything else."""
-        folder = require_folder(Path(folder), EXPECTED, "config.json", WEIGHTS_NAME)
-        file = folder / WEIGHTS_NAME
-        config = check_classifier_config(read_json(folder / "config.json", EXPECTED), folder / "config.json")
-        shapes = safetensors_shapes(file, EXPECTED)
-        with torch.device("meta"):  # some networks hold tables that no file has: these are then built in earnest
-            own = {name: tuple(value.shape) for name, value in cls(**config).network.state_dict().items()}
-        fit_shapes(own, shapes, file, "by its config.json")
-        model = cls(**config)
-        load_weights(model.network, read_safetensors(file, EXPECTED), file)
+        """Read a folder of `save_pretrained`, frozen and in eval mode. Raises `InputError` for anything else."""
+        folder = require_folder(Path(folder), CLASSIFIER_FOLDER, "config.json", TIMM_WEIGHTS)
+        path, file = folder / "config.json", folder / TIMM_WEIGHTS
+        model = cls(**check_classifier_config(read_json(path, CLASSIFIER_FOLDER), path))
+        load_weights(model.network, read_safetensors(file, CLASSIFIER_FOLDER), file, "by its config.json")
         model.files = [file]
         return model.requires_grad_(False).eval()
 
 
 def published_arguments(name: str) -> tuple[dict, str]:
-    """-> of a timm model with published weights: `ImageClassifier`'s arguments besides the name; the repository."""
+    """`ImageClassifier`'s arguments besides the name, and the repository, of a timm model with published weights."""
     published = None
     if timm.is_model(name.split(".")[0]) and timm.is_model(name):
         with parsing(f"timm's {name}", "a name of timm.list_pretrained()", "has no weights"):

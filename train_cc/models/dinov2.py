@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from train_cc.io.download import download, is_url, whole_archive
 from train_cc.io.errors import InputError
-from train_cc.io.read import read_torch, require_file
-from train_cc.io.weights import block_count, load_weights, require_tensors
+from train_cc.io.read import parsing, read_torch, require_file
+from train_cc.io.weights import block_count, fit, load_weights, require_tensors
 
 IMAGE_SIZE, PATCH_SIZE = 224, 14
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -61,45 +61,29 @@ def resample_position(patches: Tensor, registers: bool) -> Tensor:
 
 
 def backbone_arguments(state: dict[str, Tensor], source: str | Path) -> dict:
-    """What `VisionTransformer` needs to take ``state``: sizes, checked, off the tensors. Raises `InputError`."""
+    """The arguments of the `VisionTransformer` that takes ``state``, read off its shapes. Raises `InputError`."""
     needed = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"}
     if needed - state.keys():
         raise InputError(f"{source} is no DINOv2 backbone: it lacks {sorted(needed - state.keys())}")
     swiglu = "blocks.0.mlp.w12.weight" in state
     hidden = state.get("blocks.0.mlp.w12.weight" if swiglu else "blocks.0.mlp.fc1.weight")
-    registers = state.get("register_tokens", torch.empty(1, 0, 0))
-    width = state["cls_token"].shape[-1] if state["cls_token"].ndim else 0
-    position = state["pos_embed"]
-    heads = max(1, width // 64)
-    sound = (
-        1 <= width <= 2**14
-        and width % heads == 0
-        and state["cls_token"].shape == (1, 1, width)
-        and position.ndim == 3
-        and position.shape[::2] == (1, width)
-        and math.isqrt(max(position.shape[1] - 1, 0)) ** 2 == position.shape[1] - 1 > 0
-        and registers.ndim == 3
-        and registers.shape[1] <= 1024
-        and (hidden is None or (hidden.ndim == 2 and 1 <= hidden.shape[0] <= 64 * width))
-        and all(value.is_floating_point() for value in (state["cls_token"], position, registers))
-    )
-    if not sound:
-        told = {
-            name: tuple(state[name].shape) for name in ("cls_token", "pos_embed", "register_tokens") if name in state
-        }
-        raise InputError(f"{source} is no DINOv2 backbone: its tensors are {told}")
+    width, side = state["cls_token"].shape[-1], math.isqrt(state["pos_embed"].shape[1] - 1)
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    tokens = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + side**2, width)}
+    tokens |= {"register_tokens": (1, registers, width)} if registers else {}
+    fit(tokens, {name: state[name] for name in tokens}, source, "as a DINOv2 backbone")
     return {
         "img_size": IMAGE_SIZE,
         "patch_size": PATCH_SIZE,
         "embed_dim": width,
         "depth": block_count(state, source),
-        "num_heads": heads,
+        "num_heads": max(1, width // 64),
         # Half a row more: the ratio is rounded down to rows again.
         "mlp_ratio": 4.0 if hidden is None else (hidden.shape[0] + 0.5) / width,
         "init_values": 1e-5,
         "num_classes": 0,
         "no_embed_class": True,
-        "reg_tokens": registers.shape[1],
+        "reg_tokens": registers,
         **({"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if swiglu else {}),
     }
 
@@ -118,44 +102,50 @@ def _to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def official_backbone(source: str | Path) -> tuple[VisionTransformer, Path]:
-    """A backbone from an official file or URL. -> it, and the file that was read. Raises `InputError`."""
-    state, file = load_official(source)
-    with torch.device("meta"):
-        backbone = VisionTransformer(**backbone_arguments(state, source))
-    load_weights(backbone, _to_timm(state), source)
-    return backbone, file
-
-
 class DINOv2Classifier(nn.Module):
     """Images in [0, 1] (B, 3, H, W), not clamped again -> logits (B, classes). Frozen; the gradient flows through.
 
     The head's width tells which of the two official heads it is: 5 D is "4 layers" (the CLS tokens of the last four
-    blocks, then the mean patch token of the last), 2 D is "1 layer".
+    blocks, then the mean patch token of the last), 2 D is "1 layer". Without a head it gives features.
     """
 
-    def __init__(self, backbone: VisionTransformer, head: nn.Linear):
+    in_channels = 3
+    preprocessing = {  # noqa: RUF012
+        "image_size": IMAGE_SIZE,
+        "resize": "bicubic, antialias, no crop",
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+    }
+
+    def __init__(self, backbone: VisionTransformer, head: nn.Linear | None):
         super().__init__()
         self.backbone, self.head = backbone, head
-        self.layers = head.in_features // backbone.embed_dim - 1
+        self.files: list[Path] = []  # (backbone, head), as they were read
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
-
-    in_channels = 3
 
     @property
     def num_classes(self) -> int:
         return self.head.out_features
 
     @classmethod
-    def from_official(cls, backbone_file: str | Path, head_file: str | Path) -> "DINOv2Classifier":
-        """Files or URLs. Sizes are read off the tensors; attention heads are 64 wide. Raises `InputError`.
+    def from_official(cls, backbone_file: str | Path, head_file: str | Path | None) -> "DINOv2Classifier":
+        """Files or URLs; head None: features only. Sizes are read off the tensors; attention heads are 64 wide.
 
-        ``files`` of the result: (backbone, head), as they were read.
+        Raises `InputError`.
         """
-        (backbone, backbone_read), (head_state, head_read) = official_backbone(backbone_file), load_official(head_file)
+        state, file = load_official(backbone_file)
+        with parsing(backbone_file, "an official DINOv2 backbone"):
+            with torch.device("meta"):
+                backbone = VisionTransformer(**backbone_arguments(state, backbone_file))
+            load_weights(backbone, _to_timm(state), backbone_file)
+        model = cls(backbone, None)
+        model.files = [file]
+        if head_file is None:
+            return model
         width, depth = backbone.embed_dim, len(backbone.blocks)
+        head_state, file = load_official(head_file)
         if head_state.keys() != {"weight", "bias"} or head_state["weight"].ndim != 2:
             raise InputError(f"{head_file} is no linear head: it has {sorted(head_state)[:8]}, expected bias, weight")
         classes, size = head_state["weight"].shape
@@ -167,22 +157,33 @@ class DINOv2Classifier(nn.Module):
         if size == 5 * width and depth < 4:
             raise InputError(f"the head {head_file} takes 4 layers; {backbone_file} has {depth}")
         with torch.device("meta"):
-            head = nn.Linear(size, classes)
-        load_weights(head, head_state, head_file)
-        model = cls(backbone, head)
-        model.files = [backbone_read, head_read]
+            model.head = nn.Linear(size, classes)
+        load_weights(model.head, head_state, head_file)
+        model.head.requires_grad_(False).eval()
+        model.files.append(file)
         return model
 
     def enable_gradient_checkpointing(self) -> None:
         self.backbone.set_grad_checkpointing(True)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def _preprocess(self, images: Tensor) -> Tensor:
         x = (images.float() - self.mean) / self.std
         if x.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             x = F.interpolate(x, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True)
-        x = x.to(self.head.weight.dtype)
+        return x.to(self.backbone.cls_token.dtype)
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, None]:
+        """The class token of the last block, normed, (B, D); the space has no logits."""
+        return self.backbone.forward_features(self._preprocess(images))[:, 0], None
+
+    def forward(self, images: Tensor) -> Tensor:
         layers = self.backbone.forward_intermediates(
-            x, indices=self.layers, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+            self._preprocess(images),
+            indices=self.head.in_features // self.backbone.embed_dim - 1,
+            return_prefix_tokens=True,
+            norm=True,
+            output_fmt="NLC",
+            intermediates_only=True,
         )
         class_tokens = [prefix[:, 0] for _, prefix in layers]
         return self.head(torch.cat([*class_tokens, layers[-1][0].mean(dim=1)], dim=1))

@@ -15,7 +15,6 @@ uint8 thus has torch-fidelity's features; one from a decoder, those that it will
 spaces take images as they are. Weights in half precision move the features a little: statistics are of fp32.
 """
 
-import http.client
 import io
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,61 +22,51 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
+from train_cc.io.download import download
 from train_cc.io.errors import InputError
 from train_cc.io.flags import FEATURE_SPACES, JUDGING_SPACES
-from train_cc.io.read import first_line, read_torch, require_file, sha256
-from train_cc.io.weights import require_finite
-from train_cc.models.classifier import WEIGHTS_NAME, ImageClassifier
-from train_cc.models.dinov2 import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, official_backbone
+from train_cc.io.read import parsing, read_torch, require_file, sha256
+from train_cc.models.classifier import ImageClassifier
+from train_cc.models.dinov2 import DINOv2Classifier
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of this file
 SPATIAL, SPATIAL_CHANNELS = "inception-spatial", 7  # of sFID, as ADM's evaluator has it
 MOST_PIXELS = 4096  # a covariance of more would take minutes
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of this file
 
 
 def without_tf32() -> AbstractContextManager:
-    """Figures and statistics are of fp32: cuDNN's convolutions have 10 bits of mantissa unless told otherwise."""
+    """Convolutions of fp32, for figures and statistics: cuDNN's have 10 bits of mantissa unless told otherwise."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 class FeatureSpace(nn.Module):
     """Images in [0, 1] (B, C, H, W) -> features (B, size) float32. Frozen; the gradient flows through.
 
-    ``network`` has ``features_and_logits(images)``, its preprocessing inside; ``knows_labels``: whether its logits are
-    of the samples' own classes; ``has_logits``: False where they are features again.
+    ``network`` has ``features_and_logits(images)`` with its preprocessing inside, ``preprocessing`` in words,
+    ``in_channels`` and ``files``. ``knows_labels``: its logits are of the samples' own classes.
     """
 
-    def __init__(
-        self,
-        name: str,
-        network: nn.Module,
-        in_channels: int,
-        preprocessing: dict,
-        digest: str,
-        knows_labels: bool = False,
-        has_logits: bool = True,
-    ):
+    def __init__(self, name: str, network: nn.Module, knows_labels: bool = False):
         super().__init__()
-        self.name, self.network, self.in_channels = name, network, in_channels
-        self.preprocessing, self.sha256, self.knows_labels = preprocessing, digest, knows_labels
+        self.name, self.network, self.knows_labels = name, network, knows_labels
+        self.in_channels, self.preprocessing = network.in_channels, network.preprocessing
+        self.sha256 = sha256(network.files[0]) if network.files else ""
         self.requires_grad_(False).eval()
-        side = preprocessing["image_size"]
-        with torch.no_grad():
-            features, logits = network.features_and_logits(torch.zeros(1, in_channels, side, side))
-        self.size = features.shape[1]
-        self.num_logits = logits.shape[1] if has_logits and logits is not None else None
+        side = self.preprocessing["image_size"]
+        with torch.no_grad(), parsing(name, "a network with features before one linear layer", "gives no features"):
+            features, logits = network.features_and_logits(torch.zeros(1, self.in_channels, side, side))
+        self.size, self.num_logits = features.shape[1], None if logits is None else logits.shape[1]
 
     def train(self, mode: bool = True) -> "FeatureSpace":
         return super().train(False)  # a frozen measure, whatever it is a part of
 
     def describe(self) -> dict:
-        """What identifies the space in a file; of one space iff ``sha256`` and ``preprocessing`` are equal."""
+        """Name and identity of the space in a file: one space iff ``sha256`` and ``preprocessing`` are equal."""
         return {"name": self.name, "sha256": self.sha256, "preprocessing": self.preprocessing}
 
     def require_channels(self, channels: int) -> None:
@@ -86,12 +75,12 @@ class FeatureSpace(nn.Module):
             raise InputError(f"{self.name} takes images of {self.in_channels} channel(s), these have {channels}")
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features (B, size) and logits (B, num_logits), float32; None where the space has no logits."""
+        """Features (B, size) and logits (B, num_logits), float32; None if the space has no logits."""
         self.require_channels(images.shape[1])
         if images.shape[1] != self.in_channels:
             images = images.expand(-1, self.in_channels, -1, -1)
         features, logits = self.network.features_and_logits(images.float())
-        return features.float(), None if self.num_logits is None else logits.float()
+        return features.float(), None if logits is None else logits.float()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.features_and_logits(images)[0]
@@ -104,37 +93,26 @@ class FeatureSpace(nn.Module):
     def of(self, images: np.ndarray, batch: int) -> tuple[Tensor, Tensor | None]:
         """uint8 (N, H, W, C) -> features (N, size) and logits (N, num_logits) or None, on the CPU."""
         device = next(self.parameters()).device
-        parts = torch.from_numpy(images).split(batch)
-        shown = tqdm(parts, desc=self.name, mininterval=2, delay=5)
+        parts = tqdm(torch.from_numpy(images).split(batch), desc=self.name, mininterval=2, delay=5)
         with without_tf32():
-            outputs = [self.features_and_logits(part.permute(0, 3, 1, 2).to(device) / 255) for part in shown]
+            outputs = [self.features_and_logits(part.permute(0, 3, 1, 2).to(device) / 255) for part in parts]
         features, logits = zip(*outputs, strict=True)
         return torch.cat(features).cpu(), None if logits[0] is None else torch.cat(logits).cpu()
 
 
-class DINOv2Features(nn.Module):
-    """ImageNet's normalisation, 224 x 224 bicubic; the class token of the last block, normed."""
-
-    def __init__(self, backbone: nn.Module):
-        super().__init__()
-        self.backbone = backbone
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
-
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, None]:
-        x = (images - self.mean) / self.std
-        if x.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
-            x = F.interpolate(x, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True)
-        return self.backbone.forward_features(x.to(next(self.backbone.parameters()).dtype))[:, 0], None
-
-    def enable_gradient_checkpointing(self) -> None:
-        self.backbone.set_grad_checkpointing(True)
-
-
 class Pixels(nn.Module):
-    def __init__(self):
+    """The space ``pixels``. Raises `InputError` for images that are not small squares."""
+
+    def __init__(self, height: int, width: int, channels: int):
+        if height != width or height * width * channels > MOST_PIXELS:
+            raise InputError(
+                f"the space pixels is for square images of at most {MOST_PIXELS} numbers, these have "
+                f"{height} x {width} x {channels}; choose another space"
+            )
         super().__init__()
         self.nothing = nn.Parameter(torch.empty(0))  # the device of a space is that of its parameters
+        self.in_channels, self.files = channels, []
+        self.preprocessing = {"image_size": height, "channels": channels, "scale": "x / 255"}
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, None]:
         return images.flatten(1), None
@@ -143,22 +121,34 @@ class Pixels(nn.Module):
 class InceptionFeatures(nn.Module):
     """torch-fidelity's network with a path for gradients: its own forward takes uint8 alone. Always fp32.
 
-    ``spatial``: the features of sFID. TensorFlow's mixed_6/conv is the first branch of Mixed_6d here, after its ReLU.
+    ``file``: its weights, None: downloaded. ``spatial``: the features of sFID. TensorFlow's mixed_6/conv is the first
+    branch of Mixed_6d here, after its ReLU. Raises `InputError`.
     """
 
-    def __init__(self, state: dict[str, Tensor], spatial: bool = False):
-        super().__init__()
+    in_channels = 3
+
+    def __init__(self, file: Path | None, spatial: bool = False):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+        super().__init__()
+        file = downloaded_inception() if file is None else require_file(file, "torch-fidelity's Inception weights")
+        if (digest := sha256(file)) != INCEPTION_SHA256:
+            raise InputError(f"{file} has SHA-256 {digest}, torch-fidelity's Inception {INCEPTION_SHA256}")
         # The constructor unpickles what it is given: never a file from outside, but tensors that were read safely.
-        checked = io.BytesIO()
-        torch.save(state, checked)
-        checked.seek(0)
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=checked)
-        self.size, self.spatial = network.INPUT_IMAGE_SIZE, spatial
+        tensors = io.BytesIO()
+        torch.save(read_torch(file, "torch-fidelity's Inception weights"), tensors)
+        tensors.seek(0)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=tensors)
+        self.size, self.spatial, self.files = network.INPUT_IMAGE_SIZE, spatial, [file]
+        self.preprocessing = {
+            "image_size": self.size,
+            "resize": "bilinear as TensorFlow 1, of uint8",
+            "scale": "(x-128)/128",
+        }
         self.fc = network.fc
         parts = {name: part for name, part in network.named_children() if name != "fc"}
         if spatial:
+            self.preprocessing["layer"] = f"mixed_6/conv, {SPATIAL_CHANNELS} channels"
             names = list(parts)
             parts = {name: parts[name] for name in names[: names.index("Mixed_6d")]}
             parts["mixed_6/conv"] = network.Mixed_6d.branch1x1
@@ -181,124 +171,44 @@ class InceptionFeatures(nn.Module):
         return super()._apply(lambda tensor: tensor.to(function(tensor).device), recurse)
 
 
-# Loading -----------------------------------------------------------------------------------------------------------
-
-
 def load_space(
     text: str,
     device: torch.device | str = "cpu",
     dinov2_backbone: str | Path | None = None,
-    inception_weights: str | Path | None = None,
+    inception_weights: Path | None = None,
     dtype: torch.dtype = torch.float32,
     image_shape: tuple[int, int, int] | None = None,
 ) -> FeatureSpace:
     """The space that ``text`` names, frozen, on ``device`` with weights in ``dtype``. Raises `InputError`.
 
     ``dinov2_backbone``: official file or its URL; ``inception_weights``: torch-fidelity's file, None: downloaded.
-    ``image_shape``: (H, W, C), where the space may be `pixels`.
+    ``image_shape``: (H, W, C), if the space may be `pixels`.
     """
     kind, _, source = text.partition(":")
     if kind == "classifier" and source:
-        space = classifier_space(text, Path(source))
+        network: nn.Module = ImageClassifier.from_pretrained(source)
     elif kind == "timm" and source:
-        space = timm_space(text, source)
+        network = ImageClassifier.from_timm(source)
     elif text == "dinov2":
         if dinov2_backbone is None:
             raise InputError("the space dinov2 needs an official backbone: give its file or URL by --dinov2-backbone")
-        space = dinov2_space(dinov2_backbone)
+        network = DINOv2Classifier.from_official(dinov2_backbone, None)
     elif text in ("inception", SPATIAL):
-        space = inception_space(inception_weights, spatial=text == SPATIAL)
+        network = InceptionFeatures(inception_weights, spatial=text == SPATIAL)
     elif text == "pixels" and image_shape is not None:
-        space = pixel_space(*image_shape)
+        network = Pixels(*image_shape)
     else:
         allowed = FEATURE_SPACES if image_shape is None else JUDGING_SPACES
         raise InputError(f"{text[:200]!r} is no feature space here; allowed: {allowed}")
-    return space.to(device, dtype)
-
-
-def classifier_space(name: str, folder: Path) -> FeatureSpace:
-    classifier = ImageClassifier.from_pretrained(folder)
-    weights = folder / WEIGHTS_NAME
-    require_finite(classifier.state_dict(), weights)
-    return of_classifier(name, classifier, sha256(weights), knows_labels=True)
-
-
-def timm_space(name: str, architecture: str) -> FeatureSpace:
-    classifier = ImageClassifier.from_timm(architecture)
-    return of_classifier(name, classifier, sha256(classifier.files[0]), knows_labels=False)
-
-
-def of_classifier(name: str, classifier: ImageClassifier, digest: str, knows_labels: bool) -> FeatureSpace:
-    config = classifier.config
-    preprocessing = {
-        "image_size": config["image_size"],
-        "resize": "bicubic, antialias, no crop",
-        "mean": as_numbers(config["mean"]),
-        "std": as_numbers(config["std"]),
-    }
-    labels = (knows_labels, classifier.num_classes > 0)
-    try:
-        return FeatureSpace(name, classifier, classifier.in_channels, preprocessing, digest, *labels)
-    except (AttributeError, TypeError, RuntimeError) as error:
-        raise InputError(
-            f"{name}: timm's {config['architecture']} gives no features before one linear layer "
-            f"({first_line(error)}); choose another model"
-        ) from error
-
-
-def dinov2_space(source: str | Path) -> FeatureSpace:
-    backbone, file = official_backbone(source)
-    preprocessing = {
-        "image_size": IMAGE_SIZE,
-        "resize": "bicubic, antialias, no crop",
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
-    }
-    return FeatureSpace("dinov2", DINOv2Features(backbone), 3, preprocessing, sha256(file))
-
-
-def pixel_space(height: int, width: int, channels: int) -> FeatureSpace:
-    size = height * width * channels
-    if height != width or size > MOST_PIXELS:
-        raise InputError(
-            f"the space pixels is for square images of at most {MOST_PIXELS} numbers, these have "
-            f"{height} x {width} x {channels}; choose another space"
-        )
-    preprocessing = {"image_size": height, "channels": channels, "scale": "x / 255"}
-    return FeatureSpace("pixels", Pixels(), channels, preprocessing, "")
-
-
-def inception_space(source: str | Path | None, spatial: bool = False) -> FeatureSpace:
-    file = downloaded_inception() if source is None else Path(source)
-    digest = sha256(require_file(file, "torch-fidelity's Inception weights"))
-    if digest != INCEPTION_SHA256:
-        raise InputError(f"{file} has SHA-256 {digest}, torch-fidelity's Inception {INCEPTION_SHA256}")
-    state = read_torch(file, "torch-fidelity's Inception weights")
-    network = InceptionFeatures(state, spatial)
-    preprocessing = {"image_size": network.size, "resize": "bilinear as TensorFlow 1, of uint8", "scale": "(x-128)/128"}
-    if spatial:
-        preprocessing["layer"] = f"mixed_6/conv, {SPATIAL_CHANNELS} channels"
-    return FeatureSpace(SPATIAL if spatial else "inception", network, 3, preprocessing, digest)
+    return FeatureSpace(text, network, knows_labels=kind == "classifier").to(device, dtype)
 
 
 def downloaded_inception() -> Path:
     """torch-fidelity's file in torch's folder of downloads; one that is damaged there is downloaded again.
 
-    Raises `InputError` where the download fails.
+    Raises `InputError` if the download fails.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
-    if path.is_file() and sha256(path) == INCEPTION_SHA256:
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # whole and right, or not there
-        torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise InputError(
-            f"cannot download {INCEPTION_URL} ({first_line(error)}); fetch it where you can, and give its file"
-        ) from error
-    return path
-
-
-def as_numbers(value: float | list[float] | tuple[float, ...]) -> list[float]:
-    return [float(each) for each in (value if isinstance(value, list | tuple) else [value])]
+    if path.is_file() and sha256(path) != INCEPTION_SHA256:
+        path.unlink()
+    return download(INCEPTION_URL, path, hint="fetch it where you can, and give its file by --inception-weights")

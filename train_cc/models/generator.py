@@ -1,6 +1,8 @@
-"""The generator: a copy of the teacher, trained whole or by LoRA, and the plain SiT that it becomes."""
+"""The generator: a copy of the teacher, trained whole or by LoRA, the plain SiT that it becomes, and its folder."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,33 +14,27 @@ from train_cc.io.weights import GENERATION_CONFIG, fit, load_weights, require_fi
 from train_cc.io.write import write_atomically
 from train_cc.models.sit import SiT, check_sit_config
 
-# How a generator is sampled, as `GENERATION_CONFIG` says (FORMATS: generator folder).
 SAMPLING = {"num_inference_steps": Number(int, 1, 1000), "timestep_shift": Number(float, 1e-3, 1e3)}
 
 
 def generator_lora_rank(use_lora_gen: bool, lora_rank: int) -> int | None:
-    """Twice the estimator's rank; None where the whole generator is trained."""
+    """Twice the estimator's rank; None if the whole generator is trained."""
     return 2 * lora_rank if use_lora_gen else None
 
 
-def build_generator(teacher: str | Path, lora_rank: int | None, seed: int = 0) -> SiT:
-    """The trainable generator: every parameter, or LoRA of ``lora_rank`` with peft's default spread."""
-    return trainable_generator(SiT.from_pretrained(teacher), lora_rank, seed)
-
-
-def trainable_generator(copy_of_teacher: SiT, lora_rank: int | None, seed: int = 0) -> SiT:
-    """`build_generator` of a network that was read already; it is taken over."""
+def build_generator(copy_of_teacher: SiT, lora_rank: int | None, seed: int = 0) -> SiT:
+    """The trainable generator, made of ``copy_of_teacher``: all of it, or a LoRA with peft's default spread."""
     if lora_rank is not None:
-        from train_cc.models.lora import GENERATOR_TARGETS, add_lora  # peft takes a second: who samples needs none
+        from train_cc.models.lora import GENERATOR_TARGETS, add_lora  # peft takes a second, and sampling needs none
 
         add_lora(copy_of_teacher, lora_rank, GENERATOR_TARGETS, None, seed)
     return copy_of_teacher
 
 
 def assemble_generator(config: dict, state: dict[str, Tensor], teacher: str | Path, lora_rank: int | None) -> SiT:
-    """The plain SiT of what a checkpoint holds: its trained parameters, LoRA merged into ``teacher`` if there is one.
+    """The plain SiT of a checkpoint's trained parameters ``state``, their LoRA, if any, merged into ``teacher``.
 
-    Raises `InputError` where ``state`` does not fit.
+    Raises `InputError` if ``state`` does not fit.
     """
     source = "what the checkpoint holds of the generator"
     config = check_sit_config(config, "the checkpoint's model_config")
@@ -49,7 +45,7 @@ def assemble_generator(config: dict, state: dict[str, Tensor], teacher: str | Pa
         return generator.requires_grad_(False).eval()
     from train_cc.models.lora import merge_lora
 
-    generator = build_generator(teacher, lora_rank)
+    generator = build_generator(SiT.from_pretrained(teacher), lora_rank)
     if check_sit_config(generator.config, teacher) != config:
         raise InputError(f"{teacher} is another model than the checkpoint's: {dict(generator.config)}, not {config}")
     buffers = state.keys() & dict(generator.named_buffers()).keys()
@@ -61,35 +57,64 @@ def assemble_generator(config: dict, state: dict[str, Tensor], teacher: str | Pa
     return generator.requires_grad_(False).eval()
 
 
-def save_generator(generator: SiT, folder: str | Path, num_steps: int, shift: float, **provenance: object) -> None:
-    """A generator folder: architecture and weights, and the steps K and shift s that it was trained for.
+@dataclass(frozen=True)
+class GenerationConfig:
+    """`generation_config.json` of a model folder. A teacher's has its latent space only; a folder may have none."""
+
+    num_inference_steps: int | None = None  # K that a generator was trained for; None: it is no generator
+    timestep_shift: float | None = None
+    rewards_sha256: list[str] = field(default_factory=list)  # of the networks that rewarded it
+    latent_space_sha256: str | None = None  # of the latents that it was trained on, see `LatentSpace`
+    provenance: Mapping[str, object] = field(default_factory=dict)  # run, step, weights, teacher: for people to read
+
+    @property
+    def sampling(self) -> tuple[int, float] | None:
+        """(K, s) of a generator, None of a teacher."""
+        return None if self.num_inference_steps is None else (self.num_inference_steps, float(self.timestep_shift))
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "GenerationConfig":
+        """Read the file of a model folder; without a file nothing is recorded. Raises `InputError`."""
+        path = Path(folder) / GENERATION_CONFIG
+        if not path.exists():
+            return cls()
+        content = read_json(path, "a model's sampling and latents")
+        check_numbers(content, SAMPLING, path)
+        if (missing := sorted(SAMPLING.keys() - content.keys())) and content.keys() != {"latent_space_sha256"}:
+            raise InputError(f"{path} lacks {missing}")
+        rewards, latents = content.pop("rewards_sha256", []), content.pop("latent_space_sha256", None)
+        if not isinstance(rewards, list) or not all(map(is_sha256, rewards)):
+            raise InputError(f"{path}: rewards_sha256 is {shown(rewards)}; a list of SHA-256 is expected")
+        if latents is not None and not is_sha256(latents):
+            raise InputError(f"{path}: latent_space_sha256 is {shown(latents)}; a SHA-256 is expected")
+        return cls(*(content.pop(name, None) for name in SAMPLING), rewards, latents, content)
+
+    def write(self, folder: str | Path) -> None:
+        """Write the file into a model folder."""
+        content: dict[str, object] = {"latent_space_sha256": self.latent_space_sha256}
+        if self.sampling is not None:
+            sampling = {name: getattr(self, name) for name in SAMPLING}
+            content = {**sampling, **self.provenance, "rewards_sha256": self.rewards_sha256, **content}
+        write_atomically(Path(folder) / GENERATION_CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def is_sha256(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64
+
+
+def save_generator(
+    generator: SiT,
+    folder: str | Path,
+    num_steps: int,
+    shift: float,
+    rewards_sha256: Sequence[str] = (),
+    latent_space_sha256: str | None = None,
+    **provenance: object,
+) -> None:
+    """Write a generator folder: architecture, weights, and its `GenerationConfig`.
 
     Raises `InputError` for weights that are not finite.
     """
     require_finite(generator.state_dict(), f"what was to be written to {folder}")
     generator.save_pretrained(folder)
-    content = {"num_inference_steps": num_steps, "timestep_shift": shift, **provenance}
-    write_atomically(Path(folder) / GENERATION_CONFIG, json.dumps(content, indent=2, default=str) + "\n")
-
-
-def read_rewards(folder: str | Path) -> list[str]:
-    """SHA-256 of the networks that rewarded this generator, as `save_generator` wrote them. Raises `InputError`."""
-    path = Path(folder) / GENERATION_CONFIG
-    found = read_json(path, "what a generator's folder says of it").get("rewards_sha256", []) if path.exists() else []
-    if not isinstance(found, list) or not all(isinstance(each, str) and len(each) == 64 for each in found):
-        raise InputError(f"{path}: rewards_sha256 is {shown(found)}; a list of SHA-256 is expected")
-    return found
-
-
-def read_sampling(folder: str | Path) -> tuple[int, float] | None:
-    """(K, s) as `save_generator` wrote them; None for a folder without, such as a teacher's. Raises `InputError`."""
-    path = Path(folder) / GENERATION_CONFIG
-    if not path.exists():
-        return None
-    content = read_json(path, "a generator's sampling steps and shift")
-    if content.keys() == {"latent_space_sha256"}:  # a teacher's
-        return None
-    check_numbers(content, SAMPLING, path)
-    if SAMPLING.keys() - content.keys():
-        raise InputError(f"{path} lacks {sorted(SAMPLING.keys() - content.keys())}")
-    return content["num_inference_steps"], float(content["timestep_shift"])
+    GenerationConfig(num_steps, shift, list(rewards_sha256), latent_space_sha256, provenance).write(folder)

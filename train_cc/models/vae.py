@@ -1,13 +1,20 @@
-"""diffusers' `AutoencoderKL`: built of a checked config, and filled by us. diffusers' own loader goes from one kind of
-file to the next until one opens."""
+"""Latents and images: diffusers' `AutoencoderKL`, filled by us, the latent space that it gives, and its decoder.
+
+diffusers' own loader goes from one kind of file to the next until one opens.
+"""
 
 import contextlib
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,96 +24,155 @@ from train_cc.io.read import (
     Number,
     check_numbers,
     kind_of,
+    parsing,
     read_json,
     read_safetensors,
     read_torch,
-    require_keys,
     safetensors_shapes,
     shown,
 )
-from train_cc.io.weights import fit_shapes, load_weights, require_tensors
-from train_cc.models.latents import LatentSpace, require_latent_space
+from train_cc.io.weights import load_weights, require_tensors
+from train_cc.io.write import write_atomically
 
 # A hub name stands for one state of its files.
 PINNED_REVISIONS = {"stabilityai/sd-vae-ft-ema": "f04b2c4b98319346dad8c65879f680b1997b204a"}
 # stabilityai/sd-vae-ft-ema: its config.json names no scaling factor, so that the class default, 0.18215, applies.
 
-EXPECTED = "a diffusers AutoencoderKL"
+AUTOENCODER = "a diffusers AutoencoderKL"
+ENCODED_AT_ONCE = 250
 DECODED_AT_ONCE = 32  # when sampling: 250 images of 256 x 256 would need 47 GiB in fp32
 WEIGHTS_NAMES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.fp16.safetensors",
 )
-NUMBERS = {
+# Numbers of a config.json that diffusers takes as they are.
+VAE_NUMBERS = {
     "in_channels": Number(int, 1, 3),
     "out_channels": Number(int, 1, 3),
     "latent_channels": Number(int, 1, 64),
     "layers_per_block": Number(int, 1, 16),
     "norm_num_groups": Number(int, 1, 1024),
-    "sample_size": Number(int, 1, 2**16),
     "scaling_factor": Number(float, 1e-6, 1e6),
 }
 SHIFT_FACTOR = Number(float, -1e6, 1e6)
-STATISTICS = {"latents_mean": SHIFT_FACTOR, "latents_std": Number(float, 1e-6, 1e6)}  # lists, a number per channel
-WIDTH = Number(int, 1, 8192)
-# Values of which there is one a stage, and values of which there is one.
-STAGES = {
-    "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-    "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
-}
-CHOICES = {
-    "act_fn": ("silu", "swish", "mish", "gelu", "relu"),
-    "force_upcast": (True, False),
-    "use_quant_conv": (True, False),
-    "use_post_quant_conv": (True, False),
-    "mid_block_add_attention": (True, False),
-}
+CHANNEL_STATISTICS = {"latents_mean": SHIFT_FACTOR, "latents_std": Number(float, 1e-6, 1e6)}  # a number per channel
 # diffusers' names of old: stabilityai's own files have them.
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
+# Latent spaces -----------------------------------------------------------------------------------------------------
+
+Statistic = float | tuple[float, ...]  # one for all channels, or one per channel
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """The networks' latents x0 of a VAE's latents z: x0 = (z - mean) scale / std, z = x0 std / scale + mean.
+
+    A diffusers config has scaling_factor and shift_factor, or scaling_factor, latents_mean and latents_std. Both
+    formulas are those of diffusers' StableDiffusionXLPipeline and its image-to-image sibling. So scaling_factor is 1
+    if latents_std is the deviation of z itself: VA-VAE's statistics, REPA-E's batch norm (std^2 = var + eps).
+    """
+
+    mean: Statistic
+    scale: float
+    std: Statistic = 1.0
+
+    @classmethod
+    def of(cls, config: Mapping) -> "LatentSpace":
+        """The latent space of an `AutoencoderKL` with ``config``."""
+        if config.get("latents_mean") is None:
+            return cls(config.get("shift_factor") or 0.0, config["scaling_factor"])
+        return cls(tuple(config["latents_mean"]), config["scaling_factor"], tuple(config["latents_std"]))
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """(B, C, h, w) of the VAE -> of the networks."""
+        return (z - per_channel(self.mean, z.device)) * self.scale / per_channel(self.std, z.device)
+
+    def unscaled(self, x0: Tensor) -> Tensor:
+        """(B, C, h, w) of the networks -> of the VAE."""
+        return x0 * per_channel(self.std, x0.device) / self.scale + per_channel(self.mean, x0.device)
+
+    def numbers(self) -> list[Statistic]:
+        """For a hash. Without statistics per channel the list, and so the hash, is that of earlier versions."""
+        return [self.scale, self.mean] if isinstance(self.mean, int | float) else [self.scale, self.mean, self.std]
+
+
+@cache  # a copy to a GPU at every decoding would make the CPU wait
+def per_channel(values: Statistic, device: torch.device) -> float | Tensor:
+    """A number as it is, or a tensor (C, 1, 1)."""
+    if isinstance(values, int | float):
+        return values
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+
+@torch.no_grad()
+def encode_images(vae: nn.Module, images: Tensor) -> Tensor:
+    """uint8 images (N, C, H, W) -> the posterior's means as the networks take them (N, c, h, w), on the CPU."""
+    parts = []
+    for part in images.split(ENCODED_AT_ONCE):
+        x = (part.to(vae.device).float() / 127.5 - 1).to(vae.dtype, memory_format=torch.channels_last)
+        parts.append(vae.encode(x).latent_dist.mean.float().cpu().contiguous())
+    return LatentSpace.of(vae.config).scaled(torch.cat(parts))
+
+
+def cached_latents(file: Path, vae: nn.Module, images: Tensor, anew: bool = False) -> Tensor:
+    """`encode_images`, read from ``file`` if it holds them, else written there.
+
+    Raises `InputError` for a file of other images or of another VAE: a training that goes on would change its data.
+    """
+    key = {"latent_space": latent_space_sha256(vae), "images": hashlib.sha256(images.contiguous().numpy()).hexdigest()}
+    if file.exists() and not anew:
+        with parsing(file, "the latents of a teacher's training images"), safe_open(file, "pt") as content:
+            if content.metadata() == key:
+                return content.get_tensor("latents")
+        raise InputError(f"{file} is of other images or of another VAE than given now; --overwrite starts anew")
+    latents = encode_images(vae, images)
+    write_atomically(file, save({"latents": latents}, key))
+    return latents
+
+
+def latent_space_sha256(vae: nn.Module) -> str:
+    """Hash of encoder and scaling: a decoder that was trained further, as sd-vae-ft-ema's, changes no latents."""
+    digest = hashlib.sha256(json.dumps(LatentSpace.of(vae.config).numbers()).encode())
+    for name, value in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def require_latent_space(expected: str | None, vae: nn.Module, name: str) -> None:
+    """Raises `InputError` if ``vae``, read from ``name``, has other latents than a teacher recorded."""
+    if expected is not None and (own := latent_space_sha256(vae)) != expected:
+        raise InputError(
+            f"--vae {name} has other latents ({own[:12]}) than those that the teacher was trained on "
+            f"({expected[:12]}): give the VAE that the teacher was trained with"
+        )
+
+
+# Files of a VAE ----------------------------------------------------------------------------------------------------
+
 
 def check_vae_config(config: Mapping, source: Path | str) -> dict:
-    """The arguments of `AutoencoderKL` in ``config``. Raises `InputError`, also for what decoding here would ignore."""
+    """The arguments of `AutoencoderKL` in ``config``, as far as diffusers does not check them. Raises `InputError`."""
     if (kind := kind_of(config, "AutoencoderKL")) != "AutoencoderKL":
-        raise InputError(f"{source} is of a {kind}; {EXPECTED} is expected")
-    optional = [*NUMBERS, *CHOICES, *STATISTICS, "shift_factor"]
-    require_keys(config, ["block_out_channels", *STAGES], optional, source)
-    check_numbers(config, NUMBERS, source)
+        raise InputError(f"{source} is of a {kind}; {AUTOENCODER} is expected")
+    check_numbers(config, VAE_NUMBERS, source)
     if config.get("shift_factor") is not None:
         check_numbers(config, {"shift_factor": SHIFT_FACTOR}, source)
-    _check_statistics(config, source)
-    widths, groups = config["block_out_channels"], config.get("norm_num_groups", 32)
-    if not isinstance(widths, list | tuple) or not 1 <= len(widths) <= 8:
-        raise InputError(f"{source}: block_out_channels is {str(widths)[:80]}; allowed: 1 to 8 widths")
-    for width in widths:
-        check_numbers({"block_out_channels": width}, {"block_out_channels": WIDTH}, source)
-        if width % groups:
-            raise InputError(f"{source}: norm_num_groups {groups} does not divide the width {width}")
-    for name, kinds in STAGES.items():
-        values = config[name]
-        if (
-            not isinstance(values, list | tuple)
-            or len(values) != len(widths)
-            or not all(_is_of(v, kinds) for v in values)
-        ):
-            told = f"{len(widths)} of {', '.join(kinds)}"
-            raise InputError(f"{source}: {name} is {str(values)[:120]}; allowed: {told}")
-    for name, kinds in CHOICES.items():
-        if name in config and not _is_of(config[name], kinds):
-            raise InputError(f"{source}: {name} is {str(config[name])[:80]}; allowed: {', '.join(map(str, kinds))}")
+    if names := [name for name in CHANNEL_STATISTICS if config.get(name) is not None]:
+        check_channel_statistics(config, names, source)
     return {name: value for name, value in config.items() if name[:1] != "_"}
 
 
-def _check_statistics(config: Mapping, source: Path | str) -> None:
-    """Both of `STATISTICS`, a number per channel, or neither. Raises `InputError`."""
-    names = [name for name in STATISTICS if config.get(name) is not None]
-    if not names:
-        return
+def check_channel_statistics(config: Mapping, names: list[str], source: Path | str) -> None:
+    """Both of `CHANNEL_STATISTICS` are among ``names``, each a number per channel. Raises `InputError`."""
     if len(names) == 1:
-        raise InputError(f"{source}: {names[0]} is there alone; {' and '.join(STATISTICS)} are expected, or neither")
+        told = f"{' and '.join(CHANNEL_STATISTICS)} are expected, or neither"
+        raise InputError(f"{source}: {names[0]} is there alone; {told}")
     channels = config.get("latent_channels", 4)
-    for name, number in STATISTICS.items():
+    for name, number in CHANNEL_STATISTICS.items():
         values = config[name]
         if not isinstance(values, list | tuple) or len(values) != channels:
             raise InputError(f"{source}: {name} is {shown(values)}; a list of {channels} numbers is expected")
@@ -121,61 +187,57 @@ def _check_statistics(config: Mapping, source: Path | str) -> None:
         )
 
 
-def _is_of(value: object, kinds: tuple) -> bool:
-    return any(type(value) is type(kind) and value == kind for kind in kinds)
-
-
 def vae_files(vae: str, download: bool = True) -> tuple[Path, Path] | None:
-    """(config, weights) of a folder or a hub name. Raises `InputError`.
+    """(config, weights) of a folder or a hub name; None if ``download`` is off and the hub's cache lacks a file.
 
-    ``download``: whether what the hub's cache lacks is fetched; without, None.
+    Raises `InputError`.
     """
     folder = Path(vae)
     if folder.is_file():
-        raise InputError(f"the VAE {_single_file(folder)}")
+        raise InputError(f"the VAE {single_file(folder)}")
     if vae.startswith((".", "/", "~")) or folder.exists():
         weights = [folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()]
         if not weights or not (folder / "config.json").is_file():
             needed = f"must hold config.json and {WEIGHTS_NAMES[0]}{models_inside(folder)}"
-            raise InputError(f"the VAE folder {vae} {needed}; {EXPECTED} folder or a hub name is expected")
+            raise InputError(f"the VAE folder {vae} {needed}; {AUTOENCODER} folder or a hub name is expected")
         return folder / "config.json", weights[0]
-    revision, found = PINNED_REVISIONS.get(vae), []
+    revision, files = PINNED_REVISIONS.get(vae), []
     for names in (("config.json",), WEIGHTS_NAMES):
         if download:
-            files = (hub_file(vae, name, f"the VAE {vae!r}", revision) for name in names)
+            there = (hub_file(vae, name, f"the VAE {vae!r}", revision) for name in names)
         else:
-            files = (cached_hub_file(vae, name, revision) for name in names)
-        found.append(next(filter(None, files), None))
-    if None not in found:
-        return found[0], found[1]
+            there = (cached_hub_file(vae, name, revision) for name in names)
+        files.append(next(filter(None, there), None))
+    if None not in files:
+        return files[0], files[1]
     if download:
         raise InputError(f"the VAE {vae!r} lacks a file on the hub: config.json or {' or '.join(WEIGHTS_NAMES)}")
     return None
 
 
-def _single_file(file: Path) -> str:
+def single_file(file: Path) -> str:
     """The words for a file that is given as a VAE: its kind, and the command that makes a folder of it."""
     if file.name in WEIGHTS_NAMES and (file.parent / "config.json").is_file():
         return f"{file} is the weights' file of a folder: give the folder, {file.parent}"
     if file.suffix == ".safetensors":
-        names: Iterable = safetensors_shapes(file, EXPECTED)
+        names: Iterable = safetensors_shapes(file, AUTOENCODER)
     else:
-        state = read_torch(file, EXPECTED)
+        state = read_torch(file, AUTOENCODER)
         state = state.get("state_dict", state) if isinstance(state, Mapping) else ()
         names = map(str, state if isinstance(state, Mapping) else ())
-    kind, expected = _layout(names), f"{EXPECTED} folder is expected"
+    kind, expected = layout(names), f"{AUTOENCODER} folder is expected"
     if not kind:
         return f"{file} is a file without a VAE's tensors; {expected}"
-    return f"{file} is one file, a VAE with {kind}; {expected}{_conversion(file)}"
+    return f"{file} is one file, a VAE with {kind}; {expected}{conversion(file)}"
 
 
-def _layout(names: Iterable[str]) -> str:
+def layout(names: Iterable[str]) -> str:
     """LDM's names: encoder.down.0.block.0, behind "first_stage_model." in a whole model; "" for no VAE's names."""
-    found = {match[1] for name in names if (match := re.search(r"(?:^|\.)encoder\.(down|down_blocks)\.\d", name))}
-    return "LDM's names" if "down" in found else "diffusers' names and no config.json" if found else ""
+    kinds = {match[1] for name in names if (match := re.search(r"(?:^|\.)encoder\.(down|down_blocks)\.\d", name))}
+    return "LDM's names" if "down" in kinds else "diffusers' names and no config.json" if kinds else ""
 
 
-def _conversion(file: Path, config: str = next(iter(PINNED_REVISIONS))) -> str:
+def conversion(file: Path, config: str = next(iter(PINNED_REVISIONS))) -> str:
     """The words for diffusers' own conversion of ``file``."""
     call = f"AutoencoderKL.from_single_file({str(file)!r}, config={config!r})"
     return (
@@ -193,27 +255,18 @@ def load_vae(vae: str) -> nn.Module:
     from diffusers import AutoencoderKL
 
     config_file, weights = vae_files(vae)
-    config = check_vae_config(read_json(config_file, f"the config of {EXPECTED}"), config_file)
-    config = {"force_upcast": False, **config}
-    with torch.device("meta"):
+    expected = f"the config of {AUTOENCODER}"
+    config = {"force_upcast": False, **check_vae_config(read_json(config_file, expected), config_file)}
+    with parsing(config_file, expected, "is of no network that diffusers can build"), torch.device("meta"):
         model = AutoencoderKL(**config)
-    if weights.suffix == ".safetensors":
-        shapes = {of_today(name): shape for name, shape in safetensors_shapes(weights, EXPECTED).items()}
-        _refuse_names_of_ldm(weights, shapes)
-        fit_shapes({name: value.shape for name, value in model.state_dict().items()}, shapes, weights)
-        state = read_safetensors(weights, EXPECTED)
-    else:
-        state = require_tensors(read_torch(weights, EXPECTED), weights, f"the weights of {EXPECTED}")
-        _refuse_names_of_ldm(weights, state)
+    read = read_safetensors if weights.suffix == ".safetensors" else read_torch
+    state = require_tensors(read(weights, AUTOENCODER), weights, f"the weights of {AUTOENCODER}")
+    if (kind := layout(state)).startswith("LDM"):
+        told = conversion(weights, str(weights.parent))
+        raise InputError(f"{weights} has {kind}; {AUTOENCODER} folder is expected{told}")
     load_weights(model, {of_today(name): value for name, value in state.items()}, weights)
     model.files = [weights]
     return model.eval()
-
-
-def _refuse_names_of_ldm(weights: Path, names: Iterable[str]) -> None:
-    if (kind := _layout(names)).startswith("LDM"):
-        how = _conversion(weights, str(weights.parent))
-        raise InputError(f"{weights} has {kind}; {EXPECTED} folder is expected{how}")
 
 
 def of_today(name: str) -> str:
@@ -222,12 +275,55 @@ def of_today(name: str) -> str:
     return re.sub(pattern, lambda match: f"{match[1]}.{ATTENTION_NAMES[match[2]]}.", name)
 
 
-def unscaled(x0: Tensor, config: Mapping) -> Tensor:
-    """The networks' samples -> the decoder's input, by the config of its VAE. (B, C, h, w)."""
-    return LatentSpace.of(config).unscaled(x0)
+def new_vae(
+    channels: tuple[int, ...] = (128, 256, 512, 512), groups: int = 32, layers: int = 2, side: int = 256
+) -> nn.Module:
+    """An untrained `AutoencoderKL` for RGB images of ``side`` pixels, 4 latent channels; by default sd-vae-ft-ema's.
+
+    Each width after the first halves the sides; ``layers``: residual blocks per stage of the encoder.
+    """
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=layers,
+        latent_channels=4,
+        norm_num_groups=groups,
+        sample_size=side,
+        force_upcast=False,
+    )
 
 
-# From what the networks sample to images: pixels as they are, or latents through a frozen VAE decoder --------------
+def channels_of(vae: str) -> tuple[int, int]:
+    """(channels of a latent, channels of an image) of the VAE that ``vae`` names. Raises `InputError`."""
+    if vae in PINNED_REVISIONS:
+        return 4, 3
+    config_file, _ = vae_files(vae)
+    config = check_vae_config(read_json(config_file, f"the config of {AUTOENCODER}"), config_file)
+    return config.get("latent_channels", 4), config.get("out_channels", 3)
+
+
+def require_decoder(channels: int, vae: str, source: str | Path) -> int:
+    """The channels of an image that ``vae`` decodes from the ``channels`` of a sample of ``source``, or of pixels.
+
+    Pixels have 1 or 3 channels and need no VAE ("none"). Raises `InputError`.
+    """
+    if vae == "none":
+        if channels not in (1, 3):
+            raise InputError(f"--vae is none, but {source} has {channels} channels, that is latents: a VAE is needed")
+        return channels
+    if channels == 1:  # grey pixels: no latents have one channel, and no hub needs to be asked
+        raise InputError(f"--vae is {vae}, but {source} has 1 channel, that is pixels: --vae none is needed")
+    latent, of_image = channels_of(vae)
+    if latent != channels:
+        hint = ", that is pixels: --vae none is needed" if channels == 3 else ""
+        raise InputError(f"--vae is {vae}, of latents of {latent} channels, but {source} has {channels} channels{hint}")
+    return of_image
+
+
+# From the networks' samples to images: pixels as they are, or latents through a frozen decoder --------------------
 
 
 def pixels_to_images(x0: Tensor) -> Tensor:
@@ -261,59 +357,12 @@ class VAEDecoder(nn.Module):
                 module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
     def forward(self, x0: Tensor) -> Tensor:
-        latents = unscaled(x0, self.vae.config).to(self.vae.dtype, memory_format=torch.channels_last)
+        latents = LatentSpace.of(self.vae.config).unscaled(x0)
+        latents = latents.to(self.vae.dtype, memory_format=torch.channels_last)
         # Under autocast the products of fp32 weights would be in half precision too.
         whole = self.vae.dtype == torch.float32
         with torch.autocast(x0.device.type, enabled=False) if whole else contextlib.nullcontext():
             return pixels_to_images(self.vae.decode(latents).sample.float())
-
-
-def new_vae(
-    channels: tuple[int, ...] = (128, 256, 512, 512), groups: int = 32, layers: int = 2, side: int = 256
-) -> nn.Module:
-    """An untrained `AutoencoderKL` for RGB images of ``side`` pixels, 4 latent channels; by default sd-vae-ft-ema's.
-
-    Each width after the first halves the sides; ``layers``: residual blocks per stage of the encoder.
-    """
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        block_out_channels=channels,
-        layers_per_block=layers,
-        latent_channels=4,
-        norm_num_groups=groups,
-        sample_size=side,
-        force_upcast=False,
-    )
-
-
-def channels_of(vae: str) -> tuple[int, int]:
-    """(channels of a latent, channels of an image) of the VAE that ``vae`` names. Raises `InputError`."""
-    if vae in PINNED_REVISIONS:
-        return 4, 3
-    config_file, _ = vae_files(vae)
-    config = check_vae_config(read_json(config_file, f"the config of {EXPECTED}"), config_file)
-    return config.get("latent_channels", 4), config.get("out_channels", 3)
-
-
-def require_decoder(channels: int, vae: str, source: str | Path) -> int:
-    """What ``source`` samples, of ``channels``, is what ``vae`` decodes, or pixels. -> channels of an image.
-
-    Pixels have 1 or 3 channels and need no VAE ("none"). Raises `InputError`.
-    """
-    if vae == "none":
-        if channels not in (1, 3):
-            raise InputError(f"--vae is none, but {source} has {channels} channels, that is latents: a VAE is needed")
-        return channels
-    if channels == 1:  # grey pixels: no latents have one channel, and no hub needs to be asked
-        raise InputError(f"--vae is {vae}, but {source} has 1 channel, that is pixels: --vae none is needed")
-    latent, of_image = channels_of(vae)
-    if latent != channels:
-        told = ", that is pixels: --vae none is needed" if channels == 3 else ""
-        raise InputError(f"--vae is {vae}, of latents of {latent} channels, but {source} has {channels} channels{told}")
-    return of_image
 
 
 def load_decoder(
@@ -322,9 +371,9 @@ def load_decoder(
     dtype: torch.dtype = torch.float32,
     latents: str | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """``vae``: None for pixel-space models, else what `load_vae` takes; it computes in ``dtype``, or in fp32.
+    """The decoder of ``vae``, as `load_vae` takes it, in ``dtype`` or, if it needs that, fp32; None: of pixels.
 
-    ``latents``: what a model records of those that it samples. Raises `InputError` where the VAE has others.
+    ``latents``: SHA-256 of the latent space that a model records. Raises `InputError` for a VAE of another one.
     """
     if vae is None:
         return pixels_to_images

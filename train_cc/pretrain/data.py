@@ -138,8 +138,7 @@ def through_vae(name: str, images: "Tensor") -> "Tensor":
     """uint8 images (N, 3, H, W), encoded and decoded by the VAE ``name``: the best that its latents allow."""
     import torch
 
-    from train_cc.models.latents import encode_images
-    from train_cc.models.vae import DECODED_AT_ONCE, VAEDecoder, images_to_uint8, load_vae
+    from train_cc.models.vae import DECODED_AT_ONCE, VAEDecoder, encode_images, images_to_uint8, load_vae
     from train_cc.run.devices import device
 
     if images.shape[1] != 3:

@@ -91,8 +91,7 @@ def training_data(args: argparse.Namespace, split: str, number: int | None = Non
 
     Latents of all training images are computed once, and kept beside the checkpoint until the teacher is finished.
     """
-    from train_cc.models.latents import cached_latents, encode_images
-    from train_cc.models.vae import load_vae
+    from train_cc.models.vae import cached_latents, encode_images, load_vae
 
     images, labels = load_dataset(args.dataset, args.data_dir, split)
     images, labels = images[:number], labels[:number]
@@ -112,12 +111,12 @@ def training_data(args: argparse.Namespace, split: str, number: int | None = Non
 
 def save(teacher: "SiT", args: argparse.Namespace, folder: "Path") -> None:
     """The network, and which latents it has learnt."""
-    from train_cc.models.latents import latent_space_sha256, write_latent_space
-    from train_cc.models.vae import load_vae
+    from train_cc.models.generator import GenerationConfig
+    from train_cc.models.vae import latent_space_sha256, load_vae
 
     teacher.save_pretrained(folder)
     if args.vae != "none":
-        write_latent_space(folder, latent_space_sha256(load_vae(args.vae)))
+        GenerationConfig(latent_space_sha256=latent_space_sha256(load_vae(args.vae))).write(folder)
 
 
 def command_parser() -> Parser:

@@ -97,8 +97,7 @@ def psnr(vae: "AutoencoderKL", images: "Tensor") -> float:
     """dB, the mean over images of what the latents' means decode to; grey values from 0 to 1."""
     import torch
 
-    from train_cc.models.latents import ENCODED_AT_ONCE
-    from train_cc.models.vae import pixels_to_images
+    from train_cc.models.vae import ENCODED_AT_ONCE, pixels_to_images
 
     found = []
     with torch.no_grad():
@@ -111,7 +110,7 @@ def psnr(vae: "AutoencoderKL", images: "Tensor") -> float:
 
 def save(vae: "AutoencoderKL", images: "Tensor", folder: Path, measure: bool) -> None:
     """``measure``: choose the scaling factor so that the networks see latents of standard deviation 1."""
-    from train_cc.models.latents import encode_images
+    from train_cc.models.vae import encode_images
 
     vae.eval()
     if measure:

@@ -10,20 +10,19 @@ from torch import Tensor, nn
 
 from train_cc.io.class_names import contradiction, order_of
 from train_cc.io.errors import InputError
-from train_cc.rewards.at_x0 import Reward
-from train_cc.rewards.classifier import classifier_losses
+from train_cc.models.sit import choose_attention
 from train_cc.rewards.frechet import Frechet
 from train_cc.rewards.networks import Networks
 from train_cc.rewards.spec import RewardSpec, named_apart
 from train_cc.rewards.statistics import Statistics, read_statistics
-from train_cc.rewards.tilt import Tilt
+from train_cc.rewards.terms import Reward, Scorer, Tilt, classifier_losses
 
 SAMPLES_A_CLASS = 10  # fewer in the window, and the class means are noise
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What every reward must fit, and where it computes."""
+    """The generator and images that every reward must fit, and the device and dtype of its networks."""
 
     num_classes: int  # of the generator
     dataset: str | None  # that the teacher was trained on, if it is recorded
@@ -39,55 +38,41 @@ class Fit:
     networks: Networks
 
 
-class Built:
-    """Rewards and tilts of a run, and the networks behind them. ``notes``: for the log."""
-
-    def __init__(self) -> None:
-        self.rewards: list[Reward] = []
-        self.tilts: list[Tilt] = []
-        self.judges: dict[str, nn.Module] = {}  # classifiers among them, by name: they score the previews too
-        self.judging: list[str] = []  # names in `files` of the networks that reward
-        self.spaces: set[str] = set()  # SHA-256 of the feature spaces that reward
-        self.files: dict[str, list[Path]] = {}  # that were read, by the flag or name that named them
-        self.notes: list[str] = []
-        self.checks: list[Callable[[Tensor, Tensor], None]] = []  # of a user's function, on one batch
-
-
-def require_judge_fits(name: str, judge: nn.Module, num_classes: int, channels: int) -> None:
-    """``judge`` has the generator's classes, and takes images of ``channels``. Raises `InputError`."""
-    if judge.num_classes != num_classes:
-        told = f"{judge.num_classes} classes, the generator {num_classes}"
+def fitted(judge: nn.Module, name: str, fit: Fit) -> nn.Module:
+    """The classifier ``judge``, frozen, on its device. Raises `InputError` for other classes or channels."""
+    if judge.num_classes != fit.num_classes:
+        told = f"{judge.num_classes} classes, the generator {fit.num_classes}"
         raise InputError(f"the {name} classifier has {told}")
-    if judge.in_channels != channels:
-        raise InputError(f"the {name} classifier takes {judge.in_channels} channels, the images have {channels}")
+    if judge.in_channels != fit.channels:
+        raise InputError(f"the {name} classifier takes {judge.in_channels} channels, the images have {fit.channels}")
+    choose_attention(judge, fit.device, fit.dtype)
+    return judge.to(fit.device, fit.dtype)
 
 
-def judge_of(spec: RewardSpec, name: str, fit: Fit, built: Built) -> nn.Module:
-    """The classifier that ``spec`` names, frozen, on its device; checked against the generator."""
+def judge_of(spec: RewardSpec, name: str, fit: Fit) -> dict:
+    """The classifier that ``spec`` names, and its files: fields of a `Scorer`."""
     if spec.kind == "dinov2":
         judge = fit.networks.dinov2(fit.dinov2_backbone, fit.dinov2_head)
-        built.files |= {"dinov2_backbone": judge.files[:1], "dinov2_head": judge.files[1:]}
-        built.judging.append("dinov2_backbone")
+        files = {"dinov2_backbone": judge.files[:1], "dinov2_head": judge.files[1:]}
     else:
         judge = fit.networks.classifier(spec.source)
-        built.files[f"reward_{name}"] = judge.files
-        built.judging.append(f"reward_{name}")
-    require_judge_fits("reward", judge, fit.num_classes, fit.channels)
+        files = {f"reward_{name}": judge.files}
+    judge = fitted(judge, "reward", fit)
     if fit.checkpointing:
         judge.enable_gradient_checkpointing()
-    built.judges[f"reward_{name}"] = judge.to(fit.device, fit.dtype)
-    return judge
+    return {"judge": judge, "files": files}
 
 
-def classifier_reward(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Reward:
-    return Reward(name, spec.weight, partial(classifier_losses, judge_of(spec, name, fit, built)))
+def classifier_reward(spec: RewardSpec, name: str, fit: Fit) -> Reward:
+    own = judge_of(spec, name, fit)
+    return Reward(name, spec.weight, partial(classifier_losses, own["judge"]), **own)
 
 
-def frechet_reward(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Reward:
+def frechet_reward(spec: RewardSpec, name: str, fit: Fit) -> Reward:
     """The space is the one that the statistics name, and must still be it: both hashes are compared."""
     path = Path(spec.source)
-    named = str(read_statistics(path).space["name"])
-    space = fit.networks.space(named, fit.device, fit.dinov2_backbone, fit.dtype)
+    space_name = str(read_statistics(path).space["name"])
+    space = fit.networks.space(space_name, fit.device, fit.dinov2_backbone, fit.dtype)
     statistics = read_statistics(path, space.describe())
     space.require_channels(fit.channels)
     if fit.checkpointing:
@@ -103,14 +88,11 @@ def frechet_reward(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Rewar
         fit.reduce,
         half=fit.dtype == torch.float16,
     )
-    built.files[f"reward_{name}"] = [path]
-    built.spaces.add(space.sha256)
-    if memory.per_class and (note := class_note(statistics, path, fit)):
-        built.notes.append(note)
     classes = fit.num_classes if memory.per_class else 1
-    if note := window_note(fit.frechet_window, statistics.size, classes):
-        built.notes.append(note)
-    return Reward(name, spec.weight, memory.losses, memory)
+    notes = [class_note(statistics, path, fit)] if memory.per_class else []
+    notes.append(window_note(fit.frechet_window, statistics.size, classes))
+    files = {f"reward_{name}": [path]}
+    return Reward(name, spec.weight, memory.losses, memory, files=files, notes=list(filter(None, notes)))
 
 
 def class_note(statistics: Statistics, path: Path, fit: Fit) -> str | None:
@@ -147,11 +129,10 @@ def window_note(window: int, size: int, num_classes: int) -> str | None:
     return None
 
 
-def python_reward(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Reward:
-    reward = fit.networks.function(spec.source, fit.device)
-    built.files[f"reward_{name}"] = [Path(spec.source.rpartition(":")[0])]
-    built.checks.append(partial(reward.check, with_gradient=True))
-    return Reward(name, spec.weight, reward.losses, users=True)
+def python_reward(spec: RewardSpec, name: str, fit: Fit) -> Reward:
+    function = fit.networks.function(spec.source, fit.device)
+    files, check = {f"reward_{name}": [function.file]}, partial(function.check, with_gradient=True)
+    return Reward(name, spec.weight, function.losses, files=files, check=check)
 
 
 BUILDERS = {
@@ -162,27 +143,27 @@ BUILDERS = {
 }
 
 
-def tilt_of(spec: RewardSpec, name: str, fit: Fit, built: Built) -> Tilt:
+def build_tilt(spec: RewardSpec, name: str, fit: Fit) -> Tilt:
     """A black box, or a classifier by its log probability of the label."""
     if spec.kind == "python":
-        reward = fit.networks.function(spec.source, fit.device)
-        built.files[f"tilt_{name}"] = [Path(spec.source.rpartition(":")[0])]
-        built.checks.append(partial(reward.check, with_gradient=False))
-        return Tilt(name, spec.weight, reward.rewards, users=True)
-    judge = judge_of(spec, name, fit, built)
-
-    def log_probability(images: Tensor, y: Tensor) -> Tensor:
-        return -classifier_losses(judge, images, y)[0]
-
-    return Tilt(name, spec.weight, log_probability)
+        function = fit.networks.function(spec.source, fit.device)
+        files, check = {f"tilt_{name}": [function.file]}, partial(function.check, with_gradient=False)
+        return Tilt(name, spec.weight, function.rewards, files=files, check=check)
+    own = judge_of(spec, name, fit)
+    return Tilt(name, spec.weight, lambda images, y: -classifier_losses(own["judge"], images, y)[0], **own)
 
 
-def build_rewards(rewards: Sequence[RewardSpec], tilts: Sequence[RewardSpec], fit: Fit) -> Built:
-    """Raises `InputError` where one is not there, or does not fit the generator."""
-    built = Built()
-    names = named_apart([*rewards, *tilts])
-    for spec, name in zip(rewards, names, strict=False):
-        built.rewards.append(BUILDERS[spec.kind](spec, name, fit, built))
-    for spec, name in zip(tilts, names[len(rewards) :], strict=True):
-        built.tilts.append(tilt_of(spec, name, fit, built))
-    return built
+def build_rewards(
+    rewards: Sequence[RewardSpec], tilts: Sequence[RewardSpec], fit: Fit
+) -> tuple[list[Reward], list[Tilt]]:
+    """Raises `InputError` if one is not there, or does not fit the generator."""
+    named = list(zip([*rewards, *tilts], named_apart([*rewards, *tilts]), strict=True))
+    built = [BUILDERS[spec.kind](spec, name, fit) for spec, name in named[: len(rewards)]]
+    return built, [build_tilt(spec, name, fit) for spec, name in named[len(rewards) :]]
+
+
+def judges_sha256(scorers: Sequence[Scorer], hashes: dict[str, str]) -> set[str]:
+    """SHA-256 of the networks that reward; ``hashes``: of the files of ``scorers``, by the same names."""
+    spaces = {scorer.memory.features_of.sha256 for scorer in scorers if getattr(scorer, "memory", None) is not None}
+    files = (next(iter(scorer.files)) for scorer in scorers if scorer.judge is not None)
+    return spaces | {hashes[name] for name in files if name in hashes}

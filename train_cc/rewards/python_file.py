@@ -47,7 +47,7 @@ class PythonReward:
     """The function of a user's file as losses (smaller is better) or, without gradient, as plain rewards."""
 
     def __init__(self, source: str, device: torch.device | str):
-        self.source = source
+        self.source, self.file = source, Path(source.rpartition(":")[0])
         module, self.name = load_module(source)
         self._function: Callable = getattr(module, self.name)
         self._takes_uint8 = getattr(module, "IMAGES", None) == "uint8"

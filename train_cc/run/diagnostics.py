@@ -14,12 +14,12 @@ def by_band(values: Tensor, t: Tensor) -> Tensor:
     return torch.zeros(2, len(BANDS), device=t.device).index_add_(1, band, both)
 
 
-def compare_gradients(name: str, of_matching: Tensor, of_reward: Tensor) -> dict[str, Tensor]:
-    """Norms at x0 of the gradients of matching and of the weighted reward ``name``, of one shape, and their cosine."""
+def compare_gradients(name: str, of_matching: Tensor, of_term: Tensor) -> dict[str, Tensor]:
+    """Norms at x0 of the gradients of matching and of the weighted term ``name``, of one shape, and their cosine."""
     return {
         "grad_norm_dmd_x0": of_matching.norm(),
-        f"grad_norm_reward_{name}_x0": of_reward.norm(),
-        f"grad_cosine_reward_{name}_x0": torch.cosine_similarity(of_matching.flatten(), of_reward.flatten(), dim=0),
+        f"grad_norm_{name}_x0": of_term.norm(),
+        f"grad_cosine_{name}_x0": torch.cosine_similarity(of_matching.flatten(), of_term.flatten(), dim=0),
     }
 
 

@@ -16,18 +16,17 @@ from train_cc.io.class_names import dataset_of
 from train_cc.io.errors import InputError
 from train_cc.io.fields import of
 from train_cc.io.hub import hub_name, model_folder
-from train_cc.io.read import read_json, shown
 from train_cc.io.weights import GENERATION_CONFIG
 from train_cc.models.estimator import CHECKED_STEPS, ScoreEstimator
-from train_cc.models.generator import generator_lora_rank, read_rewards, trainable_generator
+from train_cc.models.generator import GenerationConfig, build_generator, generator_lora_rank
 from train_cc.models.half import MARGIN, overflowing
-from train_cc.models.latents import read_latent_space
 from train_cc.models.lora import hold_frozen_in
 from train_cc.models.sit import SiT, choose_attention
 from train_cc.models.vae import require_decoder
-from train_cc.rewards.build import Built, Fit, build_rewards, require_judge_fits
+from train_cc.rewards.build import Fit, build_rewards, fitted, judges_sha256
 from train_cc.rewards.networks import Networks
 from train_cc.rewards.spec import rewards_of
+from train_cc.rewards.terms import Reward, Scorer
 from train_cc.run.ema import Average
 from train_cc.run.session import COMPUTE_DTYPES, Session
 from train_cc.samplers import euler_sample
@@ -36,15 +35,6 @@ from train_cc.setup.compiler import compiler_works
 
 CHECK = 5  # first key of the draws, after the seed, of the batch that users' functions and fp16 are checked on
 SAMPLED = 4  # samples that decoder and judges are checked on in fp16
-
-
-def add_holdout(args: argparse.Namespace, fit: Fit, built: Built) -> None:
-    """A classifier that rewards nothing, and shows where a reward is hacked."""
-    if args.holdout_classifier:
-        judge = fit.networks.classifier(args.holdout_classifier)
-        require_judge_fits("holdout", judge, fit.num_classes, fit.channels)
-        built.judges["holdout"] = judge.to(fit.device, fit.dtype)
-        built.files["holdout_classifier"] = judge.files
 
 
 def build_optimizer(
@@ -71,11 +61,10 @@ def folder_of_teacher(args: argparse.Namespace) -> Path:
 
 def refuse_distilled(args: argparse.Namespace) -> None:
     """Raises `InputError` for a teacher whose folder records steps of inference, as generators' folders do."""
-    path = folder_of_teacher(args) / GENERATION_CONFIG
-    steps = read_json(path, "a model's sampling and latents").get("num_inference_steps") if path.exists() else None
+    steps = GenerationConfig.read(folder_of_teacher(args)).num_inference_steps
     if steps is not None:
         raise InputError(
-            f"--teacher {args.teacher} is a distilled generator: its {GENERATION_CONFIG} records {shown(steps)} "
+            f"--teacher {args.teacher} is a distilled generator: its {GENERATION_CONFIG} records {steps} "
             "step(s) of inference. A multi-step teacher is expected, whose velocity holds at all times. If this one is "
             "meant: --teacher-is-distilled"
         )
@@ -116,15 +105,20 @@ def raise_overflow(where: str, source: object) -> None:
 
 @torch.no_grad()
 def require_range(
-    args: argparse.Namespace, estimator: ScoreEstimator, built: Built, decode: Callable[[Tensor], Tensor], fit: Fit
+    args: argparse.Namespace,
+    estimator: ScoreEstimator,
+    judges: dict[str, nn.Module],
+    rewards: list[Reward],
+    decode: Callable[[Tensor], Tensor],
+    fit: Fit,
 ) -> None:
     """Decoder, judges and feature spaces bear fp16, if they compute in it, on a few samples of the teacher.
 
     Raises `InputError` that names the network and its layer.
     """
     networks: dict[str, Callable] = {f"the decoder {args.vae}": decode}
-    networks |= {f"the {name.replace('_', ' ')}": judge for name, judge in built.judges.items()}
-    networks |= {f"the reward {r.name}": r.memory.features_of for r in built.rewards if r.memory is not None}
+    networks |= {f"the {name.replace('_', ' ')}": judge for name, judge in judges.items()}
+    networks |= {f"the reward {r.name}": r.memory.features_of for r in rewards if r.memory is not None}
     halves = {name: each for name, each in networks.items() if in_half(each)}
     if not halves:
         return
@@ -165,13 +159,15 @@ def prepare_network(
             block.compile()
 
 
-def check_functions(built: Built, decode: Callable[[Tensor], Tensor], shape: tuple[int, int, int], fit: Fit) -> None:
+def check_functions(
+    scorers: list[Scorer], decode: Callable[[Tensor], Tensor], shape: tuple[int, int, int], fit: Fit
+) -> None:
     """Each of a user's functions on one batch, before anything is written. Raises `InputError`."""
-    if built.checks:
+    if checks := [scorer.check for scorer in scorers if scorer.check is not None]:
         y = torch.arange(2, device=fit.device) % fit.num_classes
         with torch.no_grad():
             images = decode(Draws(0, CHECK, device=fit.device).noise(2, *shape))
-        for check in built.checks:
+        for check in checks:
             check(images, y)
 
 
@@ -193,33 +189,27 @@ def placed(session: Session, generator: SiT, estimator: ScoreEstimator, how: Opt
     }
 
 
-def judged(
-    args: argparse.Namespace, session: Session, networks: Networks, num_classes: int, channels: int
-) -> tuple[Built, Fit]:
-    """Rewards, tilts and the held-out judge, on the device, each with the attention that is fast there."""
+def fit_of(args: argparse.Namespace, session: Session, networks: Networks, num_classes: int, channels: int) -> Fit:
+    """The generator, images and device that rewards must fit."""
     device, dtype = session.device, COMPUTE_DTYPES[session.generator_accelerator.mixed_precision]
     own = {"num_classes": num_classes, "channels": channels, "device": device, "dtype": dtype, "networks": networks}
     own["dataset"] = None if hub_name(args.teacher) else dataset_of(args.teacher)
-    fit = of(Fit, args, **own, reduce=session.total, checkpointing=args.reward_checkpointing)
-    built = build_rewards(rewards_of(args), args.tilt, fit)
-    add_holdout(args, fit, built)
-    for judge in built.judges.values():
-        choose_attention(judge, device, dtype)
-    return built, fit
+    return of(Fit, args, **own, reduce=session.total, checkpointing=args.reward_checkpointing)
 
 
-def load_decode(args: argparse.Namespace, built: Built, fit: Fit, latents: str | None) -> Callable[[Tensor], Tensor]:
-    """x0 -> images; its file is noted in ``built``. Without previews and rewards nothing is decoded, or loaded."""
-    decoded = args.vae != "none" and (args.num_previews or built.rewards or built.tilts)
+def load_decode(
+    args: argparse.Namespace, session: Session, fit: Fit, rewarded: bool, latents: str | None
+) -> Callable[[Tensor], Tensor]:
+    """x0 -> images. Without previews and rewards nothing is decoded, or loaded."""
+    decoded = args.vae != "none" and (args.num_previews or rewarded or args.tilt)
     decode = fit.networks.decoder(args.vae if decoded else None, fit.device, fit.dtype, latents)
     if isinstance(decode, nn.Module):  # pixel space has no decoder network
-        built.files["vae"] = decode.files
         if decode.needs_fp32 and fit.dtype == torch.float16:
-            built.notes.append(
+            session.notes.append(
                 f"--vae {args.vae}: its config.json has force_upcast, so images are decoded in fp32, not fp16; "
                 "write false there if its activations are known to fit fp16"
             )
-        if args.reward_checkpointing and built.rewards:
+        if args.reward_checkpointing and rewarded:
             decode.enable_gradient_checkpointing()
     return decode
 
@@ -230,24 +220,31 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     compiled = compiler_works(args.compile, session)  # before anything is loaded
     how = of(Optimisation, args)
     teacher, config, channels = load_teacher(args, networks)
-    built, fit = judged(args, session, networks, config["num_classes"], channels)
-    sample_shape, of_teacher = teacher.sample_shape, {"teacher": teacher.files}
+    fit = fit_of(args, session, networks, config["num_classes"], channels)
+    rewards, tilts = build_rewards(rewards_of(args), args.tilt, fit)
+    scorers: list[Scorer] = [*rewards, *tilts]
+    judges = {f"reward_{scorer.name}": scorer.judge for scorer in scorers if scorer.judge is not None}
+    files = {"teacher": teacher.files} | {name: paths for each in scorers for name, paths in each.files.items()}
+    if args.holdout_classifier:  # rewards nothing, and shows reward hacking
+        judges["holdout"] = fitted(networks.classifier(args.holdout_classifier), "holdout", fit)
+        files["holdout_classifier"] = judges["holdout"].files
+    sample_shape = teacher.sample_shape
     estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
     # Before the generator is loaded: never two copies in fp32.
     prepare_scores(estimator, args.teacher, session, fit.dtype)
-    teacher = folder_of_teacher(args)
-    latents = read_latent_space(teacher)
-    decode = load_decode(args, built, fit, latents)
-    require_range(args, estimator, built, decode, fit)
+    recorded = GenerationConfig.read(folder_of_teacher(args))
+    session.notes += [note for scorer in scorers for note in scorer.notes]
+    decode = load_decode(args, session, fit, bool(rewards), recorded.latent_space_sha256)
+    files |= {"vae": decode.files} if isinstance(decode, nn.Module) else {}
+    require_range(args, estimator, judges, rewards, decode, fit)
     if session.sharded:
         estimator.cpu()  # sharding moves it again, when there is room for it
     prepare_network(estimator, args, fit.device, fit.dtype, compiled)
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
-    generator = trainable_generator(networks.sit(args.teacher), rank, args.seed)
+    generator = build_generator(networks.sit(args.teacher), rank, args.seed)
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
-    check_functions(built, decode, sample_shape, fit)
-    session.notes += built.notes
-    hashes = networks.hashes(of_teacher | built.files)
+    check_functions(scorers, decode, sample_shape, fit)
+    hashes = networks.hashes(files)
     run = Run(
         session=session,
         method=of(Method, args),
@@ -257,15 +254,15 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         decode=decode,
         model_config=config,
         teacher=args.teacher,
-        latent_space=latents,
-        rewards=built.rewards,
-        tilts=built.tilts,
+        latent_space=recorded.latent_space_sha256,
+        rewards=rewards,
+        tilts=tilts,
         reward_micro_batch=args.reward_micro_batch,
-        judges=built.judges,
+        judges=judges,
         lora_rank_generator=rank,
         arguments=json.loads(json.dumps(vars(args), default=str)),
         # Of a teacher that is a rewarded generator, those too.
-        rewards_sha256={*built.spaces, *read_rewards(teacher), *(hashes[n] for n in built.judging if n in hashes)},
+        rewards_sha256={*recorded.rewards_sha256, *judges_sha256(scorers, hashes)},
         hashes=hashes,
     )
     run.parts = parts_of(run)

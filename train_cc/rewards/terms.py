@@ -1,23 +1,27 @@
 """Rewards as terms at x0: decoded once, in micro-batches, each with a gradient of its own (docs/method.md).
 
 A reward is a function of images: ``losses(images, y) -> (B,)``, smaller is better, differentiable. Its term at x0 is
-the mean over the batch and its gradient, taken at a detached x0, so that no term holds another's activations.
+the mean over the batch and its gradient, taken at a detached x0, so that no term holds another's activations. A tilt
+is a reward without a gradient: it weighs the estimator's samples.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from train_cc.rewards.frechet import Frechet
-from train_cc.run.diagnostics import compare_gradients, finite, first_overflow
+from train_cc.run.diagnostics import finite, first_overflow
 from train_cc.run.logbook import OVERFLOW
 
 # Half precision would lose small gradients on the way back through decoder and classifier. A power of two is exact.
 GRADIENT_SCALE = 1024.0
 GROWTH_INTERVAL = 2000  # turns without an overflow after which a lowered scale is doubled, as torch's GradScaler has it
+LARGEST_WEIGHT = 10.0  # of a tilted sample
 
 
 class Term(NamedTuple):
@@ -26,21 +30,42 @@ class Term(NamedTuple):
     loss: Tensor  # 0-d, the mean over the batch
     gradient: Tensor | None  # of the weighted loss at x0, (B, C, H, W), fp32
     figures: dict[str, Tensor]  # for the log
+    name: str = ""  # in the log's columns
+    overflow: Tensor | None = None  # 0-d, True: the gradient overflowed in fp16 and is dropped
+
+    @property
+    def pull(self) -> Tensor:
+        """The gradient at x0, or zeros after an overflow."""
+        return self.gradient if self.overflow is None else torch.where(self.overflow, 0.0, self.gradient)
+
+
+@dataclass(kw_only=True)
+class Scorer:
+    """The network or function behind a reward or tilt. ``check`` of a user's function raises `InputError`."""
+
+    judge: nn.Module | None = None  # a classifier: it scores the previews too
+    files: dict[str, list[Path]] = field(default_factory=dict)  # that were read, by flag or name, a judge's first
+    notes: list[str] = field(default_factory=list)  # for the log
+    check: Callable[[Tensor, Tensor], None] | None = None  # of images and labels, before the first update
+
+    @property
+    def users(self) -> bool:
+        """True for a user's function, whose NaN is no overflow of ours."""
+        return self.check is not None
 
 
 @dataclass
-class Reward:
+class Reward(Scorer):
     """``losses``: images (B, C, H, W) in [0, 1], labels (B,) -> losses (B,) and figures, each (B,).
 
-    ``memory``: of a reward of the distribution, which sets its own weight. ``users``: a user's function, whose NaN is
-    no overflow of ours. ``backoff``: factor of `GRADIENT_SCALE`, halved by each overflow of the reward's gradient.
+    ``memory``: of a reward of the distribution, which sets its own weight. ``backoff``: factor of `GRADIENT_SCALE`,
+    halved by each overflow of the reward's gradient.
     """
 
     name: str
     weight: float
     losses: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
     memory: Frechet | None = None
-    users: bool = False
     backoff: float = 1.0
     good_turns: int = 0  # since the last overflow, or the last growth; counted while ``backoff`` is below 1
 
@@ -59,8 +84,16 @@ class Reward:
                 self.backoff, self.good_turns = self.backoff * 2, 0
 
 
+def classifier_losses(classifier: nn.Module, images: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy, ReFL's loss, and 1 if the class was right: images (B, C, H, W) in [0, 1], y (B,) -> (B,) each."""
+    logits = classifier(images).float()
+    with torch.no_grad():
+        hits = (logits.argmax(dim=1) == y).float()
+    return F.cross_entropy(logits, y, reduction="none"), {"accuracy": hits}
+
+
 class AtX0(NamedTuple):
-    """What one reward gives at x0, before its weight."""
+    """Losses and gradient of one reward at x0, before its weight."""
 
     losses: Tensor  # (B,)
     gradient: Tensor  # of their mean, (B, C, H, W)
@@ -113,34 +146,55 @@ def reward_terms(
     of_matching: Tensor,
     half: bool = False,
 ) -> list[Term]:
-    """Each reward's term, its weight in the gradient, and how it stands to ``of_matching``, matching's gradient.
+    """Each reward's term, its weight in the gradient; a memory measures it against ``of_matching``, matching's.
 
     ``half``: decoder and rewards compute in fp16. A term that overflows there is dropped, and counted in its figures.
     """
     terms = []
-    for reward, found in zip(rewards, rewards_at_x0(rewards, decode, x0, y, micro_batch), strict=True):
-        name, figures = reward.name, {f"loss_reward_{reward.name}": found.losses.mean()}
-        figures |= {f"{figure}_reward_{name}": values.mean() for figure, values in found.figures.items()}
-        weight = reward.weight
+    for reward, own in zip(rewards, rewards_at_x0(rewards, decode, x0, y, micro_batch), strict=True):
+        name, weight, overflow = f"reward_{reward.name}", reward.weight, None
+        figures = {f"loss_{name}": own.losses.mean()}
+        figures |= {f"{figure}_{name}": values.mean() for figure, values in own.figures.items()}
         if reward.memory is not None:
-            weight = reward.memory.weight_of(found.gradient, of_matching)
-            figures |= reward.memory.figures(name)
-        gradient = weight * found.gradient
-        figures |= compare_gradients(name, of_matching, gradient)
+            weight = reward.memory.weight_of(own.gradient, of_matching)
+            figures |= reward.memory.figures(reward.name)
         if half:
-            overflows = overflows_of(reward, found, x0)
-            figures |= overflows
-            gradient = torch.where(sum(overflows.values()) > 0, 0.0, gradient)
-        terms.append(Term(found.losses.mean(), gradient, figures))
+            overflows = overflows_of(reward, own, x0)
+            figures, overflow = figures | overflows, sum(overflows.values()) > 0
+        terms.append(Term(own.losses.mean(), weight * own.gradient, figures, name, overflow))
     return terms
 
 
-def overflows_of(reward: Reward, found: AtX0, x0: Tensor) -> dict[str, Tensor]:
-    """Figures: where in fp16 the term of ``reward`` overflowed first, if it did."""
-    losses = finite(found.losses)
-    stages = {"generator": finite(x0), "decoder": found.decoded.all()}
+def overflows_of(reward: Reward, own: AtX0, x0: Tensor) -> dict[str, Tensor]:
+    """Figures: the stage in which the term of ``reward`` overflowed first in fp16, if it did."""
+    losses = finite(own.losses)
+    stages = {"generator": finite(x0), "decoder": own.decoded.all()}
     if not reward.users:
         stages[f"reward_{reward.name}"] = losses
     # Losses that are no overflow and not finite, a user's NaN, must stop the run.
-    stages[reward.gradient_overflow.removeprefix(OVERFLOW)] = finite(found.gradient) | ~losses
+    stages[reward.gradient_overflow.removeprefix(OVERFLOW)] = finite(own.gradient) | ~losses
     return first_overflow(**stages)
+
+
+# Tilted fake score: a reward without a gradient. Experimental ------------------------------------------------------
+# The estimator's loss weighs sample i by w_i = exp(-beta (r_i - mean r)) / mean, clipped. The fake score then is that
+# of p_generator w, and matching's fixed point p_generator w = p_teacher is p_generator = p_teacher exp(beta r) / Z.
+
+
+@dataclass
+class Tilt(Scorer):
+    """``rewards``: images (B, C, H, W) in [0, 1], labels (B,) -> (B,), larger is better; no gradient is asked of it."""
+
+    name: str
+    beta: float
+    rewards: Callable[[Tensor, Tensor], Tensor]
+
+
+def tilt_weights(rewards: Tensor, beta: float, clip: float = LARGEST_WEIGHT) -> Tensor:
+    """w = exp(-beta (r - mean r)), normalised to mean 1, at most ``clip``. (B,) -> (B,), of the global batch."""
+    return (torch.softmax(-beta * rewards.double(), dim=0) * len(rewards)).clamp(max=clip).float()
+
+
+def effective_samples(weights: Tensor) -> Tensor:
+    """(sum w)^2 / sum w^2: how many equally weighted samples would be as good. (B,) -> 0-d."""
+    return weights.sum().square() / weights.square().sum()
