@@ -37,11 +37,11 @@ class Part:
 def parts_of(run: Run) -> list[Part]:
     """All parts of ``run``: both networks with their moments, the EMA, the statistics of rewards, what fp16 counts."""
     generator, estimator = run.plain_generator, run.plain_estimator
-    weights, lora = "accelerator_1/generator.safetensors", "accelerator_2/estimator_lora.safetensors"
+    weights, of_estimator = "accelerator_1/generator.safetensors", f"estimator_{estimator.trained.lower()}.safetensors"
     parts = [
         weights_part("generator's weights", weights, generator, buffers=True),
         moments_part("generator's moments", "accelerator_1/optimizer.pt", generator, run.generator_optimizer),
-        weights_part("estimator's LoRA", lora, estimator, buffers=False),
+        weights_part(f"estimator's {estimator.trained}", f"accelerator_2/{of_estimator}", estimator, buffers=False),
         moments_part("estimator's moments", "accelerator_2/optimizer.pt", estimator, run.estimator_optimizer),
         *([average_part(run)] if run.ema else []),
         *([memories_part(run)] if run.memories else []),

@@ -33,6 +33,7 @@ class Run:
     decode: Callable[[Tensor], Tensor]  # x0 -> images in [0, 1]
     model_config: dict
     teacher: Path
+    roles: type[LoraScores] = LoraScores  # of the estimator
     parts: list = field(default_factory=list)  # `distillation.parts.Part`: what a checkpoint holds
     generator_terms: list[Callable] = field(default_factory=list)  # (run, draws, x0, y, c, terms before) -> [Term]
     estimator_terms: list[Callable] = field(default_factory=list)  # (run, draws, x0, y, c, weights (B,) | None) -> Term
@@ -58,8 +59,8 @@ class Run:
 
     @property
     def scores(self) -> LoraScores:
-        """The roles of the estimator."""
-        return LoraScores(self.estimator, self.method, self.num_classes)
+        """Fake score, real score and teacher: calls of the estimator."""
+        return self.roles(self.estimator, self.method, self.num_classes)
 
     @property
     def plain_generator(self) -> SiT:

@@ -24,6 +24,7 @@ class ScoreEstimator(nn.Module):
     """
 
     score_dtype: torch.dtype | None = None
+    trained: str = "LoRA"  # in messages, and in the name of its file in a checkpoint
 
     def __init__(self, teacher: SiT, lora_rank: int, lora_init_spread: float | None = 1.0, seed: int = 0):
         super().__init__()

@@ -1,5 +1,7 @@
 """What the figures of an update are made of: bands of t, gradients at x0, sizes of updates. Pure tensors, no sync."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -51,14 +53,15 @@ def whole_norm(tensors: list[Tensor]) -> Tensor:
 
 
 class UpdateSize:
-    """|new - old| / |old| of what is trained in the middle block: an update's size against its weights.
+    """|new - old| / |old| of the trained weights of one block: an update's size against its weights.
 
-    One block, since a copy of all weights would cost memory and time; the same one in every update.
+    The middle one of the trained blocks, the same in every update: a copy of all weights would cost memory and time.
     """
 
-    def __init__(self, blocks: nn.ModuleList):
-        block = blocks[len(blocks) // 2]
-        self._watched = [p for p in block.parameters() if p.requires_grad]
+    def __init__(self, blocks: Iterable[nn.Module]):
+        trained = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
+        trained = [weights for weights in trained if weights]
+        self._watched = trained[len(trained) // 2]
         self._before = [p.detach().clone() for p in self._watched]
 
     def ratio(self) -> Tensor:
