@@ -90,7 +90,7 @@ def moments(sums: Sums, mu_real: Tensor) -> tuple[Tensor, Tensor]:
     return mu, sums.m / sums.n.sum() - (mu * share[:, None]).T @ mu
 
 
-def frechet_distance(
+def distance_by_class(
     mu: Tensor, sigma: Tensor, mu_real: Tensor, sigma_real: Tensor, trace_root: Tensor, share: Tensor
 ) -> Tensor:
     """sum_y share[y] |mu[y] - mu_r[y]|^2 + tr S + tr S_r - 2 tr (R S R)^(1/2). One class: FD as FID has it."""
@@ -199,7 +199,7 @@ class Frechet:
         mu, sigma = moments(self.sums, self.mu_real)
         a, trace_root = transport(sigma, self.root, LARGEST_GAIN)
         share = self.sums.n / self.sums.n.sum()
-        distance = frechet_distance(mu, sigma, self.mu_real, self.sigma_real, trace_root, share)
+        distance = distance_by_class(mu, sigma, self.mu_real, self.sigma_real, trace_root, share)
         self.solved = a, mu, distance
         return distance
 
