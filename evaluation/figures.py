@@ -125,7 +125,7 @@ class Sets:
         times = [torch.zeros(count) for count in counts]
         for pair in self.pairs:
             near = neighbours(reference.features[pair[1]], generated[pair[0]])
-            values = (near.found, near.inside > 0, near.inside / near.k, near.near)
+            values = (near.recalled, near.inside > 0, near.inside / near.k, near.near)
             for (side, total), value in zip(sums.values(), values, strict=True):
                 total[pair[side]] += value.double()
             for side, rows in enumerate(pair):

@@ -71,17 +71,17 @@ def distance_of_checked(
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Who lies in whose ball, which reaches to its centre's k-th nearest other one. On the boundary counts (<=)."""
+    """k-NN balls: the radius is the distance to the k-th nearest neighbour; the boundary belongs to the ball."""
 
-    inside: Tensor  # (N,) how many reference balls hold each generated sample
-    found: Tensor  # (M,) whether the ball of some generated sample holds each reference image
-    near: Tensor  # (M,) whether the ball of each reference image holds some generated sample
+    inside: Tensor  # (N,) number of reference balls that hold each generated sample
+    recalled: Tensor  # (M,) True if the ball of some generated sample holds the reference image
+    near: Tensor  # (M,) True if the ball of the reference image holds some generated sample
     k: int
 
     def figures(self) -> dict[str, float]:
         """Precision, recall (Kynkaanniemi et al.), density and coverage (Naeem et al.)."""
         return {
-            "Recall": self.found.double().mean().item(),
+            "Recall": self.recalled.double().mean().item(),
             "Precision": (self.inside > 0).double().mean().item(),
             "Density": self.inside.double().mean().item() / self.k,
             "Coverage": self.near.double().mean().item(),
@@ -92,10 +92,10 @@ def radii(centres: Tensor, k: int) -> Tensor:
     """(N,): the distance of each centre to its k-th nearest other one."""
     parts = centres.split(rows_at_once(centres))
     # k + 1: a centre is its own nearest neighbour
-    found = torch.cat([torch.cdist(part, centres).topk(k + 1, largest=False).values[:, k] for part in parts])
-    if not torch.isfinite(found).all():
+    nearest = torch.cat([torch.cdist(part, centres).topk(k + 1, largest=False).values[:, k] for part in parts])
+    if not torch.isfinite(nearest).all():
         raise InputError("the features are too large: their distances overflow in fp32")
-    return found
+    return nearest
 
 
 def rows_at_once(others: Tensor) -> int:
@@ -104,27 +104,24 @@ def rows_at_once(others: Tensor) -> int:
 
 
 def neighbours(reference: Tensor, generated: Tensor, k: int = 3) -> Neighbours:
-    """Of (M, D) and (N, D) features, in blocks. fp32 distances; ADM rounds them to fp16, up to 0.007 apart.
+    """Balls of (M, D) and (N, D) features, in blocks. fp32 distances; ADM rounds them to fp16, up to 0.007 apart.
 
     Raises `InputError`.
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise InputError(f"k is {k}; a whole number of at least 1 is expected")
-    check_features(reference, "reference", k + 1)
-    check_features(generated, "generated", k + 1)
-    if reference.shape[1] != generated.shape[1]:
-        raise InputError(f"the reference has {reference.shape[1]} features, the generated {generated.shape[1]}")
+    check_pair(reference, generated, k + 1)
     reference, generated = reference.float().cpu(), generated.float().cpu()
     of_reference, of_generated = radii(reference, k), radii(generated, k)
-    inside, found, near = [], torch.zeros(len(reference), dtype=bool), torch.zeros(len(reference), dtype=bool)
+    inside, recalled, near = [], *torch.zeros(2, len(reference), dtype=bool)
     size = rows_at_once(reference)
     for part, reach in zip(generated.split(size), of_generated.split(size), strict=True):
         distances = torch.cdist(part, reference)
         within = distances <= of_reference
         inside.append(within.sum(dim=1))
         near |= within.any(dim=0)
-        found |= (distances <= reach[:, None]).any(dim=0)
-    return Neighbours(torch.cat(inside), found, near, k)
+        recalled |= (distances <= reach[:, None]).any(dim=0)
+    return Neighbours(torch.cat(inside), recalled, near, k)
 
 
 def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
@@ -132,15 +129,15 @@ def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[
 
     Raises `InputError`.
     """
-    found = neighbours(reference, generated, k).figures()
-    return found["Precision"], found["Recall"]
+    figures = neighbours(reference, generated, k).figures()
+    return figures["Precision"], figures["Recall"]
 
 
 def check_features(features: Tensor, name: str, least: int = 2, what: str = "features") -> None:
     """A real (N, D) tensor of finite numbers, also in fp32, and of ``least`` rows or more. Raises `InputError`."""
     if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
-        told = f"{features.dtype} {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-        raise InputError(f"the {name} {what} are {told}; a tensor (N, D) of real numbers is expected")
+        kind = f"{features.dtype} {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+        raise InputError(f"the {name} {what} are {kind}; a tensor (N, D) of real numbers is expected")
     if len(features) < least:
         raise InputError(f"{least} {name} images or more are needed, {len(features)} were given")
     if not features.shape[1]:

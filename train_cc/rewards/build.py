@@ -41,8 +41,8 @@ class Fit:
 def fitted(judge: nn.Module, name: str, fit: Fit) -> nn.Module:
     """The classifier ``judge``, frozen, on its device. Raises `InputError` for other classes or channels."""
     if judge.num_classes != fit.num_classes:
-        told = f"{judge.num_classes} classes, the generator {fit.num_classes}"
-        raise InputError(f"the {name} classifier has {told}")
+        classes = f"{judge.num_classes} classes, the generator {fit.num_classes}"
+        raise InputError(f"the {name} classifier has {classes}")
     if judge.in_channels != fit.channels:
         raise InputError(f"the {name} classifier takes {judge.in_channels} channels, the images have {fit.channels}")
     choose_attention(judge, fit.device, fit.dtype)

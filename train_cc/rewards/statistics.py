@@ -20,7 +20,7 @@ CLASS_ARRAYS = ("class_mu", "class_count", "within")
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of N images in D dimensions, float64; the class arrays are None where labels were not known."""
+    """Moments of N images in D dimensions, float64; the class arrays are None if labels were not known."""
 
     mu: Tensor  # (D,)
     sigma: Tensor  # (D, D)
@@ -41,11 +41,14 @@ class Statistics:
     @property
     def classes(self) -> list[str] | None:
         """The names of the class folders, in the order of their numbers; None for a file that does not record them."""
-        return classes_of(self.space, self.num_classes)
+        source = self.space.get("source")
+        names = source.get("classes") if isinstance(source, dict) else None
+        fits = isinstance(names, list) and len(names) == self.num_classes
+        return names if fits and all(isinstance(name, str) for name in names) else None
 
 
 def read_statistics(path: Path, space: dict | None = None) -> Statistics:
-    """``space``: what `FeatureSpace.describe` says of the space in use; None: any. Raises `InputError`."""
+    """Read a file of ``space``, as `FeatureSpace.describe` gives it; None: of any. Raises `InputError`."""
     content = read_npz(path, STATISTICS_FILE)
     missing = [name for name in ("mu", "sigma", "space") if name not in content]
     missing += [name for name in CLASS_ARRAYS if name not in content and content.keys() & set(CLASS_ARRAYS)]
@@ -76,14 +79,6 @@ def read_space(array: np.ndarray, path: Path) -> dict:
     if missing:
         raise InputError(f"{path}: space lacks {', '.join(missing)}; {STATISTICS_FILE} is expected")
     return content
-
-
-def classes_of(space: dict, num_classes: int | None = None) -> list[str] | None:
-    """The class folders that a statistics file's ``space`` records; ``num_classes``: how many they must be."""
-    source = space.get("source")
-    names = source.get("classes") if isinstance(source, dict) else None
-    fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names if fits and num_classes in (None, len(names)) else None
 
 
 def require_space(of_file: dict, in_use: dict, path: Path) -> None:
