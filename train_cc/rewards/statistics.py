@@ -47,16 +47,14 @@ class Statistics:
         return names if fits and all(isinstance(name, str) for name in names) else None
 
 
-def read_statistics(path: Path, space: dict | None = None) -> Statistics:
-    """Read a file of ``space``, as `FeatureSpace.describe` gives it; None: of any. Raises `InputError`."""
+def read_statistics(path: Path) -> Statistics:
+    """Read a file of evaluation/statistics.py. Raises `InputError`."""
     content = read_npz(path, STATISTICS_FILE)
     missing = [name for name in ("mu", "sigma", "space") if name not in content]
     missing += [name for name in CLASS_ARRAYS if name not in content and content.keys() & set(CLASS_ARRAYS)]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}; {STATISTICS_FILE} is expected")
-    of_space = read_space(content["space"], path)
-    if space is not None:
-        require_space(of_space, space, path)
+    space = read_space(content["space"], path)
     mu, sigma = check_statistics(content["mu"], content["sigma"], path)
     arrays = [mu, sigma, None, None, None]
     if "class_mu" in content:
@@ -67,7 +65,7 @@ def read_statistics(path: Path, space: dict | None = None) -> Statistics:
             raise InputError(f"{path}: class_count holds {count.tolist()[:8]}...; whole numbers from 0 are expected")
         arrays = [mu, sigma, class_mu, count, covariance(content["within"], size, "within", path)]
     tensors = (None if array is None else torch.from_numpy(array) for array in arrays)
-    return Statistics(*tensors, of_space, sha256(path))
+    return Statistics(*tensors, space, sha256(path))
 
 
 def read_space(array: np.ndarray, path: Path) -> dict:
