@@ -9,9 +9,8 @@ import torch
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from evaluation import distances, metrics
-from evaluation.distances import directions, equal_sets, kid, mean_over, sliced_wasserstein
-from evaluation.metrics import neighbours
+from evaluation import metrics
+from evaluation.metrics import directions, equal_sets, kid, mean_over, neighbours, sliced_wasserstein
 from tests.test_metrics import features
 from train_cc.io.errors import InputError
 
@@ -59,7 +58,7 @@ def test_a_block_of_distances_is_bounded():
 def test_kid_is_the_naive_sum_over_pairs(monkeypatch):
     """All pairs of distinct images of one side, all pairs of both; by subsets of the size that is asked for."""
     reference, generated = features(60, 5), features(60, 5, seed=1, shift=0.2)
-    monkeypatch.setattr(distances, "LEAST_SUBSETS", 2)
+    monkeypatch.setattr(metrics, "LEAST_SUBSETS", 2)
 
     def kernel(x, y):
         return (float(x @ y) / 5 + 1) ** 3
@@ -68,7 +67,7 @@ def test_kid_is_the_naive_sum_over_pairs(monkeypatch):
         within = [sum(kernel(x, y) for x, y in itertools.permutations(part, 2)) / (30 * 29) for part in (a, b)]
         return sum(within) - 2 * sum(kernel(x, y) for x in a for y in b) / 900
 
-    orders = [torch.randperm(60, generator=distances.rng_of(distances.SUBSETS, side, 60)) for side in (0, 1)]
+    orders = [torch.randperm(60, generator=metrics.rng_of(metrics.SUBSETS, side, 60)) for side in (0, 1)]
     x, y = generated.double()[orders[0]].numpy(), reference.double()[orders[1]].numpy()
     values = [naive(x[:30], y[:30]), naive(x[30:], y[30:])]
     value, error = kid(reference, generated)

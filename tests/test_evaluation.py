@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 from evaluation import decoding, evaluate, figures, files, generate, sampling
-from evaluation.distances import equal_sets, sliced_wasserstein
-from evaluation.metrics import neighbours, precision_recall, statistics
+from evaluation.metrics import equal_sets, neighbours, precision_recall, sliced_wasserstein, statistics
 from evaluation.spaces import stored_by_space
 from evaluation.split import hold_out
 from evaluation.standins import write_vae

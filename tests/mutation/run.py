@@ -123,7 +123,6 @@ MODULES = {
     "train_cc/run/session.py": ["test_distill", "test_processes"],
     "train_cc/pretrain/teacher.py": ["test_teacher", "test_pretrain"],
     "evaluation/metrics.py": ["test_metrics", "test_distances"],
-    "evaluation/distances.py": ["test_distances"],
     "convert_weight/pipeline.py": [
         "test_sampling",
         "test_sharing",

@@ -105,7 +105,7 @@ def hold_frozen_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def save_adapter(state: Mapping[str, Tensor], rank: int, targets: list[str], base: str, folder: Path) -> None:
-    """What is LoRA of ``state``, as a folder that `peft.PeftModel.from_pretrained` puts on the model of ``base``."""
+    """Write the LoRA of ``state`` as a folder that `peft.PeftModel.from_pretrained` puts on the model of ``base``."""
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0, inference_mode=True)
     config.base_model_name_or_path = base
     config.save_pretrained(folder)

@@ -23,7 +23,7 @@ from train_cc.models.half import MARGIN, overflowing
 from train_cc.models.lora import hold_frozen_in
 from train_cc.models.sit import SiT, choose_attention
 from train_cc.models.vae import require_decoder
-from train_cc.rewards.build import Fit, build_rewards, fitted, judges_sha256
+from train_cc.rewards.build import Fit, build_rewards, judges_sha256, place_judge
 from train_cc.rewards.networks import Networks
 from train_cc.rewards.spec import rewards_of
 from train_cc.rewards.terms import Reward, Scorer
@@ -226,7 +226,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     judges = {f"reward_{scorer.name}": scorer.judge for scorer in scorers if scorer.judge is not None}
     files = {"teacher": teacher.files} | {name: paths for each in scorers for name, paths in each.files.items()}
     if args.holdout_classifier:  # rewards nothing, and shows reward hacking
-        judges["holdout"] = fitted(networks.classifier(args.holdout_classifier), "holdout", fit)
+        judges["holdout"] = place_judge(networks.classifier(args.holdout_classifier), "holdout", fit)
         files["holdout_classifier"] = judges["holdout"].files
     sample_shape = teacher.sample_shape
     estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
