@@ -22,7 +22,7 @@ from evaluation.moments import merged, shard_moments
 from evaluation.statistics import main
 from tests.conftest import refused
 from train_cc.io.errors import InputError
-from train_cc.io.write import is_ours
+from train_cc.io.products import is_ours
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.features import load_space
 from train_cc.pretrain import data

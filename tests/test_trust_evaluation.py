@@ -24,7 +24,7 @@ from evaluation.report import page as report
 from tests.conftest import TINY, random_sit, refused, run_cold_start, tree, words
 from train_cc.io.errors import InputError
 from train_cc.io.figures import METRICS
-from train_cc.io.write import is_ours
+from train_cc.io.products import is_ours
 from train_cc.models import features
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.generator import save_generator
