@@ -22,7 +22,6 @@ from evaluation.moments import merged, shard_moments
 from evaluation.statistics import main
 from tests.conftest import refused
 from train_cc.io.errors import InputError
-from train_cc.io.write import is_ours
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.features import load_space
 from train_cc.pretrain import data
@@ -83,7 +82,6 @@ def test_the_file_holds_what_numpy_says(npz, space, tmp_path):
     read = read_statistics(tmp_path / "s.npz")
     require_space(read.space, load_space(space).describe(), tmp_path)
     assert np.array_equal(read.sigma.numpy(), found["sigma"]) and read.num_classes == 10 and read.size == f.shape[1]
-    assert is_ours(tmp_path / "s.npz")
     assert not (tmp_path / "s.npz.shards").exists()
 
 

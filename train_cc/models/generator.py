@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from train_cc.io.errors import InputError
+from train_cc.io.products import write_atomically
 from train_cc.io.read import Number, check_numbers, read_json, shown
 from train_cc.io.weights import GENERATION_CONFIG, fit, load_weights, require_finite
-from train_cc.io.write import write_atomically
 from train_cc.models.sit import SiT, check_sit_config
 
 SAMPLING = {"num_inference_steps": Number(int, 1, 1000), "timestep_shift": Number(float, 1e-3, 1e3)}

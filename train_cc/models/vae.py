@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from train_cc.io.errors import InputError
 from train_cc.io.hub import cached_hub_file, hub_file, models_inside
+from train_cc.io.products import write_atomically
 from train_cc.io.read import (
     Number,
     check_numbers,
@@ -32,7 +33,6 @@ from train_cc.io.read import (
     shown,
 )
 from train_cc.io.weights import load_weights, require_tensors
-from train_cc.io.write import write_atomically
 
 # A hub name stands for one state of its files.
 PINNED_REVISIONS = {"stabilityai/sd-vae-ft-ema": "f04b2c4b98319346dad8c65879f680b1997b204a"}
