@@ -20,6 +20,7 @@ from train_cc.setup.arguments import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 
+
 def test_every_default_is_legal():
     parser = cold_start.stage_parser()
     assert validate(parser.parse_args(["--teacher", "t", "--output-dir", "o"])) == []
