@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
             write_record(args.output_dir, record("frontier", vars(args)))
         frontier = Frontier(args, rows)
         log = args.output_dir / "logs" / "check.txt"
-        run_all([Job("evaluation can begin", frontier.check, log)], 1, os.environ)
+        run_all([Job("evaluation can begin", frontier.check(), log)], 1, os.environ)
         run_all(frontier.jobs(), args.jobs, os.environ)
         places = [frontier.place("rows", row) / "figures.json" for row in rows.rows]
         print(write_results(args, rows, spaces_of(places)))

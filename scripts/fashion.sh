@@ -9,6 +9,6 @@ began=$SECONDS
 
 run python -m scripts.jobs scripts/recipes/fashion.toml \
     vae reward evaluation teacher decoder evaluation_vit cold_start two_steps control dmdr dmdr_strong \
-    samples_of_the_teacher samples_of_cold_starts samples_after results
+    samples_of_the_teacher samples results
 echo "did it work, and how: open $FASHION/report.html in a browser"
 echo "Fashion-MNIST with seed $SEED: $((SECONDS - began)) s"

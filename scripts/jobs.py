@@ -2,14 +2,13 @@
 
 `python -m scripts.jobs scripts/recipes/digits.toml teacher classifiers`
 
-A job of such a file, [NAME], has a `title`, its usual length (`about`), the jobs that it `needs`, and its `commands`:
-each one string, quoted as in a shell, $NAME a variable of the environment. Modules run in turn in one process, since
-Python and torch take seconds to start; a launcher runs in its own. A command whose product is finished is skipped,
-unless the job says `always`. `show`: on the terminal, not in a log.
+A job of such a file, [NAME], has a `title`, its usual length (`about`), the jobs that it `needs`, and its `commands`,
+which begin with what is `common`: quoted as in a shell, $NAME a variable of the environment. Modules run in turn in one
+process, since Python and torch take seconds to start; a launcher runs in its own. A command whose product is finished
+is skipped, unless the job says `always`. `show`: on the terminal, not in a log.
 """
 
 import contextlib
-import functools
 import importlib
 import itertools
 import os
@@ -20,7 +19,7 @@ import string
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,24 +43,18 @@ class Command:
     variables: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Job:
     """``commands`` yields each command when the one before has ended well; without any the job is kept."""
 
     name: str
-    commands: Callable[[], Iterator[Command]]
+    commands: Iterator[Command]
     log: Path | None = None
     needs: list[str] = field(default_factory=list)
     about: str = ""
-
-
-@dataclass
-class Running:
-    job: Job
-    commands: Iterator[Command]
-    command: Command | None
+    command: Command | None = None  # the next to start
     process: subprocess.Popen | None = None
-    began: float = field(default_factory=time.monotonic)
+    began: float = 0.0
 
 
 # Running ----------------------------------------------------------------------------------------------------------
@@ -69,16 +62,39 @@ class Running:
 
 def run_all(jobs: list[Job], at_once: int, environment: Mapping[str, str]) -> None:
     """Run every job, ``at_once`` at a time, in order as far as their needs allow. A failure or a signal stops all."""
-    running: list[Running] = []
-    with signals_received() as received:
-        try:
-            follow(jobs, at_once, environment, running, received)
-        finally:
-            alive = [each.process for each in running if each.process is not None and each.process.poll() is None]
-            for process in alive:
-                os.killpg(process.pid, signal.SIGTERM)  # trainings write their checkpoint first
-            for process in alive:
-                process.wait()
+    waiting, running, done, seconds = list(jobs), [], set(), []
+
+    def ready() -> list[Job]:
+        return [job for job in waiting if done.issuperset(job.needs)]
+
+    with signals_received() as received, stopped_at_the_end(running):
+        while waiting or running:
+            while ready() and len(running) < at_once:
+                waiting.remove(job := ready()[0])
+                job.command, job.began = next(job.commands, None), time.monotonic()
+                left = time_left(seconds, len(waiting) + len(running) + 1, at_once)
+                more = "; ".join(filter(None, [job.about or left, f"log: {job.log}" if job.log else ""]))
+                line = f"{job.name}, {more}" if job.command else f"{job.name}: kept"
+                print(f"[{len(jobs) - len(waiting)}/{len(jobs)}] {line}", flush=True)
+                running.append(job) if job.command else done.add(job.name)
+            if waiting and not running and not ready():
+                needs = ", ".join(set(waiting[0].needs) - done)
+                raise InputError(f"{waiting[0].name} waits for {needs}, which nobody makes")
+            beside = at_once > 1 and len(running) + len(ready()) > 1
+            for job in running:
+                if job.command is not None:
+                    start(job, environment, beside)
+            time.sleep(0.1 if running else 0)
+            if received:
+                raise SystemExit(128 + received[0])
+            for job in [job for job in running if job.process.poll() is not None]:
+                if job.process.returncode:
+                    fail(job)
+                job.command = next(job.commands, None)
+                if job.command is None:
+                    running.remove(job)
+                    done.add(job.name)
+                    seconds.append(time.monotonic() - job.began)
 
 
 @contextlib.contextmanager
@@ -94,79 +110,49 @@ def signals_received() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def follow(
-    jobs: list[Job], at_once: int, environment: Mapping[str, str], running: list[Running], received: list[int]
-) -> None:
-    waiting, done, seconds = list(jobs), set(), []
-
-    def ready() -> list[Job]:
-        return [job for job in waiting if done.issuperset(job.needs)]
-
-    def say(job: Job, text: str) -> None:
-        print(f"[{len(jobs) - len(waiting)}/{len(jobs)}] {job.name}{text}", flush=True)
-
-    while waiting or running:
-        while ready() and len(running) < at_once:
-            waiting.remove(job := ready()[0])
-            commands = job.commands()
-            if (command := next(commands, None)) is None:
-                done.add(job.name)
-                say(job, ": kept")
-            else:
-                about = job.about or time_left(seconds, len(waiting) + len(running) + 1, at_once)
-                say(job, f"{about and f', {about}'}{f'; log: {job.log}' if job.log else ''}")
-                running.append(Running(job, commands, command))
-        if waiting and not running and not ready():
-            raise InputError(
-                f"{waiting[0].name} waits for {', '.join(set(waiting[0].needs) - done)}, which nobody makes"
-            )
-        beside = at_once > 1 and len(running) + len(ready()) > 1
-        for each in running:
-            if each.command is not None:
-                each.process, each.command = start(each, environment, beside), None
-        time.sleep(0.1 if running else 0)
-        if received:
-            raise SystemExit(128 + received[0])
-        for each in [each for each in running if each.process.poll() is not None]:
-            if each.process.returncode:
-                fail(each.job, each.process.returncode)
-            if (command := next(each.commands, None)) is not None:
-                each.command = command
-            else:
-                running.remove(each)
-                done.add(each.job.name)
-                seconds.append(time.monotonic() - each.began)
+@contextlib.contextmanager
+def stopped_at_the_end(running: list[Job]) -> Iterator[None]:
+    """Ask the jobs that still run to end, and wait for them: trainings write their checkpoint first."""
+    try:
+        yield
+    finally:
+        alive = [job.process for job in running if job.process is not None and job.process.poll() is None]
+        for process in alive:
+            os.killpg(process.pid, signal.SIGTERM)
+        for process in alive:
+            process.wait()
 
 
-def start(each: Running, environment: Mapping[str, str], beside: bool) -> subprocess.Popen:
-    """Start a command in a session of its own, so that what it starts is stopped with it.
+def start(job: Job, environment: Mapping[str, str], beside: bool) -> None:
+    """Start the job's command in a session of its own, so that what it starts is stopped with it.
 
     Beside another job its waiting threads sleep at once (train_cc/io/threads.py); all jobs keep all threads.
     """
-    variables = ({"GOMP_SPINCOUNT": "0"} if beside else {}) | dict(environment) | each.command.variables
+    variables = ({"GOMP_SPINCOUNT": "0"} if beside else {}) | dict(environment) | job.command.variables
     with contextlib.ExitStack() as stack:
         file = None
-        if each.job.log is not None:
-            each.job.log.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(each.job.log.open("wb" if each.process is None else "ab"))
+        if job.log is not None:
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(job.log.open("wb" if job.process is None else "ab"))
         options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "start_new_session": True}
-        return subprocess.Popen(each.command.words, cwd=ROOT, env=variables, **options)
+        job.process = subprocess.Popen(job.command.words, cwd=ROOT, env=variables, **options)
+    job.command = None
 
 
-def fail(job: Job, code: int) -> None:
+def fail(job: Job) -> None:
     """Show the end of the job's log, and leave with its exit code."""
-    code = 128 - code if code < 0 else code
-    text = f'"{job.name}" failed with exit code {code}'
+    code = job.process.returncode if job.process.returncode > 0 else 128 - job.process.returncode
+    lines = [f'"{job.name}" failed with exit code {code}']
     if job.log is not None:
-        lines = job.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
-        text = "\n".join([f"{text}; the end of {job.log}:", *lines[-TAIL:]])
-    report(text)
+        text = job.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+        lines = [f"{lines[0]}; the end of {job.log}:", *text.splitlines()[-TAIL:]]
+    report("\n".join(lines))
     raise SystemExit(code)
 
 
 def time_left(seconds: list[float], jobs: int, at_once: int) -> str:
     """The time left if each of the ``jobs`` takes the mean of ``seconds``."""
-    if not seconds or not jobs:
+    if not seconds:
         return ""
     minutes = sum(seconds) / len(seconds) * jobs / min(at_once, jobs) / 60
     return f"about {minutes:.0f} min left" if minutes < 120 else f"about {minutes / 60:.1f} h left"
@@ -228,14 +214,14 @@ def read_jobs(file: Path, names: list[str]) -> list[Job]:
         each, title = content[name], content[name]["title"]
         needs = [content[other]["title"] for other in each.get("needs", ()) if other in (names or content)]
         log = Path(logs) / f"{len(jobs) + 1}-{re.sub('[^A-Za-z0-9]', '_', title)}.txt"
-        commands = functools.partial(commands_of, each["commands"], title, each.get("always", False))
+        texts = [f"{each.get('common', '')} {text}" for text in each["commands"]]
+        commands = commands_of([read_command(text, title) for text in texts], each.get("always", False))
         jobs.append(Job(title, commands, None if each.get("show") else log, needs, each["about"]))
     return jobs
 
 
-def commands_of(texts: list[str], title: str, always: bool) -> Iterator[Command]:
+def commands_of(commands: list[Command], always: bool) -> Iterator[Command]:
     """What is left to run: launchers one by one, or all modules in one process."""
-    commands = [read_command(text, title) for text in texts]
     left = [command for command in commands if always or not finished(product_of(command))]
     if left and left[0].words[0] != "bash":
         modules = [word for command in left for word in (",", *command.words)]

@@ -63,11 +63,10 @@ def run(table, teacher, tmp_path, monkeypatch):
     """A frontier whose commands write what the real ones would. -> a function of flags; `run.made`: commands."""
     made = []
 
-    def start(each, environment, beside):
-        command, variables = each.command.words, each.command.variables
-        made.append(command)
-        write(command, each.job.log, variables)
-        return SimpleNamespace(poll=lambda: 0, returncode=0)
+    def start(job, environment, beside):
+        made.append(job.command.words)
+        write(job.command.words, job.log, job.command.variables)
+        job.command, job.process = None, SimpleNamespace(poll=lambda: 0, returncode=0)
 
     def write(command, log, variables):
         value = 0.1 * len(command[0]) + 0.01 * len(str(log))

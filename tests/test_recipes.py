@@ -79,6 +79,10 @@ def jobs_of(recipe: str) -> dict[str, dict]:
     return {name: job for name, job in content.items() if name != "logs"}
 
 
+def texts_of(job: dict) -> list[str]:
+    return [" ".join(f"{job.get('common', '')} {text}".split()) for text in job["commands"]]
+
+
 @pytest.mark.parametrize("recipe", SMALL)
 def test_commands_of_the_jobs_parse(recipe, monkeypatch):
     for name in VARIABLES:
@@ -88,9 +92,9 @@ def test_commands_of_the_jobs_parse(recipe, monkeypatch):
     for name, job in jobs_of(recipe).items():
         titles.append(job["title"])
         assert set(job.get("needs", ())) <= jobs_of(recipe).keys() and job.keys() <= {
-            "title", "about", "needs", "always", "show", "commands"
+            "title", "about", "needs", "always", "show", "common", "commands"
         }, name  # fmt: skip
-        for text in job["commands"]:
+        for text in texts_of(job):
             module, *words = read_command(text, name).words
             if module == "bash":
                 ((module, *listed),) = commands_of(words[0].removeprefix("scripts/"))
@@ -112,7 +116,7 @@ def test_scripts_name_jobs_that_are_there(recipe):
 
 @pytest.mark.parametrize("recipe", SMALL)
 def test_all_seeds_have_the_same_judges(recipe):
-    texts = [" ".join(text.split()) for job in jobs_of(recipe).values() for text in job["commands"]]
+    texts = [text for job in jobs_of(recipe).values() for text in texts_of(job)]
     judges = [text for text in texts if "--purpose evaluation" in text]
     others = [text for text in texts if text.startswith("train_cc.pretrain.") and "--learning-rate" in text]
     assert len(judges) == 2 and not any("$SEED" in text for text in judges)

@@ -42,7 +42,7 @@ class Frontier:
         command = ["bash", ROOT / LAUNCHERS[stage].format(self.args.recipe)]
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         processes, module, *words = done.stdout.split("\0")[:-1]
-        plan = make_plan(os.environ | ({"NUM_PROCESSES": processes} if processes else {}), only_shown=True)
+        plan = make_plan(os.environ | ({"NUM_PROCESSES": processes} if processes else {}), dry=True)
         return plan.environment, module, words
 
     def jobs(self) -> list[Job]:
@@ -51,11 +51,11 @@ class Frontier:
             for seed in self.table.seeds:
                 needs = [self.table.row(row.cold_start).named(seed)] if row.cold_start else []
                 log = self.folder / "logs" / f"seed-{seed}" / f"{row.folder}.txt"
-                jobs.append(Job(row.named(seed), functools.partial(self.make, row, seed), log, needs))
+                jobs.append(Job(row.named(seed), self.make(row, seed), log, needs))
         for row in self.table.rows:
             log = self.folder / "logs" / "figures" / f"{row.folder}.txt"
             needs = [row.named(seed) for seed in self.table.seeds]
-            jobs.append(Job(f"figures of {row.name}", functools.partial(self.evaluate, row), log, needs))
+            jobs.append(Job(f"figures of {row.name}", self.evaluate(row), log, needs))
         return jobs
 
     def place(self, kind: str, row: Row, seed: int | None = None, suffix: str = "") -> Path:
@@ -97,6 +97,7 @@ class Frontier:
         command = [sys.executable, "-m", "evaluation.evaluate", *map(str, samples), str(self.table.reference)]
         return Command([*command, *self.table.evaluate, *self.args.evaluate_flags, *more])
 
+    @functools.cached_property
     def judging(self) -> dict[str, str]:
         """All that decides a row's figures, but for its samples."""
         words = [*JUDGING, *self.table.evaluate, *self.args.evaluate_flags]
@@ -104,7 +105,7 @@ class Frontier:
 
     def check(self) -> Iterator[Command]:
         """Spaces and reference are what evaluation can use, before anything is trained for it."""
-        judging, places = self.judging().items(), [self.place("rows", row) for row in self.table.rows]
+        judging, places = self.judging.items(), [self.place("rows", row) for row in self.table.rows]
         if not all(
             (at / "figures.json").exists() and judging <= recorded_in(self.note_of(at)).items() for at in places
         ):
@@ -114,7 +115,7 @@ class Frontier:
         folder, names = self.place("rows", row), [row.named(seed) for seed in self.table.seeds]
         samples = [self.place("samples", row, seed, ".npz") for seed in self.table.seeds]
         made_of = {f"samples of {name}": sha256(path) for name, path in zip(names, samples, strict=True)}
-        if not self.kept(folder, self.judging() | made_of) or not (folder / "figures.json").exists():
+        if not self.kept(folder, self.judging | made_of) or not (folder / "figures.json").exists():
             yield self.judge(samples, "--names", *names, "--output", str(folder / "figures.json"))
 
     # What is kept ---------------------------------------------------------------------------------------------------
