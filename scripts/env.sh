@@ -54,7 +54,7 @@ make_venv() { # venv writes bin/activate last: without it .venv is what an inter
 }
 
 active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
-if [ -z "$active" ] || ! satisfied "$active"; then
+if [ -z "${SHOW_LAUNCH:-}" ] && { [ -z "$active" ] || ! satisfied "$active"; }; then
     # uv's environments have no pip inside: there nobody else installs
     if [ -n "$active" ] && grep -qs '^uv *=' "$active/pyvenv.cfg" && command -v uv >/dev/null; then
         fill "$active"
@@ -68,8 +68,10 @@ fi
 unset active
 
 # launch MODULE FLAGS...: one process a visible GPU, or one CPU process; scripts/launch.py has the variables that override.
+# SHOW_LAUNCH in the environment: only print NUM_PROCESSES, module and flags, each ended by a zero byte.
 # `exec`: a signal to the script reaches the run itself. A script that goes on afterwards says `run launch`.
 launch() {
+    [ -z "${SHOW_LAUNCH:-}" ] || { printf '%s\0' "${NUM_PROCESSES:-}" "$@"; exit; }
     export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}" # of CUDA: fragments less
     exec python -m scripts.launch "$@"
 }

@@ -88,7 +88,7 @@ def test_a_damaged_download_of_inception_is_not_used(tmp_path, monkeypatch):
 def frontier_words(folder: Path, teacher: Path, reference: Path) -> list:
     """Flags of a frontier of one row."""
     rows = f'seeds = [1]\nbase_steps = 1\nextra_steps = 1\nreference = "{reference}"\nevaluate = "--space pixels"\n'
-    (folder / "table.toml").write_text(rows + '[[row]]\nname = "a"\nstage = "cold_start"\n')
+    (folder / "table.toml").write_text(rows + '[cold_starts]\na = ""\n')
     return ["--recipe", "digits", "--teacher", teacher, "--table", folder / "table.toml"]
 
 
