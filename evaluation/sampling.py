@@ -154,8 +154,8 @@ def open_source(path: Path) -> Source:
         raise InputError(f"{path} is a file; a model folder or a checkpoints/torch_units/step-N.pt is expected")
     path = model_folder(path)
     require_folder(path, f"a model folder, with config.json and {WEIGHTS_NAME},", "config.json", WEIGHTS_NAME)
-    own = GenerationConfig.read(path)
-    return Source(path, None, sha256(path / WEIGHTS_NAME), own.sampling, own.rewards_sha256, own.latent_space_sha256)
+    own, digest = GenerationConfig.read(path), sha256(path / WEIGHTS_NAME)
+    return Source(path, None, digest, own.sampling, list(own.rewards_sha256), own.latent_space_sha256)
 
 
 def recorded_sampling(checkpoint: Checkpoint) -> tuple[int, float]:

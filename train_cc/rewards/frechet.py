@@ -279,13 +279,11 @@ class Frechet:
 
     def load_state_dict(self, state: dict[str, Tensor], source: object = "the checkpoint") -> None:
         """Raises `InputError` for another statistics file or mode, and for what `state_dict` cannot have written."""
-        shapes = {name: part.shape for name, part in self._no_sums()._asdict().items()}
-        turns = len(state["norms"]) if "norms" in state and state["norms"].ndim == 2 else 0
-        hint = "the Frechet reward's statistics"
-        fit(shapes | {"norms": (min(turns, SCALE_TURNS), 2), "digest": (len(self.digest),)}, state, source, hint)
+        shapes = {name: part.shape for name, part in self.sums._asdict().items()}
+        turns, hint = min(len(state.get("norms", ())), SCALE_TURNS), "the Frechet reward's statistics"
+        fit(shapes | {"norms": (turns, 2), "digest": (len(self.digest),)}, state, source, hint)
         require_finite(state, source)
-        wrong = [name for name in (*shapes, "norms") if state[name].dtype != torch.float64]
-        if wrong:
+        if wrong := [name for name in (*shapes, "norms") if state[name].dtype != torch.float64]:
             raise InputError(f"{source}: {', '.join(wrong)} of {hint} must be float64")
         if bytes(state["digest"].tolist()) != self.digest:
             raise InputError(

@@ -232,9 +232,9 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
     # Before the generator is loaded: never two copies in fp32.
     prepare_scores(estimator, args.teacher, session, fit.dtype)
-    recorded = GenerationConfig.read(folder_of_teacher(args))
+    generation = GenerationConfig.read(folder_of_teacher(args))
     session.notes += [note for scorer in scorers for note in scorer.notes]
-    decode = load_decode(args, session, fit, bool(rewards), recorded.latent_space_sha256)
+    decode = load_decode(args, session, fit, bool(rewards), generation.latent_space_sha256)
     files |= {"vae": decode.files} if isinstance(decode, nn.Module) else {}
     require_range(args, estimator, judges, rewards, decode, fit)
     if session.sharded:
@@ -254,7 +254,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         decode=decode,
         model_config=config,
         teacher=args.teacher,
-        latent_space=recorded.latent_space_sha256,
+        latent_space=generation.latent_space_sha256,
         rewards=rewards,
         tilts=tilts,
         reward_micro_batch=args.reward_micro_batch,
@@ -262,7 +262,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         lora_rank_generator=rank,
         arguments=json.loads(json.dumps(vars(args), default=str)),
         # Of a teacher that is a rewarded generator, those too.
-        rewards_sha256={*recorded.rewards_sha256, *judges_sha256(scorers, hashes)},
+        rewards_sha256={*generation.rewards_sha256, *judges_sha256(scorers, hashes)},
         hashes=hashes,
     )
     run.parts = parts_of(run)
