@@ -146,8 +146,11 @@ def same_but_for_the_decoder(found: object, asked: dict) -> bool:
 
 def difference(output: Path, asked: dict) -> str:
     """The settings, files and versions of ``asked`` in which ``output`` was made otherwise, in words."""
-    with parsing(output, "samples"), np.load(output) as file:
-        made = provenance_of(file, output) or {}
+    try:
+        with parsing(output, "samples"), np.load(output) as file:
+            made = provenance_of(file, output) or {}
+    except InputError:  # a file of something else
+        return ""
     changed = []
     for part in ("arguments", "versions"):
         old, new = made.get(part), asked[part]

@@ -369,8 +369,7 @@ def test_commands_that_cannot_work_are_refused_before_anything_is_written(npz, s
     assert "--batch-size is 0" in told(npz, space, output, "--batch-size", 0)
     assert "--shard-size is 0" in told(npz, space, output, "--shard-size", 0)
     assert "--image-size is for folders" in told(npz, space, output, "--image-size", 32)
-    assert "not a file of this project" in told(npz, space, tmp_path / "mine.npz", "--overwrite")
-    assert "that holds statistics" in told(npz, space, tmp_path / "digits.npz", "--overwrite")
+    assert "replace it with --overwrite" in told(npz, space, tmp_path / "mine.npz")
     assert sorted(tmp_path.iterdir()) == before
     assert "has no arr_0" in with_arrays(images=pixels)
     assert "arr_0 float64" in with_arrays(arr_0=pixels.astype(float))

@@ -93,7 +93,7 @@ def frontier_words(folder: Path, teacher: Path, reference: Path) -> list:
 
 
 FOREIGN = {
-    "generate --output": lambda f: (generate, sampled(f.teacher, f.file, "--overwrite")),
+    "generate --output": lambda f: (generate, sampled(f.teacher, f.file)),
     "generate --png-dir": lambda f: (generate, sampled(f.teacher, f.new, "--png-dir", f.folder, "--overwrite")),
     "generate shards": lambda f: (generate, sampled(f.teacher, f.of_shards, "--overwrite")),
     "evaluate --output": lambda f: (evaluate, words(*f.pair, "--output", f.file)),
@@ -102,7 +102,7 @@ FOREIGN = {
     "report --curves": lambda f: (report, words(f.run, "--output", f.new, "--curves", f.folder)),
     "frontier": lambda f: (frontier, words(*f.frontier, "--output-dir", f.folder)),
     "a run's record for figures": lambda f: (evaluate, words(*f.pair, "--output", f.run / "args.json")),
-    "a run's record for samples": lambda f: (generate, sampled(f.teacher, f.run / "args.json", "--overwrite")),
+    "a run's record for samples": lambda f: (generate, sampled(f.teacher, f.run / "args.json")),
     "a run for PNG files": lambda f: (generate, sampled(f.teacher, f.new, "--png-dir", f.run, "--overwrite")),
     "a run for a frontier": lambda f: (frontier, words(*f.frontier, "--output-dir", f.run)),
     "a picture of a run for figures": lambda f: (evaluate, words(*f.pair, "--output", f.picture)),
@@ -133,14 +133,16 @@ def test_what_a_command_did_not_write_is_left_alone(
     assert tree(tmp_path) == before
 
 
-def test_what_a_command_wrote_is_replaced(teacher, classifier, reference, finished_run, tmp_path, monkeypatch):
+def test_what_is_there_is_replaced_with_overwrite(teacher, classifier, reference, finished_run, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "CHARTS", report.CHARTS[:1])
 
     def everything():
         generate.main(sampled(teacher, tmp_path / "s.npz", "--png-dir", tmp_path / "png", "--overwrite"))
         pair = words(tmp_path / "s.npz", reference, "--classifier", classifier)
-        evaluate.main([*pair, *words("--output", tmp_path / "f.json", "--picture", tmp_path / "p.png")])
-        report.main(words(finished_run, "--output", tmp_path / "r.html", "--curves", tmp_path / "curves"))
+        more = ("--output", tmp_path / "f.json", "--picture", tmp_path / "p.png", "--overwrite")
+        evaluate.main([*pair, *words(*more)])
+        more = ("--output", tmp_path / "r.html", "--curves", tmp_path / "curves", "--overwrite")
+        report.main(words(finished_run, *more))
 
     everything()
     before = tree(tmp_path)

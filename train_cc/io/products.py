@@ -111,26 +111,18 @@ def check_parent(path: Path) -> None:
             raise InputError(f"{link} is a link that leads nowhere; mend it, or choose another output")
     if not parent.is_dir():
         raise InputError(f"{path} cannot be written: {parent} is a file; a folder is expected")
-    names = path.absolute().relative_to(parent).parts
-    if any(
-        len(os.fsencode(name)) + len(".0123456789abcdef.tmp") > os.pathconf(parent, "PC_NAME_MAX") for name in names
-    ):
+    longest = [(path.absolute(), "PC_PATH_MAX"), *((name, "PC_NAME_MAX") for name in path.absolute().parts)]
+    if any(len(os.fsencode(name)) + 21 > os.pathconf(parent, limit) for name, limit in longest):  # 21: UNFINISHED
         raise InputError(f"{str(path)[:300]} cannot be written: {os.strerror(errno.ENAMETOOLONG)}")
     try:
-        touch(parent)
-        os.path.lexists(path)
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(os.open(parent, os.O_TMPFILE | os.O_WRONLY))  # it has no name: a kill leaves nothing
+            return
+        probe = parent / f".{secrets.token_hex(8)}.tmp"
+        probe.touch(exist_ok=False)
+        probe.unlink()
     except OSError as error:
         raise InputError(f"{parent} takes no new file: {os.strerror(error.errno)}; choose another output") from error
-
-
-def touch(folder: Path) -> None:
-    """Make a file in ``folder`` and remove it. It has no name where the system can: a kill leaves nothing of it."""
-    with contextlib.suppress(AttributeError, OSError):
-        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
-        return
-    probe = folder / f".{secrets.token_hex(8)}.tmp"
-    probe.touch(exist_ok=False)
-    probe.unlink()
 
 
 def check_output_file(path: Path, overwrite: bool, flag: str = "--output") -> None:
@@ -148,10 +140,8 @@ def check_output_dir(folder: Path, overwrite: bool = False, flag: str = "--outpu
     check_parent(folder / RECORD)
     if folder.exists() and not is_empty(folder):
         if not record_of(folder):
-            raise InputError(
-                f"the output folder {folder} is not empty, and no command of this project wrote it: "
-                f"choose another {flag}"
-            )
+            problem = "is not empty, and no command of this project wrote it"
+            raise InputError(f"the output folder {folder} {problem}: choose another {flag}")
         if not overwrite:
             raise InputError(
                 f"the output folder {folder} is not empty; choose another {flag}, continue from its checkpoint "
@@ -264,7 +254,7 @@ class Place(NamedTuple):
 
 def place_of(target: Path) -> Place:
     """The working folder of ``target``: beside it, on its disk, even if ``target`` is a link. Raises `InputError`."""
-    target = target.resolve()
+    target = Path(os.path.realpath(target))
     if Path.cwd().is_relative_to(target):
         raise InputError(f"{target} holds the current folder, and would be replaced whole: name a folder in it")
     parts = target.with_name(target.name + ".tmp")
@@ -287,6 +277,7 @@ def check_product(
     read: Callable[[Path], Mapping] = record_of,
 ) -> bool:
     """True if the same command made ``target``. Raises `InputError` if `product` cannot make it; before the work."""
+    parts = place_of(target).parts
     if not overwrite and finished(target, content, read):
         return True
     if file:
@@ -295,7 +286,6 @@ def check_product(
         check_output_dir(target, True, flag)
         if target.exists() and not is_empty(target):
             check_replaced(target, content, overwrite, flag)
-    parts = place_of(target).parts
     check_parent(parts / RECORD)
     if os.path.lexists(parts) and not is_work(parts):
         kind = "no command of this project wrote it" if parts.is_dir() else "is no folder"
@@ -336,7 +326,7 @@ def product(
     record of a finished file. Raises `InputError`.
     """
     check = functools.partial(check_product, target, content, overwrite, flag, file, read)
-    there, place, target = check(), place_of(target), target.resolve()
+    there, place, target = check(), place_of(target), Path(os.path.realpath(target))
     before = place.parts / "old"
     with contextlib.ExitStack() as lock:
         if not there or is_work(place.parts):
