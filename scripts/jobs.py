@@ -129,11 +129,10 @@ def start(job: Job, environment: Mapping[str, str], beside: bool) -> None:
     Beside another job its waiting threads sleep at once (train_cc/io/threads.py); all jobs keep all threads.
     """
     variables = ({"GOMP_SPINCOUNT": "0"} if beside else {}) | dict(environment) | job.command.variables
-    with contextlib.ExitStack() as stack:
-        file = None
-        if job.log is not None:
-            job.log.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(job.log.open("wb" if job.process is None else "ab"))
+    if job.log is not None:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+    log = job.log.open("ab" if job.process else "wb") if job.log else contextlib.nullcontext()
+    with log as file:
         options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "start_new_session": True}
         job.process = subprocess.Popen(job.command.words, cwd=ROOT, env=variables, **options)
     job.command = None
@@ -233,9 +232,9 @@ def commands_of(commands: list[Command], always: bool) -> Iterator[Command]:
 
 
 def read_command(text: str, title: str) -> Command:
+    """``text``: NAME=VALUE for the variables, a module or bash, and flags."""
     words = words_of(text, title)
-    variables = itertools.takewhile(re.compile("[A-Z_]+=").match, words)
-    variables = dict(word.split("=", 1) for word in variables)
+    variables = dict(word.split("=", 1) for word in itertools.takewhile(re.compile("[A-Z_]+=").match, words))
     return Command(words[len(variables) :], variables)
 
 
