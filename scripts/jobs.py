@@ -2,8 +2,8 @@
 
 `python -m scripts.jobs scripts/recipes/digits.toml teacher classifiers`
 
-A job of such a file, [NAME], has a `title`, its usual length (`about`), the jobs that it `needs`, and its `commands`,
-which begin with what is `common`: quoted as in a shell, $NAME a variable of the environment. Modules run in turn in one
+A job of such a file, [NAME], has a `title` with its usual length, the jobs that it `needs`, and its `commands`, which
+begin with what is `common`: quoted as in a shell, $NAME a variable of the environment. Modules run in turn in one
 process, since Python and torch take seconds to start; a launcher runs in its own. A command whose product is finished
 is skipped, unless the job says `always`. `show`: on the terminal, not in a log.
 """
@@ -51,7 +51,7 @@ class Job:
     commands: Iterator[Command]
     log: Path | None = None
     needs: list[str] = field(default_factory=list)
-    about: str = ""
+    title: str = ""  # with its usual length
     command: Command | None = None  # the next to start
     process: subprocess.Popen | None = None
     began: float = 0.0
@@ -73,8 +73,9 @@ def run_all(jobs: list[Job], at_once: int, environment: Mapping[str, str]) -> No
                 waiting.remove(job := ready()[0])
                 job.command, job.began = next(job.commands, None), time.monotonic()
                 left = time_left(seconds, len(waiting) + len(running) + 1, at_once)
-                more = "; ".join(filter(None, [job.about or left, f"log: {job.log}" if job.log else ""]))
-                line = f"{job.name}, {more}" if job.command else f"{job.name}: kept"
+                line = job.title or ", ".join(filter(None, [job.name, left]))
+                line = f"{line}; log: {job.log}" if job.log else line
+                line = line if job.command else f"{job.name}: kept"
                 print(f"[{len(jobs) - len(waiting)}/{len(jobs)}] {line}", flush=True)
                 running.append(job) if job.command else done.add(job.name)
             if waiting and not running and not ready():
@@ -129,11 +130,10 @@ def start(job: Job, environment: Mapping[str, str], beside: bool) -> None:
     Beside another job its waiting threads sleep at once (train_cc/io/threads.py); all jobs keep all threads.
     """
     variables = ({"GOMP_SPINCOUNT": "0"} if beside else {}) | dict(environment) | job.command.variables
-    with contextlib.ExitStack() as stack:
-        file = None
-        if job.log is not None:
-            job.log.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(job.log.open("wb" if job.process is None else "ab"))
+    if job.log is not None:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+    log = job.log.open("ab" if job.process else "wb") if job.log else contextlib.nullcontext()
+    with log as file:
         options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "start_new_session": True}
         job.process = subprocess.Popen(job.command.words, cwd=ROOT, env=variables, **options)
     job.command = None
@@ -209,14 +209,13 @@ def read_jobs(file: Path, names: list[str]) -> list[Job]:
     (logs,) = words_of(content.pop("logs"), f"{file}: logs")
     if unknown := [name for name in names if name not in content]:
         raise InputError(f"{', '.join(unknown)} is no job of {file}; allowed: {', '.join(content)}")
-    jobs = []
-    for name in dict.fromkeys(names or content):
-        each, title = content[name], content[name]["title"]
-        needs = [content[other]["title"] for other in each.get("needs", ()) if other in (names or content)]
-        log = Path(logs) / f"{len(jobs) + 1}-{re.sub('[^A-Za-z0-9]', '_', title)}.txt"
-        texts = [f"{each.get('common', '')} {text}" for text in each["commands"]]
-        commands = commands_of([read_command(text, title) for text in texts], each.get("always", False))
-        jobs.append(Job(title, commands, None if each.get("show") else log, needs, each["about"]))
+    names, jobs = list(dict.fromkeys(names or content)), []
+    for number, name in enumerate(names, 1):
+        each = content[name]
+        commands = [read_command(f"{each.get('common', '')} {text}", name) for text in each["commands"]]
+        log = None if each.get("show") else Path(logs) / f"{number}-{name}.txt"
+        needs = [other for other in each.get("needs", ()) if other in names]
+        jobs.append(Job(name, commands_of(commands, each.get("always", False)), log, needs, each["title"]))
     return jobs
 
 
@@ -232,10 +231,10 @@ def commands_of(commands: list[Command], always: bool) -> Iterator[Command]:
         require_finished(command)
 
 
-def read_command(text: str, title: str) -> Command:
-    words = words_of(text, title)
-    variables = itertools.takewhile(re.compile("[A-Z_]+=").match, words)
-    variables = dict(word.split("=", 1) for word in variables)
+def read_command(text: str, name: str) -> Command:
+    """``text``: NAME=VALUE for the variables, a module or bash, and flags."""
+    words = words_of(text, name)
+    variables = dict(word.split("=", 1) for word in itertools.takewhile(re.compile("[A-Z_]+=").match, words))
     return Command(words[len(variables) :], variables)
 
 

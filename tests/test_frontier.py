@@ -295,11 +295,7 @@ WRONG = {
     "an unknown key": ("published =", "publish =", "unknown ['publish']"),
     "a missing key": ("base_steps = 4", "", "missing ['base_steps']"),
     "an addition to nothing": ('"base" = ["control"', '"bass" = ["control"', "'bass' has no flags; there are base"),
-    "an unknown addition": (
-        '["control", "reward"]',
-        '["control", "regard"]',
-        "'regard' has no flags; there are control",
-    ),
+    "an unknown addition": ('"reward"]', '"regard"]', "'regard' has no flags; there are base, control, reward"),
     "an unknown published row": ('["base"]', '["bass"]', "'bass' has no flags; there are"),
     "a teacher's flag": ("--sampler euler", "--sampler rk4", "--sampler"),
     "an evaluation's flag": ("--space pixels", "--spaces pixels", "evaluate: "),

@@ -42,7 +42,7 @@ def start(folder: Path, *jobs: tuple, cores: int = 2, **variables: str) -> subpr
     text = 'logs = "$HERE/logs"\n'
     for title, words, *needs in jobs:
         command = f"OUTPUT_DIR='$HERE/made {title}' bash $HERE/functions.sh {words}"
-        text += f'["{title}"]\ntitle = "{title}"\nabout = "soon"\nneeds = {needs}\ncommands = ["{command}"]\n'
+        text += f'["{title}"]\ntitle = "{title}, soon"\nneeds = {needs}\ncommands = ["{command}"]\n'
     (folder / "jobs.toml").write_text(text)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     return subprocess.Popen(
@@ -64,7 +64,7 @@ def test_jobs_run_side_by_side_and_are_kept_when_they_are_finished(tmp_path):
     jobs = [("the first", "meet a b"), ("second", "meet b a"), ("last", "echo end", "the first", "second")]
     shown, errors = start(tmp_path, *jobs).communicate(timeout=30)
     assert errors == "" and shown.splitlines() == [
-        f"[1/3] the first, soon; log: {tmp_path}/logs/1-the_first.txt",
+        f"[1/3] the first, soon; log: {tmp_path}/logs/1-the first.txt",
         f"[2/3] second, soon; log: {tmp_path}/logs/2-second.txt",
         f"[3/3] last, soon; log: {tmp_path}/logs/3-last.txt",
         "end",
@@ -137,9 +137,7 @@ def test_modules_run_in_turn_in_one_process_until_one_is_not_finished(tmp_path):
     made = [
         f"some_command --output {tmp_path}/{name} {more}" for name, more in (("a", ""), ("b", "--stops"), ("c", ""))
     ]
-    (tmp_path / "jobs.toml").write_text(
-        f"logs = '{tmp_path}/logs'\n[a]\ntitle = 'a'\nabout = 'soon'\ncommands = {made}\n"
-    )
+    (tmp_path / "jobs.toml").write_text(f"logs = '{tmp_path}/logs'\n[a]\ntitle = 'a'\ncommands = {made}\n")
     command = [sys.executable, "-m", "scripts.jobs", str(tmp_path / "jobs.toml")]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

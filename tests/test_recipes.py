@@ -92,7 +92,7 @@ def test_commands_of_the_jobs_parse(recipe, monkeypatch):
     for name, job in jobs_of(recipe).items():
         titles.append(job["title"])
         assert set(job.get("needs", ())) <= jobs_of(recipe).keys() and job.keys() <= {
-            "title", "about", "needs", "always", "show", "common", "commands"
+            "title", "needs", "always", "show", "common", "commands"
         }, name  # fmt: skip
         for text in texts_of(job):
             module, *words = read_command(text, name).words

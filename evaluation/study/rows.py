@@ -86,21 +86,19 @@ def read_table(path: Path) -> Table:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     require_keys(content, NEEDED, OPTIONAL, path)
     words = {name: words_of(content.get(name, ""), f"{path}: {name}") for name in ("generate", "evaluate", "train")}
-    rows = read_rows(content, words["train"], words["generate"], path)
+    seeds = [value_of(flags.SEED, seed, f"{path}: seeds") for seed in part(content, "seeds", list, path)]
     table = Table(
-        rows,
-        list(
-            dict.fromkeys(value_of(flags.SEED, seed, f"{path}: seeds") for seed in part(content, "seeds", list, path))
-        ),
+        read_rows(content, words["train"], words["generate"], path),
+        list(dict.fromkeys(seeds)),
         *(value_of(flags.COUNT, content[name], f"{path}: {name}") for name in ("base_steps", "extra_steps")),
         Path(" ".join(words_of(content["reference"], f"{path}: reference"))),
         words["generate"],
         words["evaluate"],
     )
-    if not table.seeds:
+    if not seeds:
         raise InputError(f"{path}: seeds is []; a list of whole numbers is expected")
     counts = {parse(generate.build_parser(), SAMPLING, table.generate, f"{path}: generate").num_images}
-    for row in rows:
+    for row in table.rows:
         counts |= check_flags(row, f"{path}, row {row.name!r}")
     if len(counts) > 1:
         raise InputError(f"{path}: rows of {sorted(counts)} images do not compare; give --num-images to all or none")
@@ -114,19 +112,22 @@ def read_rows(content: dict, train: list[str], sampling: list[str], path: Path) 
         {name: words_of(text, f"{path}, {key}, {name!r}") for name, text in part(content, key, dict, path).items()}
         for key in ("teachers", "cold_starts", "additions")
     )
-    added = {name: part(content["rows"], name, list, path) for name in part(content, "rows", dict, path)}
-    published, names = part(content, "published", list, path), cold_starts.keys() | additions.keys()
-    known = [(added, cold_starts), (published, names), *((each, additions) for each in added.values())]
-    for name, allowed in [(name, allowed) for part_of, allowed in known for name in part_of]:
-        if name not in allowed:
-            raise InputError(f"{path}: {name!r} has no flags; there are {', '.join(allowed)}")
+    added = {
+        cold: list(map(str, part(content["rows"], cold, list, path))) for cold in part(content, "rows", dict, path)
+    }
+    published = set(map(str, part(content, "published", list, path)))
+    wrong = [*(added.keys() - cold_starts.keys()), *(published - cold_starts.keys() - additions.keys())]
+    wrong += [name for names in added.values() for name in names if name not in additions]
+    if wrong:
+        there = ", ".join([*cold_starts, *additions])
+        raise InputError(f"{path}: {wrong[0]!r} has no flags; there are {there}")
     rows = [Row(name, [*sampling, *words], "teacher") for name, words in teachers.items()]
     for cold, words in cold_starts.items():
         rows.append(Row(cold, [*train, *words], published=cold in published))
         for name in added.get(cold, ()):
             against = f"{cold} + {CONTROL}" if name != CONTROL and CONTROL in added[cold] else None
             own = [*train, *words, *additions[name]]
-            rows.append(Row(f"{cold} + {name}", own, "dmdr", cold, against, {cold, name} <= set(published)))
+            rows.append(Row(f"{cold} + {name}", own, "dmdr", cold, against, {cold, name} <= published))
     for row in rows:
         where, lone = f"{path}, row {row.name!r}", row.name.strip(" .") and row.name == printable(row.name)
         if not lone or len(row.name) > 100 or ", seed " in row.name or row.name == HELD_OUT:
@@ -155,10 +156,7 @@ def value_of(kind, value: object, where: str) -> int:
 
 
 def check_flags(row: Row, where: str) -> set[int]:
-    """The row's own parser takes its flags, and its rewards' files are there. -> a teacher's number of images.
-
-    Raises `InputError`.
-    """
+    """Raises `InputError` for wrong flags and for a reward without its file. Returns a teacher's number of images."""
     if row.stage == "teacher":
         return {parse(generate.build_parser(), SAMPLING, row.flags, where).num_images}
     args = parse(build_parser(""), TRAINING, row.flags, where)
