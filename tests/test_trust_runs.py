@@ -28,6 +28,7 @@ from train_cc.distillation.state import restore
 from train_cc.io.errors import InputError, message_of
 from train_cc.io.products import check_output_dir, check_parent, record, write_atomically, write_record
 from train_cc.io.read import sha256
+from train_cc.models.generator import GenerationConfig
 from train_cc.run import checkpoint as checkpoints
 from train_cc.run import states
 from train_cc.run.ema import decay_at
