@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -11,45 +12,47 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train_cc.io.errors import InputError
+from train_cc.io.fields import check, setting
 from train_cc.io.hub import hub_file
 from train_cc.io.products import plain_mode
 from train_cc.io.read import (
-    Number,
-    check_numbers,
     parsing,
     read_json,
     read_safetensors,
     require_folder,
-    require_keys,
+    shown,
 )
 from train_cc.io.weights import load_weights, require_finite, require_tensors
 
 TIMM_WEIGHTS = "model.safetensors"  # as timm's repositories name theirs
 CLASSIFIER_FOLDER = "a folder of train_cc/pretrain/classifier.py"
-CLASSIFIER_CONFIG = {
-    "num_classes": Number(int, 1, 10**6),
-    "in_channels": Number(int, 1, 1024),
-    "image_size": Number(int, 8, 4096),
-}
-MEAN, STD = Number(float, -1e3, 1e3), Number(float, 1e-6, 1e3)
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The arguments of `ImageClassifier`; ``mean`` and ``std``: one for all channels, or a list of one per channel."""
+
+    architecture: str = setting()
+    num_classes: int = setting(high=10**6)
+    in_channels: int = setting(high=1024)
+    image_size: int = setting(low=8, high=4096)
+    mean: float | list = setting(0.5, low=-1e3, high=1e3)
+    std: float | list = setting(0.5, low=1e-6, high=1e3)
 
 
 def check_classifier_config(config: Mapping, source: Path | str) -> dict:
     """The arguments of `ImageClassifier` in ``config``. Raises `InputError`."""
-    require_keys(config, ["architecture", *CLASSIFIER_CONFIG], ["mean", "std"], source)
-    check_numbers(config, CLASSIFIER_CONFIG, source)
-    name = config["architecture"]
-    if not isinstance(name, str) or not timm.is_model(name):
+    values = check(ClassifierConfig, config, source)
+    if not timm.is_model(values["architecture"]):
         hint = "timm.list_models() has the names"
-        raise InputError(f"{source}: timm knows no architecture {str(name)[:80]!r}; {hint}")
-    for key, allowed in (("mean", MEAN), ("std", STD)):
-        value = config.get(key, 0.5)
-        each = value if isinstance(value, list | tuple) else [value]
-        for one in each:
-            check_numbers({key: one}, {key: allowed}, source)
-        if len(each) not in (1, config["in_channels"]):
-            raise InputError(f"{source}: {key} has {len(each)} values; one, or one a channel, is allowed")
-    return {name: value for name, value in config.items() if name[:1] != "_"}
+        raise InputError(f"{source}: timm knows no architecture {values['architecture'][:80]!r}; {hint}")
+    for name in ("mean", "std"):
+        numbers = values[name] if isinstance(values[name], list) else [values[name]]
+        for number in numbers:
+            check(ClassifierConfig, values | {name: number}, source)
+        if len(numbers) not in (1, values["in_channels"]) or any(isinstance(number, list) for number in numbers):
+            raise InputError(f"{source}: {name} is {shown(numbers)}; allowed: a number, or a list of one per channel")
+    return values
 
 
 class ImageClassifier(nn.Module):
