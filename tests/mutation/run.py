@@ -131,7 +131,6 @@ MODULES = {
         "test_trust_inputs::test_weights_may_be_read_by_whom_their_config_may",
         "test_convert::test_pipeline_round_trip_is_bit_identical",
     ],
-    "train_cc/run/units.py": ["test_checkpoint", "test_trust_runs::test_the_fields_within_are_checked"],
     "evaluation/report/rules.py": ["test_rules"],
 }
 # Subprocesses, waits and large models: seconds that would be paid by every mutant.
