@@ -1,7 +1,8 @@
 """A timm classifier with its preprocessing inside: a reward, or the feature space of an evaluation."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -11,45 +12,41 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train_cc.io.errors import InputError
+from train_cc.io.fields import check, setting
 from train_cc.io.hub import hub_file
-from train_cc.io.read import (
-    Number,
-    check_numbers,
-    parsing,
-    read_json,
-    read_safetensors,
-    require_folder,
-    require_keys,
-)
+from train_cc.io.read import parsing, read_json, read_safetensors, require_folder, shown
 from train_cc.io.weights import load_weights, require_finite, require_tensors
 from train_cc.io.write import copy_mode
 
 TIMM_WEIGHTS = "model.safetensors"  # as timm's repositories name theirs
 CLASSIFIER_FOLDER = "a folder of train_cc/pretrain/classifier.py"
-CLASSIFIER_CONFIG = {
-    "num_classes": Number(int, 1, 10**6),
-    "in_channels": Number(int, 1, 1024),
-    "image_size": Number(int, 8, 4096),
-}
-MEAN, STD = Number(float, -1e3, 1e3), Number(float, 1e-6, 1e3)
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The arguments of `ImageClassifier`; ``mean`` and ``std`` are one number, or one per channel."""
+
+    architecture: str = setting()
+    num_classes: int = setting(high=10**6)
+    in_channels: int = setting(high=1024)
+    image_size: int = setting(low=8, high=4096)
+    mean: float | list = setting(0.5, low=-1e3, high=1e3)
+    std: float | list = setting(0.5, low=1e-6, high=1e3)
 
 
 def check_classifier_config(config: Mapping, source: Path | str) -> dict:
     """The arguments of `ImageClassifier` in ``config``. Raises `InputError`."""
-    require_keys(config, ["architecture", *CLASSIFIER_CONFIG], ["mean", "std"], source)
-    check_numbers(config, CLASSIFIER_CONFIG, source)
-    name = config["architecture"]
-    if not isinstance(name, str) or not timm.is_model(name):
-        hint = "timm.list_models() has the names"
-        raise InputError(f"{source}: timm knows no architecture {str(name)[:80]!r}; {hint}")
-    for key, allowed in (("mean", MEAN), ("std", STD)):
-        value = config.get(key, 0.5)
-        each = value if isinstance(value, list | tuple) else [value]
-        for one in each:
-            check_numbers({key: one}, {key: allowed}, source)
-        if len(each) not in (1, config["in_channels"]):
-            raise InputError(f"{source}: {key} has {len(each)} values; one, or one a channel, is allowed")
-    return {name: value for name, value in config.items() if name[:1] != "_"}
+    values = check(ClassifierConfig, config, source)
+    if not timm.is_model(values["architecture"]):
+        name, hint = shown(values["architecture"]), "timm.list_models() has the names"
+        raise InputError(f"{source}: timm knows no architecture {name}; {hint}")
+    for key in ("mean", "std"):
+        each = values[key] if isinstance(values[key], list) else [values[key]]
+        for number in each:
+            check(ClassifierConfig, values | {key: number}, source)
+        if len(each) not in (1, values["in_channels"]):
+            raise InputError(f"{source}: {key} has {len(each)} values; one, or one per channel, is allowed")
+    return values
 
 
 class ImageClassifier(nn.Module):
@@ -61,8 +58,8 @@ class ImageClassifier(nn.Module):
         num_classes: int,
         in_channels: int,
         image_size: int,
-        mean: float | Sequence[float] = 0.5,
-        std: float | Sequence[float] = 0.5,
+        mean: float | list[float] = 0.5,
+        std: float | list[float] = 0.5,
         weights: dict[str, Tensor] | None = None,
     ):
         """``weights``: those that timm publishes for ``architecture``; None: random. Raises `InputError`."""
@@ -179,7 +176,7 @@ def published_arguments(name: str) -> tuple[dict, str]:
         raise InputError(f"timm has no weights for {name!r}; give such a name or a classifier folder")
     channels, image_size, _ = published.input_size
     arguments = {"num_classes": published.num_classes, "in_channels": channels, "image_size": image_size}
-    return arguments | {"mean": published.mean, "std": published.std}, published.hf_hub_id
+    return arguments | {"mean": list(published.mean), "std": list(published.std)}, published.hf_hub_id
 
 
 @torch.no_grad()

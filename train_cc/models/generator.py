@@ -1,20 +1,18 @@
 """The generator: a copy of the teacher, trained whole or by LoRA, the plain SiT that it becomes, and its folder."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import Number, check_numbers, read_json, shown
+from train_cc.io.fields import check, setting
+from train_cc.io.read import read_json
 from train_cc.io.weights import GENERATION_CONFIG, fit, load_weights, require_finite
 from train_cc.io.write import write_atomically
 from train_cc.models.sit import SiT, check_sit_config
-
-SAMPLING = {"num_inference_steps": Number(int, 1, 1000), "timestep_shift": Number(float, 1e-3, 1e3)}
 
 
 def generator_lora_rank(use_lora_gen: bool, lora_rank: int) -> int | None:
@@ -61,11 +59,14 @@ def assemble_generator(config: dict, state: dict[str, Tensor], teacher: str | Pa
 class GenerationConfig:
     """`generation_config.json` of a model folder. A teacher's has its latent space only; a folder may have none."""
 
-    num_inference_steps: int | None = None  # K that a generator was trained for; None: it is no generator
-    timestep_shift: float | None = None
-    provenance: Mapping[str, object] = field(default_factory=dict)  # run, step, weights, teacher: for people to read
-    rewards_sha256: Sequence[str] = ()  # of the networks that rewarded it
-    latent_space_sha256: str | None = None  # of the latents that it was trained on, see `LatentSpace`
+    num_inference_steps: int | None = setting(None, high=1000)  # K that a generator was trained for
+    timestep_shift: float | None = setting(None, low=1e-3, high=1e3)
+    run: str | None = setting(None)
+    step: int | None = setting(None, low=0)
+    weights: str | None = setting(None)  # raw or ema
+    teacher_sha256: str | None = setting(None)
+    rewards_sha256: list | None = setting(None)  # of the networks that rewarded it
+    latent_space_sha256: str | None = setting(None)  # of the latents that it was trained on, see `LatentSpace`
 
     @property
     def sampling(self) -> tuple[int, float] | None:
@@ -79,29 +80,16 @@ class GenerationConfig:
         if not path.exists():
             return cls()
         content = read_json(path, "a model's sampling and latents")
-        check_numbers(content, SAMPLING, path)
-        if (missing := sorted(SAMPLING.keys() - content.keys())) and content.keys() != {"latent_space_sha256"}:
+        values = check(cls, content, path, others=True)
+        missing = [name for name in ("num_inference_steps", "timestep_shift") if values[name] is None]
+        if missing and content.keys() != {"latent_space_sha256"}:
             raise InputError(f"{path} lacks {missing}")
-        rewards, latents = content.get("rewards_sha256", []), content.get("latent_space_sha256")
-        if not isinstance(rewards, list) or not all(isinstance(each, str) and len(each) == 64 for each in rewards):
-            raise InputError(f"{path}: rewards_sha256 is {shown(rewards)}; a list of SHA-256 is expected")
-        if latents is not None and not (isinstance(latents, str) and len(latents) == 64):
-            raise InputError(f"{path}: latent_space_sha256 is {shown(latents)}; a SHA-256 is expected")
-        return cls.of(content)
-
-    @classmethod
-    def of(cls, content: Mapping) -> "GenerationConfig":
-        """Its fields from the file's ``content``; other names are provenance."""
-        names = (*SAMPLING, "rewards_sha256", "latent_space_sha256")
-        own = {name: content[name] for name in names if name in content}
-        return cls(provenance={name: value for name, value in content.items() if name not in own}, **own)
+        return cls(**values)
 
     def write(self, folder: str | Path) -> None:
         """Write the file into a model folder."""
-        content: dict[str, object] = {"latent_space_sha256": self.latent_space_sha256}
-        if self.sampling is not None:
-            sampling = {name: getattr(self, name) for name in SAMPLING}
-            content = {**sampling, **self.provenance, "rewards_sha256": list(self.rewards_sha256), **content}
+        kept = {name: value for name, value in asdict(self).items() if value is not None}
+        content = {**kept, "latent_space_sha256": self.latent_space_sha256}
         write_atomically(Path(folder) / GENERATION_CONFIG, json.dumps(content, indent=2) + "\n")
 
 
@@ -112,4 +100,4 @@ def save_generator(generator: SiT, folder: str | Path, num_steps: int, shift: fl
     """
     require_finite(generator.state_dict(), f"what was to be written to {folder}")
     generator.save_pretrained(folder)
-    GenerationConfig.of({"num_inference_steps": num_steps, "timestep_shift": shift, **more}).write(folder)
+    GenerationConfig(num_inference_steps=num_steps, timestep_shift=shift, **more).write(folder)

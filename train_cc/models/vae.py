@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from train_cc.io.errors import InputError
+from train_cc.io.fields import check, setting
+from train_cc.io.flags import number
 from train_cc.io.hub import cached_hub_file, hub_file, models_inside
 from train_cc.io.read import (
-    Number,
     check_numbers,
     kind_of,
     parsing,
@@ -46,17 +47,7 @@ WEIGHTS_NAMES = (
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.fp16.safetensors",
 )
-# Numbers of a config.json that diffusers takes as they are.
-VAE_NUMBERS = {
-    "in_channels": Number(int, 1, 3),
-    "out_channels": Number(int, 1, 3),
-    "latent_channels": Number(int, 1, 64),
-    "layers_per_block": Number(int, 1, 16),
-    "norm_num_groups": Number(int, 1, 1024),
-    "scaling_factor": Number(float, 1e-6, 1e6),
-}
-SHIFT_FACTOR = Number(float, -1e6, 1e6)
-CHANNEL_STATISTICS = {"latents_mean": SHIFT_FACTOR, "latents_std": Number(float, 1e-6, 1e6)}  # a number per channel
+CHANNEL_STATISTICS = {"latents_mean": number(-1e6, 1e6), "latents_std": number(1e-6, 1e6)}  # one per channel
 # diffusers' names of old: stabilityai's own files have them.
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -154,13 +145,26 @@ def require_latent_space(expected: str | None, vae: nn.Module, name: str) -> Non
 # Files of a VAE ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class VAEConfig:
+    """The numbers of an `AutoencoderKL` that diffusers takes as they are, with its defaults."""
+
+    in_channels: int = setting(3, high=3)
+    out_channels: int = setting(3, high=3)
+    latent_channels: int = setting(4, high=64)
+    layers_per_block: int = setting(1, high=16)
+    norm_num_groups: int = setting(32, high=1024)
+    scaling_factor: float = setting(0.18215, low=1e-6, high=1e6)
+    shift_factor: float | None = setting(None, low=-1e6, high=1e6)
+    latents_mean: list | None = setting(None)
+    latents_std: list | None = setting(None)
+
+
 def check_vae_config(config: Mapping, source: Path | str) -> dict:
     """The arguments of `AutoencoderKL` in ``config``, as far as diffusers does not check them. Raises `InputError`."""
     if (kind := kind_of(config, "AutoencoderKL")) != "AutoencoderKL":
         raise InputError(f"{source} is of a {kind}; {AUTOENCODER} is expected")
-    check_numbers(config, VAE_NUMBERS, source)
-    if config.get("shift_factor") is not None:
-        check_numbers(config, {"shift_factor": SHIFT_FACTOR}, source)
+    check(VAEConfig, config, source, others=True)
     if names := [name for name in CHANNEL_STATISTICS if config.get(name) is not None]:
         check_channel_statistics(config, names, source)
     return {name: value for name, value in config.items() if name[:1] != "_"}
@@ -172,12 +176,11 @@ def check_channel_statistics(config: Mapping, names: list[str], source: Path | s
         expected = " and ".join(CHANNEL_STATISTICS)
         raise InputError(f"{source}: {names[0]} is there alone; {expected} are expected, or neither")
     channels = config.get("latent_channels", 4)
-    for name, number in CHANNEL_STATISTICS.items():
-        values = config[name]
-        if not isinstance(values, list | tuple) or len(values) != channels:
-            raise InputError(f"{source}: {name} is {shown(values)}; a list of {channels} numbers is expected")
-        for value in values:
-            check_numbers({name: value}, {name: number}, source)
+    for name, allowed in CHANNEL_STATISTICS.items():
+        if len(config[name]) != channels:
+            raise InputError(f"{source}: {name} is {shown(config[name])}; a list of {channels} numbers is expected")
+        for value in config[name]:
+            check_numbers({name: value}, {name: allowed}, source)
     if config.get("shift_factor"):
         raise InputError(f"{source}: shift_factor is {config['shift_factor']} beside latents_mean; one is expected")
     if "scaling_factor" not in config:  # diffusers' default would be multiplied in without a word
