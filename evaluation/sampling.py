@@ -155,16 +155,13 @@ def open_source(path: Path) -> Source:
     path = model_folder(path)
     require_folder(path, f"a model folder, with config.json and {WEIGHTS_NAME},", "config.json", WEIGHTS_NAME)
     own, digest = GenerationConfig.read(path), sha256(path / WEIGHTS_NAME)
-    return Source(path, None, digest, own.sampling, list(own.rewards_sha256), own.latent_space_sha256)
+    return Source(path, None, digest, own.sampling, own.rewards_sha256 or [], own.latent_space_sha256)
 
 
 def recorded_sampling(checkpoint: Checkpoint) -> tuple[int, float]:
     """(K, shift) that a checkpoint's run trains for."""
     arguments = checkpoint.units["arguments"]
-    if not isinstance(arguments, dict) or not {"num_steps", "timestep_shift"} <= arguments.keys():
-        raise InputError(f"{checkpoint.path} does not record --num-steps and --timestep-shift")
-    steps, shift = arguments["num_steps"], arguments["timestep_shift"]
-    return steps, float(shift)
+    return arguments["num_steps"], float(arguments["timestep_shift"])
 
 
 def resolve_sampling(args: argparse.Namespace, source: Source) -> None:

@@ -197,7 +197,6 @@ CLASSIFIER_CONFIGS += [
     ("mean", "0.5"),
     ("mean", [0.5, 0.5]),
     ("std", 0),
-    ("std", [[0.5]]),
     ("std", []),
     ("num_classes", 11),
 ]

@@ -1,7 +1,7 @@
 """A timm classifier with its preprocessing inside: a reward, or the feature space of an evaluation."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +14,7 @@ from torch.nn import functional as F
 from train_cc.io.errors import InputError
 from train_cc.io.fields import check, setting
 from train_cc.io.hub import hub_file
-from train_cc.io.products import plain_mode
-from train_cc.io.read import (
-    parsing,
-    read_json,
-    read_safetensors,
-    require_folder,
-    shown,
-)
+from train_cc.io.read import parsing, read_json, read_safetensors, require_folder, shown
 from train_cc.io.weights import load_weights, require_finite, require_tensors
 
 TIMM_WEIGHTS = "model.safetensors"  # as timm's repositories name theirs
@@ -30,7 +23,7 @@ CLASSIFIER_FOLDER = "a folder of train_cc/pretrain/classifier.py"
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """The arguments of `ImageClassifier`; ``mean`` and ``std``: one for all channels, or a list of one per channel."""
+    """The arguments of `ImageClassifier`; ``mean`` and ``std`` are one number, or one per channel."""
 
     architecture: str = setting()
     num_classes: int = setting(high=10**6)
@@ -44,14 +37,14 @@ def check_classifier_config(config: Mapping, source: Path | str) -> dict:
     """The arguments of `ImageClassifier` in ``config``. Raises `InputError`."""
     values = check(ClassifierConfig, config, source)
     if not timm.is_model(values["architecture"]):
-        hint = "timm.list_models() has the names"
-        raise InputError(f"{source}: timm knows no architecture {values['architecture'][:80]!r}; {hint}")
-    for name in ("mean", "std"):
-        numbers = values[name] if isinstance(values[name], list) else [values[name]]
-        for number in numbers:
-            check(ClassifierConfig, values | {name: number}, source)
-        if len(numbers) not in (1, values["in_channels"]) or any(isinstance(number, list) for number in numbers):
-            raise InputError(f"{source}: {name} is {shown(numbers)}; allowed: a number, or a list of one per channel")
+        name, hint = shown(values["architecture"]), "timm.list_models() has the names"
+        raise InputError(f"{source}: timm knows no architecture {name}; {hint}")
+    for key in ("mean", "std"):
+        each = values[key] if isinstance(values[key], list) else [values[key]]
+        for number in each:
+            check(ClassifierConfig, values | {key: number}, source)
+        if len(each) not in (1, values["in_channels"]):
+            raise InputError(f"{source}: {key} has {len(each)} values; one, or one per channel, is allowed")
     return values
 
 
@@ -64,8 +57,8 @@ class ImageClassifier(nn.Module):
         num_classes: int,
         in_channels: int,
         image_size: int,
-        mean: float | Sequence[float] = 0.5,
-        std: float | Sequence[float] = 0.5,
+        mean: float | list[float] = 0.5,
+        std: float | list[float] = 0.5,
         weights: dict[str, Tensor] | None = None,
     ):
         """``weights``: those that timm publishes for ``architecture``; None: random. Raises `InputError`."""
@@ -182,7 +175,7 @@ def published_arguments(name: str) -> tuple[dict, str]:
         raise InputError(f"timm has no weights for {name!r}; give such a name or a classifier folder")
     channels, image_size, _ = published.input_size
     arguments = {"num_classes": published.num_classes, "in_channels": channels, "image_size": image_size}
-    return arguments | {"mean": published.mean, "std": published.std}, published.hf_hub_id
+    return arguments | {"mean": list(published.mean), "std": list(published.std)}, published.hf_hub_id
 
 
 @torch.no_grad()

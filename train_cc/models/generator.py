@@ -10,11 +10,9 @@ from torch import Tensor
 from train_cc.io.errors import InputError
 from train_cc.io.fields import check, setting
 from train_cc.io.products import write_atomically
-from train_cc.io.read import read_json, shown
+from train_cc.io.read import read_json
 from train_cc.io.weights import GENERATION_CONFIG, fit, load_weights, require_finite
 from train_cc.models.sit import SiT, check_sit_config
-
-LATENT_SPACE = "latent_space_sha256"
 
 
 def generator_lora_rank(use_lora_gen: bool, lora_rank: int) -> int | None:
@@ -61,9 +59,13 @@ def assemble_generator(config: dict, state: dict[str, Tensor], teacher: str | Pa
 class GenerationConfig:
     """`generation_config.json` of a model folder. A teacher's has its latent space only; a folder may have none."""
 
-    num_inference_steps: int | None = setting(None, high=1000)  # K of a generator; None: it is no generator
+    num_inference_steps: int | None = setting(None, high=1000)  # K that a generator was trained for
     timestep_shift: float | None = setting(None, low=1e-3, high=1e3)
-    rewards_sha256: list[str] = setting(())  # of the networks that rewarded it
+    run: str | None = setting(None)
+    step: int | None = setting(None, low=0)
+    weights: str | None = setting(None)  # raw or ema
+    teacher_sha256: str | None = setting(None)
+    rewards_sha256: list | None = setting(None)  # of the networks that rewarded it
     latent_space_sha256: str | None = setting(None)  # of the latents that it was trained on, see `LatentSpace`
 
     @property
@@ -78,31 +80,24 @@ class GenerationConfig:
         if not path.exists():
             return cls()
         content = read_json(path, "a model's sampling and latents")
-        own = cls(**check(cls, content, path, others=True))
-        missing = [name for name in ("num_inference_steps", "timestep_shift") if content.get(name) is None]
-        if missing and content.keys() != {LATENT_SPACE}:
+        values = check(cls, content, path, others=True)
+        missing = [name for name in ("num_inference_steps", "timestep_shift") if values[name] is None]
+        if missing and content.keys() != {"latent_space_sha256"}:
             raise InputError(f"{path} lacks {missing}")
-        hashes = [*own.rewards_sha256, *filter(None, [own.latent_space_sha256])]
-        if wrong := [each for each in hashes if not isinstance(each, str) or len(each) != 64]:
-            raise InputError(f"{path}: {shown(wrong[0])} is no SHA-256")
-        return own
+        return cls(**values)
 
-    def write(self, folder: str | Path, **provenance: object) -> None:
-        """Write the file into a model folder; ``provenance`` (run, step, weights, teacher) is for people to read."""
-        if self.sampling is None:
-            content = {LATENT_SPACE: self.latent_space_sha256}
-        else:
-            content = {"num_inference_steps": self.num_inference_steps, "timestep_shift": self.timestep_shift}
-            content |= provenance | asdict(self)
+    def write(self, folder: str | Path) -> None:
+        """Write the file into a model folder."""
+        kept = {name: value for name, value in asdict(self).items() if value is not None}
+        content = {**kept, "latent_space_sha256": self.latent_space_sha256}
         write_atomically(Path(folder) / GENERATION_CONFIG, json.dumps(content, indent=2) + "\n")
 
 
 def save_generator(generator: SiT, folder: str | Path, num_steps: int, shift: float, **more: object) -> None:
-    """Write a generator folder: architecture, weights, and its `GenerationConfig`; ``more`` is in that file too.
+    """Write a generator folder: architecture, weights, and its `GenerationConfig`, with the fields ``more``.
 
     Raises `InputError` for weights that are not finite.
     """
     require_finite(generator.state_dict(), f"what was to be written to {folder}")
     generator.save_pretrained(folder)
-    own = {name: more.pop(name) for name in ("rewards_sha256", LATENT_SPACE) if name in more}
-    GenerationConfig(num_inference_steps=num_steps, timestep_shift=shift, **own).write(folder, **more)
+    GenerationConfig(num_inference_steps=num_steps, timestep_shift=shift, **more).write(folder)

@@ -38,14 +38,14 @@ class SiTConfig:
     mlp_ratio: float = setting(4.0, low=1 / 64, high=64)
 
 
-EXPECTED = "a SiT's model folder"
+SIT_FOLDER = "a SiT's model folder"
 DIFFUSERS_OPTIONS = {"device_map", "variant", "quantization_config", "subfolder", "revision"}
 
 
 def check_sit_config(config: Mapping, source: Path | str) -> dict:
     """The arguments of `SiT` in ``config``, each of them, without private keys. Raises `InputError`."""
     if (kind := kind_of(config, "SiT")) != "SiT":
-        raise InputError(f"{source} is of a {kind}; {EXPECTED} is expected")
+        raise InputError(f"{source} is of a {kind}; {SIT_FOLDER} is expected")
     values = check(SiTConfig, config, source)
     for name, divisor in (("hidden_size", "num_heads"), ("input_size", "patch_size")):
         if values[name] % values[divisor]:
@@ -79,7 +79,7 @@ def read_sit_config(folder: Path) -> dict:
         )
     folder = model_folder(folder)
     path, weights = folder / "config.json", folder / WEIGHTS_NAME
-    config = check_sit_config(read_json(path, f"{EXPECTED}, with config.json and {WEIGHTS_NAME},"), path)
+    config = check_sit_config(read_json(path, f"{SIT_FOLDER}, with config.json and {WEIGHTS_NAME},"), path)
     if weights.exists():
         shapes = safetensors_shapes(weights, "weights of a SiT")
         blocks = block_count(shapes, weights)
@@ -111,7 +111,7 @@ class SiT(network.SiT):
             raise InputError(f"a SiT is not loaded with {', '.join(names)}: move it or cast it afterwards")
         config = read_sit_config(folder)
         weights = model_folder(folder) / WEIGHTS_NAME
-        state = read_safetensors(weights, EXPECTED)
+        state = read_safetensors(weights, SIT_FOLDER)
         with torch.device("meta"):
             model = cls(**config)
         load_weights(model, state, weights)

@@ -20,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from train_cc.io.errors import InputError
 from train_cc.io.fields import check, setting
+from train_cc.io.flags import number
 from train_cc.io.hub import cached_hub_file, hub_file, models_inside
 from train_cc.io.products import write_atomically
 from train_cc.io.read import (
+    check_numbers,
     kind_of,
     parsing,
     read_json,
@@ -45,23 +47,7 @@ WEIGHTS_NAMES = (
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.fp16.safetensors",
 )
-
-
-@dataclass(frozen=True)
-class VaeConfig:
-    """Numbers of a config.json that diffusers takes as they are. Both statistics have a number per channel."""
-
-    in_channels: int = setting(None, high=3)
-    out_channels: int = setting(None, high=3)
-    latent_channels: int = setting(4, high=64)
-    layers_per_block: int = setting(None, high=16)
-    norm_num_groups: int = setting(None, high=1024)
-    scaling_factor: float = setting(None, low=1e-6, high=1e6)
-    shift_factor: float | None = setting(None, low=-1e6, high=1e6)
-    latents_mean: float | list | None = setting(None, low=-1e6, high=1e6)
-    latents_std: float | list | None = setting(None, low=1e-6, high=1e6)
-
-
+CHANNEL_STATISTICS = {"latents_mean": number(-1e6, 1e6), "latents_std": number(1e-6, 1e6)}  # one per channel
 # diffusers' names of old: stabilityai's own files have them.
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -159,30 +145,45 @@ def require_latent_space(expected: str | None, vae: nn.Module, name: str) -> Non
 # Files of a VAE ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class VAEConfig:
+    """The numbers of an `AutoencoderKL` that diffusers takes as they are, with its defaults."""
+
+    in_channels: int = setting(3, high=3)
+    out_channels: int = setting(3, high=3)
+    latent_channels: int = setting(4, high=64)
+    layers_per_block: int = setting(1, high=16)
+    norm_num_groups: int = setting(32, high=1024)
+    scaling_factor: float = setting(0.18215, low=1e-6, high=1e6)
+    shift_factor: float | None = setting(None, low=-1e6, high=1e6)
+    latents_mean: list | None = setting(None)
+    latents_std: list | None = setting(None)
+
+
 def check_vae_config(config: Mapping, source: Path | str) -> dict:
     """The arguments of `AutoencoderKL` in ``config``, as far as diffusers does not check them. Raises `InputError`."""
     if (kind := kind_of(config, "AutoencoderKL")) != "AutoencoderKL":
         raise InputError(f"{source} is of a {kind}; {AUTOENCODER} is expected")
-    values = check(VaeConfig, config, source, others=True)
-    if values["latents_mean"] is not None or values["latents_std"] is not None:
-        check_channel_statistics(values, source)
+    check(VAEConfig, config, source, others=True)
+    if names := [name for name in CHANNEL_STATISTICS if config.get(name) is not None]:
+        check_channel_statistics(config, names, source)
     return {name: value for name, value in config.items() if name[:1] != "_"}
 
 
-def check_channel_statistics(values: Mapping, source: Path | str) -> None:
-    """``values`` of a `VaeConfig` have both statistics, each a number per channel. Raises `InputError`."""
-    channels = values["latent_channels"]
-    for name in ("latents_mean", "latents_std"):
-        if not isinstance(values[name], list) or len(values[name]) != channels:
-            raise InputError(
-                f"{source}: {name} is {shown(values[name])}; a list of {channels} numbers is expected, "
-                "for latents_mean and latents_std, or for neither"
-            )
-        for number in values[name]:
-            check(VaeConfig, {name: number}, source)
-    if values["shift_factor"]:
-        raise InputError(f"{source}: shift_factor is {values['shift_factor']} beside latents_mean; one is expected")
-    if values["scaling_factor"] is None:  # diffusers' default would be multiplied in without a word
+def check_channel_statistics(config: Mapping, names: list[str], source: Path | str) -> None:
+    """Both of `CHANNEL_STATISTICS` are among ``names``, each a number per channel. Raises `InputError`."""
+    if len(names) == 1:
+        expected = " and ".join(CHANNEL_STATISTICS)
+        raise InputError(f"{source}: {names[0]} is there alone; {expected} are expected, or neither")
+    channels = config.get("latent_channels", 4)
+    for name, allowed in CHANNEL_STATISTICS.items():
+        if len(config[name]) != channels:
+            raise InputError(f"{source}: {name} is {shown(config[name])}; a list of {channels} numbers is expected")
+        for value in config[name]:
+            check_numbers({name: value}, {name: allowed}, source)
+    if config.get("shift_factor"):
+        raise InputError(f"{source}: shift_factor is {config['shift_factor']} beside latents_mean; one is expected")
+    if "scaling_factor" not in config:  # diffusers' default would be multiplied in without a word
         raise InputError(
             f"{source}: scaling_factor is missing beside latents_std; x0 = (z - mean) scaling_factor / std, so write "
             "1.0 if latents_std is the deviation of the VAE's own latents"

@@ -262,7 +262,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         lora_rank_generator=rank,
         arguments=json.loads(json.dumps(vars(args), default=str)),
         # Of a teacher that is a rewarded generator, those too.
-        rewards_sha256={*generation.rewards_sha256, *judges_sha256(scorers, hashes)},
+        rewards_sha256={*(generation.rewards_sha256 or ()), *judges_sha256(scorers, hashes)},
         hashes=hashes,
     )
     run.parts = parts_of(run)
