@@ -28,9 +28,9 @@ from convert_weight.pipeline import DMDRPipeline
 from convert_weight.state_dicts import reverse_time
 from evaluation.standins import authors_state, repa_state, sit_shapes, write_dinov2, write_vae
 from tests.conftest import random_sit, refused, run_cold_start, tree
-from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError
 from train_cc.io.products import record, write_record
+from train_cc.io.remote import download
 from train_cc.models import DINOv2Classifier, SiT
 from train_cc.models.generator import read_rewards, read_sampling, save_generator
 from train_cc.models.vae import load_vae
@@ -359,114 +359,64 @@ def test_check_tells_right_from_wrong(sign, reverse):
 
 
 class Server:
-    """A local file server that understands ranges, or not, and can break off."""
+    """A local file server that can break off."""
 
-    def __init__(self, content, ranges=True, break_after=None, length=True, kind="application/octet-stream"):
-        outer = self
-        self.requests = []
-
+    def __init__(self, content, break_after=None, length=True):
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                asked = self.headers.get("Range")
-                outer.requests.append(asked)
-                start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and ranges else 0
-                if start >= len(content):
-                    self.send_response(416)
-                    self.send_header("Content-Range", f"bytes */{len(content)}")
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
-                    return
-                self.send_response(206 if asked and ranges else 200)
-                self.send_header("Content-Type", kind)
+                self.send_response(200)
                 if length:
-                    self.send_header("Content-Length", str(len(content) - start))
+                    self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                cut = outer.break_after or len(content)
-                self.wfile.write(content[start : start + cut])
+                self.wfile.write(content[:break_after])
 
             def log_message(self, *args):
                 pass
 
-        self.break_after = break_after
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/last.pt"
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_that_broke_off_continues(tmp_path, ranges):
-    content = bytes(range(256)) * 5000
-    server = Server(content, ranges, break_after=300_000)
-    with pytest.raises(InputError, match="continues"):
-        sit_convert.download(server.url, tmp_path / "last.pt")
-    assert not (tmp_path / "last.pt").exists()
-    assert (tmp_path / "last.pt.part").stat().st_size == 300_000
-    server.break_after = None
-    sit_convert.download(server.url, tmp_path / "last.pt")
-    assert (tmp_path / "last.pt").read_bytes() == content
-    assert server.requests == [None, "bytes=300000-"]
-    assert not (tmp_path / "last.pt.part").exists()
-
-
 def test_what_is_there_is_not_written_for(tmp_path, monkeypatch):
     """A cache can be read-only."""
     (tmp_path / "last.pt").write_bytes(b"whole")
-    monkeypatch.setattr("train_cc.io.download.check_parent", lambda path: pytest.fail("nothing is to be written"))
-    assert download("http://127.0.0.1:9/last.pt", tmp_path / "last.pt") == tmp_path / "last.pt"
+    monkeypatch.setattr("train_cc.io.remote.check_parent", lambda path: pytest.fail("nothing is to be written"))
+    assert download("http://127.0.0.1:9/last.pt", tmp_path / "last.pt", "") == tmp_path / "last.pt"
 
 
-def test_a_download_needs_a_server_and_space(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="--input"):
-        sit_convert.download("http://127.0.0.1:9/last.pt", tmp_path / "last.pt")
-    server = Server(b"x" * 1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 10))
-    with pytest.raises(InputError, match="nothing was written"):
-        sit_convert.download(server.url, tmp_path / "last.pt")
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", full)
+    with pytest.raises(InputError, match=r"last.pt is not written: No space left"):
+        download("http://127.0.0.1:9/last.pt", tmp_path / "last.pt", "")
     assert not list(tmp_path.iterdir())
 
 
-def archive(tmp_path):
+@pytest.mark.parametrize("how", ["a web page", "broken off", "cut without a length"])
+def test_what_is_no_whole_file_never_counts(tmp_path, how):
     torch.save({"weight": torch.ones(1000)}, tmp_path / "whole.pt")
     content = (tmp_path / "whole.pt").read_bytes()
     (tmp_path / "whole.pt").unlink()
-    return content
-
-
-@pytest.mark.parametrize("how", ["web page", "web page without its type", "cut without a length", "too small"])
-def test_what_is_no_whole_file_never_counts(tmp_path, how):
-    content, options, words = archive(tmp_path), {}, "no PyTorch file"
-    if how == "web page":
-        server, words = Server(b"<html>sign in</html>", kind="text/html; charset=utf-8"), "web page"
-    elif how == "web page without its type":
+    if how == "a web page":
         server = Server(b"<html>sign in</html>")
-    elif how == "cut without a length":
-        server = Server(content, break_after=2000, length=False)
     else:
-        server, words, options = Server(content), "at least 1,000,000", {"least": 10**6}
-    with pytest.raises(InputError, match=words):
-        download(server.url, tmp_path / "last.pt", problem=whole_archive, **options)
+        server = Server(content, break_after=2000, length=how == "broken off")
+    with pytest.raises(InputError, match=r"no whole PyTorch file; .* `curl -L -C - .*, or take another$"):
+        download(server.url, tmp_path / "last.pt", "take another")
     assert not list(tmp_path.iterdir())
-    server = Server(content)
-    download(server.url, tmp_path / "last.pt", problem=whole_archive)
-    assert (tmp_path / "last.pt").read_bytes() == content
-
-
-@pytest.mark.parametrize("left", ["all of it", "more than it"])
-def test_a_part_that_is_whole_or_of_another_file(tmp_path, left):
-    content = archive(tmp_path)
-    (tmp_path / "last.pt.part").write_bytes(content if left == "all of it" else content + b"more")
-    server = Server(content)
-    download(server.url, tmp_path / "last.pt", problem=whole_archive)
-    assert (tmp_path / "last.pt").read_bytes() == content
-    assert len(server.requests) == (1 if left == "all of it" else 2)
+    download(Server(content).url, tmp_path / "last.pt", "")
+    assert (tmp_path / "last.pt").read_bytes() == content and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
     "url", ["http://", "http://[", "https://127.0.0.1:99999/x", "http://a b/x", "http://127.0.0.1:9/x"]
 )
 def test_a_url_that_leads_nowhere_is_a_message(tmp_path, url):
-    with pytest.raises(InputError):
-        download(url, tmp_path / "x")
+    with pytest.raises(InputError, match="cannot download"):
+        download(url, tmp_path / "x", "")
     assert not list(tmp_path.iterdir())
 
 
