@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from convert_weight.foreign import read_checkpoint
 from train_cc.io import flags
-from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.products import check_parent, check_product, need_space, product, record, write_atomically
 from train_cc.io.read import sha256
+from train_cc.io.remote import download
 from train_cc.io.saying import saying
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME, fit, load_weights
 
@@ -32,9 +32,6 @@ REPA_URL = (
     "https://www.dl.dropboxusercontent.com/scl/fi/cxedbs4da5ugjq5wg3zrg/last.pt"
     "?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0"
 )
-
-
-REPA_BYTES = 4 * 683_242_512  # of its tensors alone
 UNSAID = "guessed: it predicts a velocity, as SiT's files do; a DiT's eps has the same names"
 FOLDED = "folded v(x, t) = -v_theirs(x, 1 - t) in"
 
@@ -140,7 +137,7 @@ def load_source(args: argparse.Namespace) -> "tuple[SiT, list[str], Path]":
         return SiT.from_pretrained(args.input), [f"recognised: a model folder of ours, {args.input}"], args.input
     source = args.input or args.save_dir / "last.pt"
     if args.input is None:
-        download(REPA_URL, source, least=REPA_BYTES, problem=whole_archive, hint="--input takes a local file")
+        download(REPA_URL, source, "give a local file by --input")
     try:
         with saying(f"reading {source}"):
             options = (args.num_heads, args.encoder_depth, args.time_direction, args.num_classes)

@@ -31,9 +31,9 @@ from evaluation.shards import (
 )
 from train_cc.draws import Draws
 from train_cc.io.errors import InputError
-from train_cc.io.hub import model_folder, pinned
 from train_cc.io.products import check_output_file, library_versions, need_space, record
 from train_cc.io.read import read_npz, require_file, require_folder, sha256
+from train_cc.io.remote import model_folder, pinned
 from train_cc.io.saying import note
 from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.models.generator import GenerationConfig

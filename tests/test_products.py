@@ -160,3 +160,18 @@ def test_an_error_leaves_what_was_there_and_one_process_writes(tmp_path):
         make(target, overwrite=overwrite)
     with locked(tmp_path / "deep" / "it.tmp"), pytest.raises(InputError, match="another process"):
         make(target, seed=1, overwrite=True)
+
+
+def test_an_error_between_the_two_renames_brings_the_older_folder_back(tmp_path, monkeypatch):
+    make(tmp_path / "it")
+    before, rename = tree(tmp_path), Path.rename
+
+    def full(self, target):
+        if self.name == "new":
+            raise OSError(28, "full")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(InputError, match="it is not written: No space left"):
+        make(tmp_path / "it", seed=1, overwrite=True)
+    assert tree(tmp_path) == before

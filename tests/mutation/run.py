@@ -121,7 +121,7 @@ MODULES = {
         "test_resume::test_resume_drops_later_rows_and_a_torn_line",
     ],
     "train_cc/run/session.py": ["test_distill", "test_processes"],
-    "train_cc/pretrain/teacher.py": ["test_teacher", "test_pretrain"],
+    "train_cc/pretrain/networks.py": ["test_teacher", "test_pretrain"],
     "evaluation/metrics.py": ["test_metrics"],
     "convert_weight/pipeline.py": [
         "test_sampling",

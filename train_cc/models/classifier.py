@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from train_cc.io.errors import InputError
 from train_cc.io.fields import check, setting
-from train_cc.io.hub import hub_file
+from train_cc.io.products import plain_mode
 from train_cc.io.read import parsing, read_json, read_safetensors, require_folder, shown
+from train_cc.io.remote import hub_file
 from train_cc.io.weights import load_weights, require_finite, require_tensors
 
 TIMM_WEIGHTS = "model.safetensors"  # as timm's repositories name theirs

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from train_cc.io.errors import InputError
 from train_cc.io.fields import check, setting
 from train_cc.io.flags import number
-from train_cc.io.hub import cached_hub_file, hub_file, models_inside
 from train_cc.io.products import write_atomically
 from train_cc.io.read import (
     check_numbers,
@@ -33,6 +32,7 @@ from train_cc.io.read import (
     safetensors_shapes,
     shown,
 )
+from train_cc.io.remote import cached_hub_file, hub_file, models_inside
 from train_cc.io.weights import load_weights, require_tensors
 
 # A hub name stands for one state of its files.
