@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import evaluate, frontier, generate, sampling, shards
+from evaluation import evaluate, frontier, generate, report, sampling, shards
 from evaluation.files import provenance_of, write_figures
 from evaluation.metrics import frechet_distance, inception_score, precision_recall
-from evaluation.report import page as report
+from evaluation.report import page
 from tests.conftest import TINY, random_sit, refused, run_cold_start, tree, words
 from train_cc.io.errors import InputError
 from train_cc.io.figures import METRICS
@@ -141,7 +141,7 @@ def test_what_a_command_did_not_write_is_left_alone(
 
 
 def test_what_a_command_wrote_is_replaced(teacher, classifier, reference, finished_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "CHARTS", report.CHARTS[:1])
+    monkeypatch.setattr(page, "CHARTS", page.CHARTS[:1])
 
     def everything():
         generate.main(sampled(teacher, tmp_path / "s.npz", "--png-dir", tmp_path / "png", "--overwrite"))
@@ -611,7 +611,7 @@ ODD_JSON = ["", "null", "[]", "3", '"text"', "{}", '{"rows": []}', '{"rows": {}}
 
 @pytest.mark.parametrize("content", ODD_JSON, ids=lambda text: text[:20])
 def test_odd_json_beside_a_run_is_named_on_the_page_and_the_rest_shown(content, finished_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "CHARTS", report.CHARTS[:1])
+    monkeypatch.setattr(page, "CHARTS", page.CHARTS[:1])
     for where in ("run/args.json", "results.json", "frontier/frontier.json"):
         folder = tmp_path / where.replace("/", "_")
         shutil.copytree(finished_run, folder / "run", ignore=shutil.ignore_patterns("checkpoints", "*.safetensors"))
@@ -737,5 +737,5 @@ def fuzz(folder: Path, count: int, seed: int, teacher, classifier, images, run: 
 @pytest.mark.parametrize("count", [40, pytest.param(5000, marks=pytest.mark.slow)])
 def test_random_damage_never_escapes(count, teacher, classifier, images, finished_run, tmp_path, monkeypatch):
     assert TINY["input_size"] == images.shape[1]
-    monkeypatch.setattr(report, "CHARTS", report.CHARTS[:1])
+    monkeypatch.setattr(page, "CHARTS", page.CHARTS[:1])
     fuzz(tmp_path, count, 0, teacher, classifier, images, finished_run)

@@ -135,7 +135,7 @@ MODULES = {
         "test_rewards::test_a_black_box_tilts_the_estimator",
     ],
     "train_cc/run/units.py": ["test_checkpoint", "test_trust_runs::test_the_fields_within_are_checked"],
-    "evaluation/report/rules.py": ["test_rules"],
+    "evaluation/report/verdict.py": ["test_rules", "test_verdict"],
 }
 # Subprocesses, waits and large models: seconds that would be paid by every mutant.
 SLOW = "signal or kill or launcher or launch or two_processes or compile or benchmark or eight_bit or every_size"
