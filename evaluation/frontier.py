@@ -25,7 +25,7 @@ from evaluation.asked import (
     settings_of,
 )
 from evaluation.comparison import against_controls, domination, means_of
-from evaluation.files import (
+from evaluation.figures.tables import (
     HELD_OUT,
     named_space,
     over_seeds,
@@ -34,13 +34,12 @@ from evaluation.files import (
     suffered,
     table,
     table_over_seeds,
-    write_figures,
 )
 from evaluation.rows import Row, Table, check_more_flags, read_table, train_flags, words_of
 from evaluation.work import Job, Processes, run_all
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.figures import read_figures
+from train_cc.io.figures import read_figures, write_figures
 from train_cc.io.read import require_file, require_folder, sha256
 from train_cc.io.threads import share_cores
 from train_cc.io.weights import WEIGHTS_NAME

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluation import evaluate, generate
-from evaluation.files import HELD_OUT
+from evaluation.figures.tables import HELD_OUT
 from train_cc.io.errors import InputError
 from train_cc.io.read import parsing, printable, require_file
 from train_cc.setup.arguments import build_parser

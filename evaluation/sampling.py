@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluation.decoding import decoder_of
-from evaluation.files import apart
 from evaluation.sample import classes_of
+from evaluation.samples.files import apart
 from evaluation.shards import (
     check_png_dir,
     check_shards_folder,

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from evaluation.files import HELD_OUT, named_space
+from evaluation.figures.tables import HELD_OUT, named_space
 from train_cc.io.write import mark_of, write_atomically
 
 TEACHER, COLD_START, CONTROL, REWARD, REAL = "tab:green", "tab:blue", "tab:gray", "tab:red", "black"

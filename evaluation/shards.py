@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
-from evaluation.files import provenance_of
+from evaluation.samples.files import provenance_of
 from train_cc.io.errors import InputError
 from train_cc.io.read import npz_headers, parsing, printable, read_npz
 from train_cc.io.write import (

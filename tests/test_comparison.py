@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from evaluation import comparison, scatter
-from evaluation.files import HELD_OUT, named_space
+from evaluation.figures.tables import HELD_OUT, named_space
 
 
 def row(fid, recall, precision, spread=0.01, seeds=3):

@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import decoding, evaluate, figures, files, generate, sampling
+from evaluation import decoding, evaluate, generate, sampling
 from evaluation.distances import equal_sets, sliced_wasserstein
+from evaluation.figures import tables
+from evaluation.figures.row import Embedded, Reference, row_of
+from evaluation.figures.spaces import hold_out, stored_by_space
 from evaluation.metrics import neighbours, precision_recall, statistics
-from evaluation.spaces import stored_by_space
-from evaluation.split import hold_out
 from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, run_cold_start, save_unchecked, words
 from train_cc.io.errors import InputError
@@ -317,21 +318,26 @@ def test_stored_statistics_are_used(digits, classifier, tmp_path, capsys):
 
 
 def test_count_suffix():
-    assert [files.count_suffix(n) for n in (50_000, 60_000, 5_000, 1_800)] == ["", "", "-5k", "-1.8k"]
+    assert [tables.heads_of(["FID"], n)[0] for n in (50_000, 60_000, 5_000, 1_800)] == [
+        "FID",
+        "FID",
+        "FID-5k",
+        "FID-1.8k",
+    ]
 
 
 def embedded(features, classes=5, labels=None):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(len(features), classes, generator=generator)
-    return figures.Embedded(features, logits, labels, labels is not None)
+    return Embedded(features, logits, labels, labels is not None)
 
 
 def test_bootstrap_intervals_hold_every_figure():
     torch.manual_seed(0)
     labels = np.arange(200) % 5
-    real = figures.Reference(embedded(torch.randn(200, 4), labels=labels))
+    real = Reference(embedded(torch.randn(200, 4), labels=labels))
     made = embedded(torch.randn(200, 4) * 1.2, labels=labels)
-    row = figures.row_of(made, real, 200, 30, {"FD": 0.1, "SW": 0.05})
+    row = row_of(made, real, 200, 30, {"FD": 0.1, "SW": 0.05})
     assert set(row["intervals"]) == set(row["figures"]) == set(METRICS) - {"ADM recall", "ADM precision"}
     for name, (low, high) in row["intervals"].items():
         assert low < row["figures"][name] < high, name
@@ -344,7 +350,7 @@ def test_figures_of_sets_are_means_over_equal_counts():
     """70 samples against 30 images: two sets of 30, each as a table of its own would have it."""
     torch.manual_seed(0)
     real, made = torch.randn(30, 3), torch.randn(70, 3) * 1.1
-    row = figures.row_of(embedded(made), figures.Reference(embedded(real)), 30)["figures"]
+    row = row_of(embedded(made), Reference(embedded(real)), 30)["figures"]
     sets = equal_sets(70, 30, 30)
     assert len(sets) == 2
     parts = [neighbours(real[b], made[a]).figures() for a, b in sets]
@@ -361,17 +367,17 @@ def test_recall_and_accuracy_of_a_class(capsys):
     real = torch.randn(60, 2) + 10 * torch.from_numpy(labels)[:, None]
     made = real + 100 * torch.from_numpy(labels == 1)[:, None]
     logits = torch.nn.functional.one_hot(torch.from_numpy(np.where(labels == 1, 0, labels)), 3).float()
-    reference = figures.Reference(figures.Embedded(real, logits, labels, True))
-    good, bad = (figures.row_of(figures.Embedded(x, logits, labels, True), reference, 60) for x in (real, made))
+    reference = Reference(Embedded(real, logits, labels, True))
+    good, bad = (row_of(Embedded(x, logits, labels, True), reference, 60) for x in (real, made))
     assert good["classes"] == {"recall": [1, 1, 1], "accuracy": [1, 0, 1]}
     assert bad["classes"]["recall"][1] < 0.9
-    (line,) = files.suffered({"first": good, "second": bad})
+    (line,) = tables.suffered({"first": good, "second": bad})
     assert line.startswith("second: recall against first fell most in class 1 (1.00 to 0.")
-    unknown = files.suffered({"a": {"classes": {"recall": None}}, "b": {"classes": {"recall": None}}})
+    unknown = tables.suffered({"a": {"classes": {"recall": None}}, "b": {"classes": {"recall": None}}})
     assert unknown == []
-    assert files.suffered({"a": good, "b": good}) == ["b: in none"]
+    assert tables.suffered({"a": good, "b": good}) == ["b: in none"]
     unlabelled = {"classes": {"recall": None}}
-    assert files.suffered({"a": good, "b": unlabelled, "c": {}, "d": good}) == ["d: in none"]
+    assert tables.suffered({"a": good, "b": unlabelled, "c": {}, "d": good}) == ["d: in none"]
 
 
 def test_rows_of_several_seeds_have_a_mean_and_a_spread(digits, classifier, capsys):
@@ -379,7 +385,7 @@ def test_rows_of_several_seeds_have_a_mean_and_a_spread(digits, classifier, caps
         f"{name}, seed {seed}": {"figures": {"FID": fid, "Recall": 0.5, "IS": 9.0, "Precision": 0.25 * seed}}
         for name, seed, fid in (("a", 1, 1.0), ("a", 2, 2.0), ("a", 3, 3.0), ("b", 1, 4.0))
     }
-    _, _, first, second = files.table_over_seeds(rows, 10_000).splitlines()
+    _, _, first, second = tables.table_over_seeds(rows, 10_000).splitlines()
     assert first == "| a | 3 | 2.00 +- 1.00 | 0.500 +- 0.000 | 9.00 +- 0.00 | 0.500 +- 0.250 |"
     assert second == "| b | 1 | 4.00 | 0.500 | 9.00 | 0.250 |"
     command = words(digits, digits, "--classifier", classifier, "--over-seeds", "--names", "no seed")
@@ -523,13 +529,13 @@ def test_pixels_are_the_images_themselves(digits):
 def test_halves_are_disjoint_and_keep_their_labels(digits, tmp_path):
     held = hold_out(digits, "halves")
     content = np.load(digits)
-    parts = [(part["arr_0"].reshape(898, -1), part["arr_1"]) for part in (held.reference, held.out)]
+    parts = [(part["arr_0"].reshape(898, -1), part["arr_1"]) for part in (held.reference, held.held_out)]
     known = {image.tobytes(): label for image, label in zip(content["arr_0"], content["arr_1"], strict=True)}
     for images, labels in parts:
         assert all(known[image.tobytes()] == label for image, label in zip(images, labels, strict=True))
     images = [image.tobytes() for images, _ in parts for image in images]
     assert len(set(images)) == len({image.tobytes() for image in content["arr_0"]}) - 1  # 1797 is odd
-    assert "provenance" in held.reference and np.bincount(held.out["arr_1"]).min() > 60
+    assert "provenance" in held.reference and np.bincount(held.held_out["arr_1"]).min() > 60
 
 
 def test_a_ceiling_of_another_count_has_no_fid(digits, two_classifiers, tmp_path, capsys):

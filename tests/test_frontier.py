@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from evaluation import frontier, scatter, work
 from evaluation.asked import ROOT, keep_or_put_aside, plain_settings, processes_of
-from evaluation.files import HELD_OUT
+from evaluation.figures.tables import HELD_OUT
 from evaluation.rows import read_table, words_of
 from tests.conftest import refused, tree, words
 from tests.test_launchers import as_in_a_terminal

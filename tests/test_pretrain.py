@@ -16,10 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evaluation.files import write_figures
 from tests.conftest import refused
 from train_cc.draws import Draws
-from train_cc.io.figures import read_figures
+from train_cc.io.figures import read_figures, write_figures
 from train_cc.io.write import is_ours
 from train_cc.models import SiT
 from train_cc.models.classifier import ImageClassifier

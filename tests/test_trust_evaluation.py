@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from evaluation import evaluate, frontier, generate, report, sampling, shards
-from evaluation.files import provenance_of, write_figures
 from evaluation.metrics import frechet_distance, inception_score, precision_recall
 from evaluation.report import page
+from evaluation.samples.files import provenance_of
 from tests.conftest import TINY, random_sit, refused, run_cold_start, tree, words
 from train_cc.io.errors import InputError
-from train_cc.io.figures import METRICS
+from train_cc.io.figures import METRICS, write_figures
 from train_cc.io.write import is_ours
 from train_cc.models import features
 from train_cc.models.classifier import ImageClassifier

@@ -11,10 +11,11 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from evaluation.files import apart, heads_of, rewarded_here, shown
+from evaluation.figures.tables import figure_text, heads_of, rewarded_here
 from evaluation.report.charts import CHARTS, colour_of, curve_path, draw, draw_together
 from evaluation.report.run_log import RunLog, Table, find_tables, read_runs
 from evaluation.report.verdict import Verdict, collapsed_recall, verdict
+from evaluation.samples.files import apart
 from train_cc.io.class_names import class_names, dataset_of
 from train_cc.io.errors import InputError
 from train_cc.io.fields import flag_of, marked
@@ -81,7 +82,7 @@ def table_text(table: Table) -> dict:
     metrics = columns_of([{"figures": figures} for figures in table.rows.values()])
     heads = heads_of(metrics, table.count, table.set_size) if table.count else metrics
     rows = {
-        name: [shown(metric, figures[metric]) if metric in figures else "" for metric in metrics]
+        name: [figure_text(metric, figures[metric]) if metric in figures else "" for metric in metrics]
         for name, figures in table.rows.items()
     }
     space = table.space or "a feature space that the file does not name"

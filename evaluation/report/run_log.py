@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.files import HELD_OUT
+from evaluation.figures.tables import HELD_OUT
 from train_cc.io.errors import InputError
 from train_cc.io.figures import read_figures
 from train_cc.io.read import printable, read_json, require_folder, sha256
