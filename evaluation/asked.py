@@ -8,8 +8,8 @@ import threading
 from pathlib import Path
 
 from train_cc.io.errors import InputError
+from train_cc.io.products import write_atomically
 from train_cc.io.read import read_json, require_file, require_plain, sha256
-from train_cc.io.write import mark_of, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 MOVING = threading.Lock()  # rows are made side by side, and the seeds of one share a name in the folder of stale ones
@@ -97,7 +97,7 @@ def keep_or_put_aside(note: Path, settings: dict[str, str], product: Path, aside
             os.replace(product, aside / f"{note.stem}-{number}")
         print(f"stale: {product} was made with {'; '.join(differing[:6])}; now in {aside.name}/{note.stem}-{number}")
     note.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(note, json.dumps({"made_by": mark_of("settings"), "settings": settings}, indent=2) + "\n")
+    write_atomically(note, json.dumps({"settings": settings}, indent=2) + "\n")
 
 
 def recorded_in(note: Path) -> dict:

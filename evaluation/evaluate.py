@@ -21,13 +21,13 @@ import sys
 from pathlib import Path
 
 from evaluation.figures.tables import HELD_OUT, over_seeds, show, warning_lines
-from evaluation.samples.files import apart, content_sha256, image_shape, provenance_of, read_images, reference_shape
+from evaluation.samples.files import content_sha256, image_shape, provenance_of, read_images, reference_shape
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.figures import write_figures
+from train_cc.io.products import apart, check_output_file, library_versions
 from train_cc.io.read import printable
 from train_cc.io.saying import saying
-from train_cc.io.write import check_output_file, library_versions
 
 
 def row_name(text: str) -> str:
@@ -69,6 +69,7 @@ def build_parser() -> flags.Parser:
     )
     parser.add_argument("--output", type=flags.output_file, help="the JSON file to write")
     parser.add_argument("--picture", type=flags.output_file, help="the PNG to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     parser.add_argument("--picture-columns", type=flags.integer(1, 1000), default=20, help="images a row of --picture")
     parser.add_argument(
         "--check", action="store_true", help="check the reference, the features and the outputs; samples need not exist"
@@ -112,9 +113,9 @@ def rows_of(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    for flag, path, kind in (("--output", args.output, "figures"), ("--picture", args.picture, "a picture")):
+    for flag, path in (("--output", args.output), ("--picture", args.picture)):
         if path is not None:
-            check_output_file(path, flag=flag, kind=kind)
+            check_output_file(path, args.overwrite, flag)
     apart((("--output", args.output), ("--picture", args.picture)))
 
 

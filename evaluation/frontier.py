@@ -40,22 +40,21 @@ from evaluation.work import Job, Processes, run_all
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.figures import read_figures, write_figures
-from train_cc.io.read import require_file, require_folder, sha256
-from train_cc.io.threads import share_cores
-from train_cc.io.weights import WEIGHTS_NAME
-from train_cc.io.write import (
+from train_cc.io.products import (
     check_output_dir,
     check_output_file,
     locked,
-    mark_of,
     record,
     record_of,
     write_atomically,
     write_record,
 )
+from train_cc.io.read import require_file, require_folder, sha256
+from train_cc.io.threads import share_cores
+from train_cc.io.weights import WEIGHTS_NAME
 
 LAUNCHERS = {"cold_start": "scripts/cold_start_{}.sh", "dmdr": "scripts/dmdr_{}_refl.sh"}
-OUTPUTS = (("frontier.md", "a table"), ("frontier.json", "figures"), ("frontier.png", "a picture"))
+OUTPUTS = ("frontier.md", "frontier.json", "frontier.png")
 
 
 class Frontier:
@@ -228,8 +227,8 @@ def check_arguments(args: argparse.Namespace) -> Table:
     if made and made["stage"] != "frontier":
         raise InputError(f"--output-dir {args.output_dir} holds a {made['stage']}, not a frontier; choose another")
     check_output_dir(args.output_dir, overwrite=True)
-    for name, kind in OUTPUTS:
-        check_output_file(args.output_dir / name, flag="the output", kind=kind)
+    for name in OUTPUTS:
+        check_output_file(args.output_dir / name, True, "the output")
     return rows
 
 
@@ -265,7 +264,7 @@ def colour_of(row: Row) -> str:
 def write_results(args: argparse.Namespace, rows: Table, spaces: list[dict]) -> str:
     means = [space | {"rows": means_of(space["rows"])} for space in spaces]
     text = text_of(rows, spaces, means, f"Frontier of {args.recipe}")
-    write_atomically(args.output_dir / "frontier.md", f"{text}\n<!-- {mark_of('a table')} -->\n")
+    write_atomically(args.output_dir / "frontier.md", text)
     first, *more = means
     named = {"more_spaces": more, "set_size": first.get("set_size"), "table": str(args.table or args.recipe)}
     named |= {"missing": first["missing"]} if "missing" in first else {}

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from evaluation.figures.tables import HELD_OUT, named_space
-from train_cc.io.write import mark_of, write_atomically
+from train_cc.io.products import write_atomically
 
 TEACHER, COLD_START, CONTROL, REWARD, REAL = "tab:green", "tab:blue", "tab:gray", "tab:red", "black"
 
@@ -44,7 +44,7 @@ def picture(spaces: list[dict], colours: dict[str, str], against: dict[str, str]
     figure.tight_layout(rect=(0, (0.2 * rows + 0.1) / height, 1, 1))
     figure.legend(handles=handles, loc="lower center", ncols=3, fontsize=8, frameon=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": mark_of("a picture")})
+    figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
     write_atomically(path, buffer.getvalue())
 

@@ -59,9 +59,10 @@ run python -m evaluation.evaluate \
     "teacher used in one step" "cold start, 1 step" "cold start, 2 steps" "control: 100 more updates" \
     "DMDR: 100 more updates, reward 0.05" "DMDR: 100 more updates, reward 0.2" \
     --space "classifier:$FASHION/classifier_evaluation" "classifier:$FASHION/classifier_evaluation_vit" \
+    --overwrite \
     --output "$FASHION/results.json" \
     --picture "$FASHION/results.png" \
     --picture-columns 10
-run python -m evaluation.report "$FASHION"/{cold_start,control,dmdr} --output "$FASHION/report.html"
+run python -m evaluation.report "$FASHION"/{cold_start,control,dmdr} --output "$FASHION/report.html" --overwrite
 echo "did it work, and how: open $FASHION/report.html in a browser"
 echo "Fashion-MNIST with seed $SEED: $((SECONDS - began)) s"

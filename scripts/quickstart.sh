@@ -43,9 +43,10 @@ run python -m evaluation.evaluate \
     --names "teacher, 32 Euler steps" "teacher used in one step" "cold start, 1 step" \
     "control: 100 more updates" "DMDR: 100 more updates with reward" \
     --classifier "$DIGITS/classifier_evaluation" \
+    --overwrite \
     --output "$DIGITS/results.json" \
     --picture "$DIGITS/results.png" \
     --picture-columns 10
-run python -m evaluation.report "$DIGITS"/{cold_start,control,dmdr} --output "$DIGITS/report.html"
+run python -m evaluation.report "$DIGITS"/{cold_start,control,dmdr} --output "$DIGITS/report.html" --overwrite
 echo "did it work, and how: open $DIGITS/report.html in a browser"
 echo "quickstart with seed $SEED: $((SECONDS - began)) s"

@@ -24,7 +24,7 @@ from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, run_cold_start, save_unchecked, words
 from train_cc.io.errors import InputError
 from train_cc.io.figures import METRICS, read_figures
-from train_cc.io.write import record, write_record
+from train_cc.io.products import record, write_record
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.features import load_space
 from train_cc.models.vae import VAEDecoder

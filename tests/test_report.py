@@ -18,7 +18,7 @@ from tests.conftest import flags, refused, run_cold_start
 from tests.test_rules import HEALTHY
 from train_cc import dmdr_refl
 from train_cc.io.figures import METRICS
-from train_cc.io.write import commit, record, write_record
+from train_cc.io.products import commit, record, write_record
 from train_cc.run.pictures import save_grid
 
 

@@ -18,9 +18,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", type=flags.path, nargs="+", metavar="RUN", help="a run's --output-dir")
     parser.add_argument("--output", type=flags.output_file, help="default: report.html in the first run's folder")
     parser.add_argument("--curves", type=flags.path, metavar="FOLDER", help="also write every chart there, as SVG")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     args = parser.parse_args(argv)
     for folder in args.runs:
         require_folder(folder, "a run's --output-dir")
     from evaluation.report.page import report  # matplotlib takes a second to import
 
-    report(args.runs, args.output or args.runs[0] / "report.html", args.curves)
+    report(args.runs, args.output, args.curves, args.overwrite)

@@ -18,7 +18,6 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from evaluation.report.run_log import RunLog
-from train_cc.io.write import mark_of
 from train_cc.run.logbook import BANDS, band_columns
 
 CLOSER = "Does the generator come closer to the teacher?"
@@ -264,7 +263,7 @@ def draw_together(chart: Chart, runs: list[RunLog]) -> str:
 def svg_of(figure: Figure) -> str:
     figure.tight_layout()
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": mark_of("a curve")})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]

@@ -15,13 +15,12 @@ from evaluation.figures.tables import figure_text, heads_of, rewarded_here
 from evaluation.report.charts import CHARTS, colour_of, curve_path, draw, draw_together
 from evaluation.report.run_log import RunLog, Table, find_tables, read_runs
 from evaluation.report.verdict import Verdict, collapsed_recall, verdict
-from evaluation.samples.files import apart
 from train_cc.io.class_names import class_names, dataset_of
 from train_cc.io.errors import InputError
 from train_cc.io.fields import flag_of, marked
 from train_cc.io.figures import columns_of, with_arrow
+from train_cc.io.products import apart, check_output_file, check_parent, write_atomically
 from train_cc.io.read import first_line, parsing, printable, read_json
-from train_cc.io.write import check_output_file, check_parent, mark_of, write_atomically
 from train_cc.run.pictures import GAP
 from train_cc.setup.arguments import GROUPS
 
@@ -189,7 +188,6 @@ def page(runs: list[RunLog], tables: list[Table], outcome: Verdict, charts: dict
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     facts = [facts_of(run) for run in runs]
     return templates.get_template("page.html.j2").render(
-        mark=mark_of("a report"),
         names=[run.name for run in runs],
         colours=[colour_of(number) for number in range(len(runs))],
         verdict=outcome,
@@ -203,20 +201,15 @@ def page(runs: list[RunLog], tables: list[Table], outcome: Verdict, charts: dict
     )
 
 
-def check_outputs(target: Path, curves: Path | None) -> None:
-    """The page and every curve can be written, and replace only what this command wrote. Raises `InputError`."""
-    check_output_file(target, kind="a report")
-    if curves is None:
-        return
-    apart((("--output", target), ("--curves", curves)))
-    check_parent(curves / "x.svg")
-    for chart in CHARTS:
-        check_output_file(curve_path(curves, chart), flag="--curves:", kind="a curve")
-
-
-def report(folders: list[Path], target: Path, curves: Path | None) -> None:
-    """The command, its flags checked. Raises `InputError`."""
-    check_outputs(target, curves)
+def report(folders: list[Path], output: Path | None, curves: Path | None, overwrite: bool) -> None:
+    """The command, its flags checked; the first run's own report is always replaced. Raises `InputError`."""
+    target = output or folders[0] / "report.html"
+    check_output_file(target, overwrite or output is None)
+    if curves is not None:
+        apart((("--output", target), ("--curves", curves)))
+        check_parent(curves / "x.svg")
+        for chart in CHARTS:
+            check_output_file(curve_path(curves, chart), overwrite, "--curves:")
     runs = read_runs(folders)
     tables, problems = find_tables(runs)
     problems = [f"{run.name}: {text}" for run in runs for text in run.problems] + problems

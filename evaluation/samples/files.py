@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train_cc.io.errors import InputError
+from train_cc.io.products import record_of
 from train_cc.io.read import npz_headers, parsing, read_npz, require_plain, sha256
-from train_cc.io.write import record_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,11 +134,3 @@ def provenance_of(content: Mapping[str, "np.ndarray"], path: Path) -> dict | Non
         raise InputError(f"{path}: its provenance is a {type(provenance).__name__}; a JSON object is expected")
     require_plain(provenance, path)
     return provenance
-
-
-def apart(paths: Iterable[tuple[str, Path | None]]) -> None:
-    """No two outputs are one file. Raises `InputError`."""
-    seen: dict[str, str] = {}
-    for flag, path in paths:
-        if path is not None and seen.setdefault(real := os.path.realpath(path), flag) != flag:
-            raise InputError(f"{seen[real]} and {flag} are both {path}; choose two")

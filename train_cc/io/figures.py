@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from train_cc.io.errors import InputError
+from train_cc.io.products import write_atomically
 from train_cc.io.read import Number, check_numbers, printable, read_json, require_plain
-from train_cc.io.write import mark_of, write_atomically
 
 METRICS = ("FID", "Recall", "IS", "Precision", "accuracy", "Density", "Coverage", "KID", "SW", "FDr", "SWr")
 METRICS += ("ADM recall", "ADM precision")  # of all images against all, whatever their counts
@@ -32,9 +32,9 @@ def with_arrow(metric: str, head: str | None = None) -> str:
     return f"{head or metric} {'↓' if metric in LOWER_IS_BETTER else '↑'}"
 
 
-def write_figures(path: Path, rows: dict[str, dict], kind: str = "figures", **more: object) -> None:
+def write_figures(path: Path, rows: dict[str, dict], **more: object) -> None:
     """JSON of ``rows`` and of what else belongs to them."""
-    content = {"made_by": mark_of(kind), "rows": rows} | more
+    content = {"rows": rows} | more
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=2, default=str, allow_nan=False) + "\n")
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from train_cc.io.errors import InputError
 from train_cc.io.hub import hub_file
+from train_cc.io.products import plain_mode
 from train_cc.io.read import (
     Number,
     check_numbers,
@@ -23,7 +24,6 @@ from train_cc.io.read import (
     safetensors_shapes,
 )
 from train_cc.io.weights import fit_shapes, load_weights, require_finite, require_tensors
-from train_cc.io.write import copy_mode
 
 WEIGHTS_NAME = "model.safetensors"
 EXPECTED = "a folder of train_cc/pretrain/classifier.py"
@@ -128,7 +128,7 @@ class ImageClassifier(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.network.state_dict(), folder / WEIGHTS_NAME)
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-        copy_mode(folder / "config.json", folder / WEIGHTS_NAME)
+        plain_mode(folder / WEIGHTS_NAME)
 
     @classmethod
     def untrained(cls, name: str) -> "ImageClassifier":

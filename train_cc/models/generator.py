@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from train_cc.io.errors import InputError
+from train_cc.io.products import write_atomically
 from train_cc.io.read import Number, check_numbers, read_json, shown
 from train_cc.io.weights import GENERATION_CONFIG, fit, load_weights, require_finite
-from train_cc.io.write import write_atomically
 from train_cc.models.sit import SiT, check_sit_config
 
 # How a generator is sampled, as `GENERATION_CONFIG` says (FORMATS: generator folder).

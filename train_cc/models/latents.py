@@ -13,9 +13,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from train_cc.io.errors import InputError
+from train_cc.io.products import write_atomically
 from train_cc.io.read import parsing, read_json, shown
 from train_cc.io.weights import GENERATION_CONFIG
-from train_cc.io.write import write_atomically
 
 ENCODED_AT_ONCE = 250
 KEY = "latent_space_sha256"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from train_cc.draws import rng_of
 from train_cc.io.errors import InputError
-from train_cc.io.write import copy_mode
+from train_cc.io.products import plain_mode
 
 ADAPTER = "default"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -111,7 +111,7 @@ def save_adapter(state: Mapping[str, Tensor], rank: int, targets: list[str], bas
     config.save_pretrained(folder)
     names = {name: f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}" for name in state if ".lora_" in name}
     save_file({new: state[name].contiguous() for name, new in names.items()}, folder / ADAPTER_FILES[1])
-    copy_mode(folder / ADAPTER_FILES[0], folder / ADAPTER_FILES[1])
+    plain_mode(folder / ADAPTER_FILES[1])
 
 
 def merge_lora(model: nn.Module) -> None:

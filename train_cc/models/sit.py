@@ -9,6 +9,7 @@ from torch import nn
 
 from train_cc.io.errors import InputError
 from train_cc.io.hub import model_folder
+from train_cc.io.products import plain_mode
 from train_cc.io.read import (
     Number,
     check_numbers,
@@ -19,7 +20,6 @@ from train_cc.io.read import (
     safetensors_shapes,
 )
 from train_cc.io.weights import WEIGHTS_NAME, block_count, fit_shapes, load_weights
-from train_cc.io.write import copy_mode
 from train_cc.models import network
 
 # name -> the arguments of `SiT` that it stands for; inputs are 4 x 32 x 32 latents, 1000 classes, by default.
@@ -100,7 +100,7 @@ class SiT(network.SiT):
         """`config.json` and one safetensors file, with the same mode."""
         super().save_pretrained(folder, **options | {"max_shard_size": "1000TB", "safe_serialization": True})
         if (Path(folder) / WEIGHTS_NAME).exists():
-            copy_mode(Path(folder) / "config.json", Path(folder) / WEIGHTS_NAME)
+            plain_mode(Path(folder) / WEIGHTS_NAME)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **options) -> "SiT":

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from train_cc.io.errors import InputError
+from train_cc.io.products import flush, plain_mode
 from train_cc.io.read import read_safetensors, read_torch, require_file, sha256
-from train_cc.io.write import flush, plain_mode
 from train_cc.run.folder import CHECKPOINT_STEP, OF_A_STEP, TORN, delete_ours, put_in_place
 from train_cc.run.units import FORMAT_VERSION, NewerFormat, check_units
 
