@@ -357,7 +357,7 @@ def product(
             print(f"there already, by the same command: {target}; --overwrite makes it anew", flush=True)
             yield None
             return
-        begin(place, content, overwrite or not keep, flag)
+        begin(place, content, overwrite or not keep or file, flag)
         if not file:
             place.new.mkdir()
         try:
