@@ -16,7 +16,7 @@ from train_cc.io import flags
 from train_cc.io.class_names import EXPECTED as CLASS_NAMES
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.hub import check_hub_name, push_folder
-from train_cc.io.products import check_product, record
+from train_cc.io.products import check_product, place_of, record
 from train_cc.io.read import require_file, sha256
 from train_cc.io.saying import saying
 
@@ -58,6 +58,7 @@ def targets_of(args: argparse.Namespace) -> dict[str, Path]:
             raise InputError(f"{flag} is of a pipeline: give --pipeline FOLDER, too")
     inputs = {"--checkpoint": args.checkpoint, "--teacher": args.teacher, "--vae": args.vae, "--results": args.results}
     for flag, folder in targets.items():
+        place_of(folder)
         for name, value in (inputs | targets).items():
             if name != flag and value is not None and Path(value).resolve().is_relative_to(folder.resolve()):
                 raise InputError(f"{flag} {folder} holds {name} {value}; choose another {flag}")

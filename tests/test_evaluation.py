@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import decoding, evaluate, generate, sampling
+from evaluation import evaluate, generate
 from evaluation.distances import equal_sets, sliced_wasserstein
 from evaluation.figures import tables
 from evaluation.figures.row import Embedded, Reference, row_of
 from evaluation.figures.spaces import hold_out, stored_by_space
 from evaluation.metrics import neighbours, precision_recall, statistics
+from evaluation.samples import sampling
 from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, run_cold_start, save_unchecked, words
 from train_cc.io.errors import InputError
@@ -65,7 +66,7 @@ def test_images_depend_on_seed_and_index_alone(teacher, tmp_path, more):
     assert a["arr_0"].shape == (10, 8, 8, 1) and a["arr_0"].dtype == np.uint8 and a["arr_0"].std() > 5
     if "random" not in more:
         assert np.array_equal(a["arr_1"], np.arange(10))
-    assert not (tmp_path / "a.npz.shards").exists()
+    assert not (tmp_path / "a.npz.tmp").exists()
 
 
 def test_two_processes_give_the_same_images(teacher, tmp_path):
@@ -79,7 +80,7 @@ def test_two_processes_give_the_same_images(teacher, tmp_path):
         assert np.abs(two["arr_0"].astype(int) - alone["arr_0"]).max() <= 1
 
 
-def test_generation_continues_from_its_shards(teacher, tmp_path, monkeypatch):
+def test_generation_continues_from_its_parts(teacher, tmp_path, monkeypatch):
     whole = samples(teacher, tmp_path / "whole.npz", "--shard-size", 4)
     batch, made = sampling.generate_batch, []
 
@@ -123,7 +124,7 @@ def test_latents_are_decoded_in_parts(tmp_path, monkeypatch):
     whole = samples(tmp_path / "latent", tmp_path / "whole.npz", *more)["arr_0"]
     decode, counts = VAEDecoder.forward, []
     monkeypatch.setattr(VAEDecoder, "forward", lambda self, x0: counts.append(len(x0)) or decode(self, x0))
-    monkeypatch.setattr(decoding, "DECODED_AT_ONCE", 3)
+    monkeypatch.setattr(sampling, "DECODED_AT_ONCE", 3)
     parts = samples(tmp_path / "latent", tmp_path / "parts.npz", *more)["arr_0"]
     assert counts == [3, 3, 1] and parts.shape == whole.shape
     assert np.abs(parts.astype(int) - whole).max() <= 1
@@ -132,18 +133,18 @@ def test_latents_are_decoded_in_parts(tmp_path, monkeypatch):
 def test_half_precision_decodes_where_it_does_not_show(tmp_path, monkeypatch, capsys):
     """As on a GPU. The file says what decoded it, and is finished whatever that was."""
     random_sit(in_channels=4).save_pretrained(tmp_path / "latent")
-    vae, choose = write_vae(tmp_path / "vae"), decoding.decoder_of
+    vae, choose = write_vae(tmp_path / "vae"), sampling.decoder_of
     more = ("--vae", vae, "--num-images", 3)
     wide = samples(tmp_path / "latent", tmp_path / "s.npz", *more)
     monkeypatch.setattr(sampling, "decoder_of", lambda *args: choose(*args[:-1], True))
     samples(tmp_path / "latent", tmp_path / "s.npz", *more)
-    assert "were there already" in capsys.readouterr().out
+    assert "there already" in capsys.readouterr().out
     half = samples(tmp_path / "latent", tmp_path / "half.npz", *more)
     assert [json.loads(str(made["provenance"]))["decoder"] for made in (wide, half)] == ["fp32", "fp16"]
     further = np.abs(half["arr_0"].astype(int) - wide["arr_0"])
     assert further.any() and (further > 1).mean() <= 1e-3
 
-    monkeypatch.setattr(decoding, "FURTHER", -1.0)  # nothing is near enough
+    monkeypatch.setattr(sampling, "FURTHER", -1.0)  # nothing is near enough
     again = samples(tmp_path / "latent", tmp_path / "again.npz", *more)
     assert np.array_equal(again["arr_0"], wide["arr_0"])
     assert json.loads(str(again["provenance"]))["decoder"] == "fp32"
@@ -155,11 +156,11 @@ def test_what_shows_in_half_precision():
     wide = lambda x: x  # noqa: E731
     off = torch.zeros_like(x0)
     off.view(-1)[:15] = 1.6 / 255  # 15 of 15 000
-    assert decoding.what_shows(wide, lambda x: x + 0.9 / 255, x0) == ""
-    assert decoding.what_shows(wide, lambda x: x + off, x0) == ""
+    assert sampling.what_shows(wide, lambda x: x + 0.9 / 255, x0) == ""
+    assert sampling.what_shows(wide, lambda x: x + off, x0) == ""
     off.view(-1)[:16] = 1.6 / 255
-    assert decoding.what_shows(wide, lambda x: x + off, x0).startswith("0.11% of the pixels")
-    assert decoding.what_shows(wide, lambda x: x * float("inf"), x0) == "its activations overflow"
+    assert sampling.what_shows(wide, lambda x: x + off, x0).startswith("0.11% of the pixels")
+    assert sampling.what_shows(wide, lambda x: x * float("inf"), x0) == "its activations overflow"
 
 
 def test_attention_is_chosen_for_samples_as_for_training(tmp_path, monkeypatch):
@@ -253,7 +254,7 @@ def test_a_folder_of_png_has_the_figures_of_its_npz(digits, classifier, teacher,
     assert len(record["rows"]["png"]["generation"]["generator_sha256"]) == len(record["reference_sha256"]) == 64
     before = record["reference_sha256"]
     Image.new("L", (8, 8), 9).save(classes / "3" / "0000.png")
-    evaluate.main(pair)
+    evaluate.main([*pair, "--overwrite"])
     assert read_figures(tmp_path / "p.json")["reference_sha256"] != before
 
 

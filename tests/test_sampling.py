@@ -210,8 +210,7 @@ def test_the_images_of_the_sde_are_those_of_the_sampler(teacher, tmp_path):
 
 def test_the_sde_takes_250_steps_unless_told():
     args = generate.build_parser().parse_args(words("--generator", "g", "--output", "s.npz", "--sampler", "sde"))
-    generate.check_sampling(args)
-    assert args.num_steps == 250
+    assert generate.check_sampling(args).num_steps == 250 and args.num_steps is None
 
 
 def test_guided_channels_are_recorded(tmp_path):
@@ -252,7 +251,7 @@ NOTE = "does not record for how many steps it was distilled"
 
 def test_one_step_of_what_was_not_distilled_is_noted(teacher, tmp_path, capfd):
     save_generator(random_sit(), tmp_path / "distilled", 1, 1.0)
-    grid = ("--classes", 1, "--per-class", 1, "--grid", tmp_path / "g.png")
+    grid = ("--classes", 1, "--per-class", 1, "--grid", tmp_path / "g.png", "--overwrite")
     for number, (call, source, more, notes) in enumerate([
         (generate.main, teacher, (), 1),
         (generate.main, teacher, ("--num-steps", 1), 0),

@@ -236,7 +236,7 @@ PATHS = [
         "a pipe in place of a file",
         a_pipe,
         "evaluation.sample --generator teacher --classes 1 --grid pipe",
-        ("--grid pipe exists and is not a file of this project",),
+        ("--grid pipe is a device or a pipe; a file is expected",),
     ),
     Situation(
         "an adapter over the current folder",

@@ -272,7 +272,7 @@ class Place(NamedTuple):
 
 def place_of(target: Path) -> Place:
     """The working folder of ``target``: beside it, on its disk, even if ``target`` is a link. Raises `InputError`."""
-    target = target.resolve()
+    target = Path(os.path.realpath(target))
     if Path.cwd().is_relative_to(target):
         raise InputError(f"{target} holds the current folder, and would be replaced whole: name a folder in it")
     parts = target.with_name(target.name + ".tmp")
@@ -295,6 +295,7 @@ def check_product(
     read: Callable[[Path], Mapping] = record_of,
 ) -> bool:
     """True if the same command made ``target``. Raises `InputError` if `product` cannot make it; before the work."""
+    parts = place_of(target).parts
     if not overwrite and finished(target, content, read):
         return True
     if file:
@@ -303,7 +304,6 @@ def check_product(
         check_output_dir(target, True, flag)
         if target.exists() and not is_empty(target):
             check_replaced(target, content, overwrite, flag)
-    parts = place_of(target).parts
     check_parent(parts / RECORD)
     if os.path.lexists(parts) and not is_work(parts):
         kind = "no command of this project wrote it" if parts.is_dir() else "is no folder"
@@ -344,7 +344,7 @@ def product(
     record of a finished file. Raises `InputError`.
     """
     check = functools.partial(check_product, target, content, overwrite, flag, file, read)
-    there, place, target = check(), place_of(target), target.resolve()
+    there, place, target = check(), place_of(target), Path(os.path.realpath(target))
     before = place.parts / "old"
     with contextlib.ExitStack() as lock:
         if not there or is_work(place.parts):
