@@ -10,12 +10,9 @@ from pathlib import Path
 
 import torch
 
-from evaluation.fused import BlockRuns
-from evaluation.lowering import require_cuda_lowering
 from evaluation.phases import phases_watched
 from train_cc.distillation import loop
 from train_cc.distillation.run import Run
-from train_cc.io.errors import InputError
 from train_cc.run.fake_gpu import fake_gpu
 from train_cc.run.fake_processes import fake_processes
 from train_cc.run.meters import LiveMemory
@@ -36,34 +33,27 @@ def watch(memory: LiveMemory, run: Run) -> None:
         memory.watch(*run.ema.values.values())
 
 
-def estimate(args: argparse.Namespace, size: str, card: Card) -> tuple[Roofline, int, Cost | None]:
+def estimate(args: argparse.Namespace, size: str, card: Card) -> tuple[Roofline, int]:
     """A cycle of the run of ``args``, after one that makes the optimizers' moments. -> its costs, its peak memory.
 
-    With ``--compile``, also what compiled blocks change of it. Raises `InputError`.
+    Not compiled. Raises `InputError`.
     """
-    compiled = args.compile is True
-    if compiled and args.gradient_checkpointing:
-        raise InputError("--roofline with --compile does not know --gradient-checkpointing: leave one of them away")
-    if compiled:
-        require_cuda_lowering()
-    args = argparse.Namespace(**vars(args) | {"compile": False})
-    if args.teacher == SHAPES:
-        args.teacher = Path(size)
+    own = {"compile": False, "teacher": Path(size) if args.teacher == SHAPES else args.teacher}
     if args.mixed_precision == "auto":  # as on a GPU
-        args = argparse.Namespace(**vars(args) | {"mixed_precision": GPU_PRECISION})
+        own["mixed_precision"] = GPU_PRECISION
+    args = argparse.Namespace(**vars(args) | own)
     with fake_gpu() as gpu, fake_processes(1):
         run = build(args, open_session(args.mixed_precision), NetworksToCome(gpu.device))
         loop.cycle(run, 0)
         memory, costs = LiveMemory(gpu.device.type), Roofline(card, gpu.device.type)
         with memory:
             watch(memory, run)
-            with BlockRuns.of(run) as runs, costs, phases_watched(run, costs.phase):
+            with costs, phases_watched(run, costs.phase):
                 loop.cycle(run, 1)
-        eager = {kind: runs.small_kernels(kind, card, gpu.device.type) for kind in runs.count if compiled}
-    return costs, memory.peak, runs.gain(eager, card) if compiled else None
+    return costs, memory.peak
 
 
-def figures_of(costs: Roofline, peak: int, gain: Cost | None = None) -> dict:
+def figures_of(costs: Roofline, peak: int) -> dict:
     """Names are those of a measured benchmark, so that `--compare` reads both."""
     total = costs.total()
     figures = {
@@ -73,10 +63,6 @@ def figures_of(costs: Roofline, peak: int, gain: Cost | None = None) -> dict:
         "kernels_per_cycle": total.kernels,
         "peak_memory_gib": peak / GIB,
     }
-    if gain is not None:
-        figures["seconds_per_cycle_compiled"] = total.seconds + gain.seconds
-        figures["gigabytes_per_cycle_compiled"] = (total.bytes + gain.bytes) / 1e9
-        figures["kernels_per_cycle_compiled"] = total.kernels + gain.kernels
     for i, name in enumerate(("phase", "kind", "kernel")):
         sums: dict[str, Cost] = defaultdict(Cost)
         for key, cost in costs.rows.items():
@@ -98,9 +84,6 @@ def table(figures: dict, kernels: int = 15) -> str:
         lines.append(title.replace("_", " "))
         for name, row in list(figures[title].items())[: kernels if title == "by_kernel" else None]:
             add(f"  {name}", row["seconds"], row["flop"] / 1e12, row["bytes"] / 1e9, row["kernels"])
-    if "seconds_per_cycle_compiled" in figures:
-        names = ("seconds_per_cycle", "tflop_per_cycle", "gigabytes_per_cycle", "kernels_per_cycle")
-        add("cycle, blocks compiled", *(figures.get(f"{name}_compiled", figures[name]) for name in names))
     lines.append(f"peak memory {figures['peak_memory_gib']:.2f} GiB")
     return "\n".join(lines)
 

@@ -248,7 +248,7 @@ def test_a_folder_of_png_has_the_figures_of_its_npz(digits, classifier, teacher,
     assert of_flat["FID"] == pytest.approx(of_npz["FID"]) and "accuracy" not in of_flat
     # A folder of evaluation.generate has its provenance; a folder is a reference too.
     samples(teacher, tmp_path / "g.npz", "--png-dir", tmp_path / "png")
-    pair = words(tmp_path / "png", classes, "--classifier", classifier, "--output", tmp_path / "p.json")
+    pair = words(tmp_path / "png", classes, "--classifier", classifier, "--output", tmp_path / "p.json", "--overwrite")
     evaluate.main([*pair, "--picture", str(tmp_path / "p.png")])
     record = read_figures(tmp_path / "p.json")
     assert len(record["rows"]["png"]["generation"]["generator_sha256"]) == len(record["reference_sha256"]) == 64

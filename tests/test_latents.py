@@ -25,7 +25,7 @@ from train_cc.io.errors import InputError
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.latents import encode_images, latent_space_sha256, read_latent_space
 from train_cc.models.vae import VAEDecoder, load_decoder, load_vae, new_vae
-from train_cc.pretrain import classifier, data, teacher, vae
+from train_cc.pretrain import classifier, data, networks, teacher, vae
 
 SMALL_VAE = ["--channels", "8", "16", "--groups", "4", "--batch-size", "4", "--max-train-steps", "5"]
 SMALL_TEACHER = ["--hidden-size", "16", "--num-heads", "2", "--depth", "2", "--batch-size", "8", "--patch-size", "4"]
@@ -129,7 +129,7 @@ def test_the_divergence_is_that_of_torch():
     mean, std = torch.randn(3, 4, 2, 2), torch.rand(3, 4, 2, 2) + 0.1
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(mean, std), normal(0.0, 1.0)).mean()
-    assert vae.kl_divergence(mean, std).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert networks.kl_divergence(mean, std).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_latents_have_unit_spread_and_invert_the_scaling(folder, stage_0):
@@ -168,7 +168,7 @@ def test_a_killed_vae_continues_to_the_same_bits(folder, stage_0, tmp_path, monk
             super().__init__(*key, **options)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr("train_cc.draws.Draws", Dying)
+        patch.setattr("train_cc.pretrain.networks.Draws", Dying)
         train_vae(folder, tmp_path / "run", "--checkpoint-steps", 2, *more)
     assert not (tmp_path / "run" / "config.json").exists()
     train_vae(folder, tmp_path / "run", "--checkpoint-steps", 2, *more)
@@ -184,7 +184,7 @@ def test_both_losses_fall(folder, stage_0, monkeypatch, tmp_path):
     for more in ([], [*judge, "--feature-weight", "1"]):
         args = vae.command_parser().parse_args([*own, *more])
         model = load_vae(str(stage_0 / "vae_first"))
-        training = vae.vae_training(model.train(), images, args)
+        training = networks.vae_training(model.train(), images, args)
         losses = []
         for _ in range(6):
             training.optimizer.zero_grad()
@@ -236,7 +236,7 @@ def test_a_teacher_records_its_latents_and_a_student_inherits_them(stage_0, path
 
 
 def test_a_killed_teacher_goes_on_with_the_latents_that_it_had(folder, stage_0, tmp_path, monkeypatch, capsys):
-    run, more = tmp_path / "run", ["--max-train-steps", 3, "--checkpoint-steps", 1]
+    run, parts, more = tmp_path / "run", tmp_path / "run.tmp", ["--max-train-steps", 3, "--checkpoint-steps", 1]
 
     class Dying(Draws):
         def __init__(self, *key, **options):
@@ -245,24 +245,25 @@ def test_a_killed_teacher_goes_on_with_the_latents_that_it_had(folder, stage_0, 
             super().__init__(*key, **options)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr("train_cc.draws.Draws", Dying)
+        patch.setattr("train_cc.pretrain.networks.Draws", Dying)
         train_teacher(folder, stage_0 / "vae_first", run, *more)
-    assert (run / "latents.safetensors").exists()
+    assert (parts / "latents.safetensors").exists()
     other = train_vae(folder, tmp_path / "other", "--seed", 5)
     (tmp_path / "swapped").symlink_to(other)
-    record = json.loads((run / "args.json").read_text())
+    record = json.loads((parts / "args.json").read_text())
     record["arguments"]["vae"] = str(tmp_path / "swapped")
-    (run / "args.json").write_text(json.dumps(record))  # as if the VAE of this name had changed meanwhile
+    (parts / "args.json").write_text(json.dumps(record))  # as if the VAE of this name had changed meanwhile
     flags = [*of(folder), *SMALL_TEACHER, *words("--vae", tmp_path / "swapped", "--output-dir", run, *more)]
     assert "of another VAE" in refused(teacher.main, flags, capsys=capsys)
     record["arguments"]["vae"] = str(stage_0 / "vae_first")
-    (run / "args.json").write_text(json.dumps(record))
+    (parts / "args.json").write_text(json.dumps(record))
 
     def held_out_alone(vae, images):
         assert len(images) == 30  # those of the training were computed before the kill
         return encode_images(vae, images)
 
-    monkeypatch.setattr("train_cc.models.latents.encode_images", held_out_alone)
+    for module in ("models.latents", "pretrain.networks"):
+        monkeypatch.setattr(f"train_cc.{module}.encode_images", held_out_alone)
     train_teacher(folder, stage_0 / "vae_first", run, *more)
     straight, again = weights(stage_0 / "teacher"), weights(run)
     assert all(torch.equal(straight[key], again[key]) for key in straight) and len(straight) > 10

@@ -20,7 +20,7 @@ from tests.conftest import refused
 from train_cc.draws import Draws
 from train_cc.models import SiT
 from train_cc.models.classifier import ImageClassifier
-from train_cc.pretrain import classifier, data, resumable, teacher
+from train_cc.pretrain import classifier, data, networks, resumable, teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {"teacher": teacher, "classifier": classifier}
@@ -65,7 +65,7 @@ def stop_at(monkeypatch, name: str, step: int) -> None:
                 raise RuntimeError("killed")
             super().__init__(*key, **more)
 
-    monkeypatch.setattr("train_cc.draws.Draws", Dying)
+    monkeypatch.setattr(networks, "Draws", Dying)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,9 @@ def test_killed_and_continued_equals_never_stopped(straight, tmp_path, monkeypat
     assert {path.name for path in (tmp_path / "run.tmp").iterdir()} == {".lock", "args.json", "checkpoint.pt", "new"}
     assert not (tmp_path / "run").exists()
     seen = []
-    monkeypatch.setattr("train_cc.draws.Draws", lambda *key, **more: seen.append(key[-1]) or Draws(*key, **more))
+    monkeypatch.setattr(
+        "train_cc.pretrain.networks.Draws", lambda *key, **more: seen.append(key[-1]) or Draws(*key, **more)
+    )
     train(name, tmp_path / "run", "--checkpoint-steps", "2")
     assert [step for step in seen if step < 5] == list(range(2, 5))  # the loss at the end has a key of its own
     assert same(trained(straight[name]), trained(tmp_path / "run"))
@@ -241,7 +243,9 @@ def test_nothing_shares_random_numbers_at_one_seed(straight, tmp_path, monkeypat
         ("other", "classifier", "--architecture", "test_efficientnet"),
     ):
         rows = []
-        monkeypatch.setattr("train_cc.draws.Draws", lambda *key, rows=rows, **kw: rows.append(key) or Draws(*key, **kw))
+        monkeypatch.setattr(
+            "train_cc.pretrain.networks.Draws", lambda *key, rows=rows, **kw: rows.append(key) or Draws(*key, **kw)
+        )
         train(kind, tmp_path / name, *more, "--max-train-steps", "1")
         keys[name] = torch.stack([Draws(*key).uniform(64) for key in rows])
         starts[name] = trained(tmp_path / name)

@@ -30,7 +30,7 @@ def run(teacher, tmp_path_factory, reward_folder):
 
 def made(tmp_path, *runs):
     target = tmp_path / "report.html"
-    report.main([*map(str, runs), "--output", str(target)])
+    report.main([*map(str, runs), "--output", str(target), "--overwrite"])
     return target.read_text()
 
 

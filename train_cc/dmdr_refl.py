@@ -28,8 +28,7 @@ def stage_parser() -> argparse.ArgumentParser:
 
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    args = stage_parser().parse_args(argv)
-    notes = validate(args)
+    args, notes = validate(stage_parser().parse_args(argv))
     with saying("loading libraries"):
         from train_cc.setup.stage import run_stage  # torch takes seconds: a wrong flag is told before
 

@@ -119,7 +119,7 @@ MODULES = {
         "test_resume::test_resume_drops_later_rows_and_a_torn_line",
     ],
     "train_cc/run/session.py": ["test_distill", "test_processes"],
-    "train_cc/pretrain/teacher.py": ["test_teacher", "test_pretrain"],
+    "train_cc/pretrain/networks.py": ["test_teacher", "test_pretrain"],
     "evaluation/metrics.py": ["test_metrics", "test_distances"],
     "evaluation/distances.py": ["test_distances"],
     "convert_weight/pipeline.py": [
@@ -134,7 +134,6 @@ MODULES = {
         "test_rewards::test_tilt_weights",
         "test_rewards::test_a_black_box_tilts_the_estimator",
     ],
-    "train_cc/run/units.py": ["test_checkpoint", "test_trust_runs::test_the_fields_within_are_checked"],
     "evaluation/report/verdict.py": ["test_rules", "test_verdict"],
 }
 # Subprocesses, waits and large models: seconds that would be paid by every mutant.

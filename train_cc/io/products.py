@@ -111,26 +111,18 @@ def check_parent(path: Path) -> None:
             raise InputError(f"{link} is a link that leads nowhere; mend it, or choose another output")
     if not parent.is_dir():
         raise InputError(f"{path} cannot be written: {parent} is a file; a folder is expected")
-    names = path.absolute().relative_to(parent).parts
-    if any(
-        len(os.fsencode(name)) + len(".0123456789abcdef.tmp") > os.pathconf(parent, "PC_NAME_MAX") for name in names
-    ):
+    longest = [(path.absolute(), "PC_PATH_MAX"), *((name, "PC_NAME_MAX") for name in path.absolute().parts)]
+    if any(len(os.fsencode(name)) + 21 > os.pathconf(parent, limit) for name, limit in longest):  # 21: UNFINISHED
         raise InputError(f"{str(path)[:300]} cannot be written: {os.strerror(errno.ENAMETOOLONG)}")
     try:
-        touch(parent)
-        os.path.lexists(path)
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(os.open(parent, os.O_TMPFILE | os.O_WRONLY))  # it has no name: a kill leaves nothing
+            return
+        probe = parent / f".{secrets.token_hex(8)}.tmp"
+        probe.touch(exist_ok=False)
+        probe.unlink()
     except OSError as error:
         raise InputError(f"{parent} takes no new file: {os.strerror(error.errno)}; choose another output") from error
-
-
-def touch(folder: Path) -> None:
-    """Make a file in ``folder`` and remove it. It has no name where the system can: a kill leaves nothing of it."""
-    with contextlib.suppress(AttributeError, OSError):
-        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
-        return
-    probe = folder / f".{secrets.token_hex(8)}.tmp"
-    probe.touch(exist_ok=False)
-    probe.unlink()
 
 
 def check_output_file(path: Path, overwrite: bool, flag: str = "--output") -> None:
@@ -156,10 +148,8 @@ def check_output_dir(folder: Path, overwrite: bool = False, flag: str = "--outpu
     check_parent(folder / RECORD)
     if folder.exists() and not is_empty(folder):
         if not record_of(folder):
-            raise InputError(
-                f"the output folder {folder} is not empty, and no command of this project wrote it: "
-                f"choose another {flag}"
-            )
+            problem = "is not empty, and no command of this project wrote it"
+            raise InputError(f"the output folder {folder} {problem}: choose another {flag}")
         if not overwrite:
             raise InputError(
                 f"the output folder {folder} is not empty; choose another {flag}, continue from its checkpoint "

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DATASETS = tuple(KNOWN)
 NUM_CLASSES = 10  # of both
+PURPOSES = ("reward", "evaluation")  # of a classifier
 SPLITS = {"train": "train", "test": "t10k"}  # -> how the idx files of Fashion-MNIST begin
 # SHA-256 of Fashion-MNIST's images, unpacked: MNIST, and other sets made like it, have files of the same names.
 WHOLE_SETS = {

@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +20,13 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from train_cc.io.errors import InputError
-from train_cc.io.products import flush, need_space
+from train_cc.io.products import flush, need_space, product, record
 from train_cc.io.read import parsing, read_torch
 from train_cc.io.weights import fit, require_finite
 from train_cc.run.stop import StopSignal
 
 CHECKPOINT = "checkpoint.pt"
-# First key of the draws, after the seed, as in the stages: no two networks share random numbers.
-TEACHER, CLASSIFIER, VAE, DECODER = 21, 22, 23, 24
+Finish = Callable[[Path], str]  # saves a trained network into a folder, and returns the sentence that describes it
 
 
 def cosine_decay(step: int, steps: int, floor: float = 0.05) -> float:
@@ -65,6 +65,17 @@ class Training:
                 moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             state |= {f"optimizer.{name}.{key}": value.detach() for key, value in moments.items()}
         return state
+
+
+def make_network(stage: str, args: argparse.Namespace, prepare: Callable[[Path], tuple[Training, Finish]]) -> None:
+    """Train what ``prepare`` returns, given the folder of parts, and make --output-dir of it. Raises `InputError`."""
+    with product(args.output_dir, record(stage, vars(args)), args.overwrite, keep=True) as place:
+        if place is None:
+            return
+        began = time.monotonic()
+        training, finish = prepare(place.parts)
+        if train(training, place.parts, args, stage):
+            print(f"{finish(place.new)}, {time.monotonic() - began:.0f} s -> {args.output_dir}")
 
 
 def train(training: Training, parts: Path, args: argparse.Namespace, title: str) -> bool:
