@@ -20,25 +20,12 @@ import os
 import sys
 from pathlib import Path
 
-from evaluation.files import (
-    HELD_OUT,
-    apart,
-    content_sha256,
-    image_shape,
-    over_seeds,
-    provenance_of,
-    read_images,
-    reference_shape,
-    rewarded_here,
-    rewarded_within,
-    suffered,
-    table,
-    table_over_seeds,
-    write_figures,
-)
+from evaluation.figures.tables import HELD_OUT, over_seeds, show, warning_lines
+from evaluation.samples.files import content_sha256, image_shape, provenance_of, read_images, reference_shape
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.products import check_output_file, library_versions
+from train_cc.io.figures import write_figures
+from train_cc.io.products import apart, check_output_file, library_versions
 from train_cc.io.read import printable
 from train_cc.io.saying import saying
 
@@ -90,8 +77,29 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-def check_arguments(args: argparse.Namespace) -> list[str]:
-    """What can be refused before a network is loaded. -> the rows' names."""
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def settings_of(args: argparse.Namespace) -> argparse.Namespace:
+    """``args`` with all spaces under ``space``, and without what a reference of mu and sigma ignores."""
+    changes = {}
+    if args.classifier is not None:
+        changes["space"] = [f"classifier:{args.classifier}"]
+    elif "inception" in args:
+        changes = {"space": ["inception"], "inception_weights": args.inception or args.inception_weights}
+    elif repeated := {text for text in args.space if args.space.count(text) > 1}:
+        raise InputError(f"--space names {', '.join(sorted(repeated))} twice; each space once")
+    if args.held_out not in (None, "halves"):
+        image_shape(Path(args.held_out), "held-out")
+    if (args.held_out or args.adm) and reference_shape(args.reference) is None:
+        warn("--held-out and --adm are ignored: the reference holds no images")
+        changes |= {"held_out": None, "adm": False}
+    return argparse.Namespace(**vars(args) | changes)
+
+
+def rows_of(args: argparse.Namespace) -> dict[str, Path]:
+    """The rows' names and their files. Raises `InputError`."""
     names = args.names or [printable(path.stem) for path in args.samples]
     if len(names) != len(args.samples):
         raise InputError(f"--names gives {len(names)} names for {len(args.samples)} sample files")
@@ -101,128 +109,92 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
         raise InputError(f"no row of samples can be named {HELD_OUT}: that is the ceiling's")
     if args.over_seeds:
         over_seeds({name: {} for name in names})
-    check_spaces(args)
+    return dict(zip(names, args.samples, strict=True))
+
+
+def check_outputs(args: argparse.Namespace) -> None:
     for flag, path in (("--output", args.output), ("--picture", args.picture)):
         if path is not None:
             check_output_file(path, args.overwrite, flag)
     apart((("--output", args.output), ("--picture", args.picture)))
-    real = reference_shape(args.reference)
-    if real is None and (args.held_out or args.adm):
-        print("warning: --held-out and --adm are ignored: the reference holds no images", file=sys.stderr)
-        args.held_out, args.adm = None, False
-    shapes = {path: image_shape(path) for path in args.samples if not args.check}
-    for path, (_, *shape) in shapes.items():
-        first = "the reference" if real else args.samples[0]
-        expected = (real or shapes[args.samples[0]])[1:]
-        if tuple(shape) != expected:
-            raise InputError(f"{path} holds images {tuple(shape)}, {first} {expected}")
-        if os.path.samefile(path, args.reference) or content_sha256(path) == content_sha256(args.reference):
-            print(f"warning: {path} is the reference itself, not samples", file=sys.stderr)
+
+
+def check_samples(samples: list[Path], reference: Path) -> tuple[int, ...]:
+    """-> (N, H, W, C), which all files have, and a reference of images but for its N. Raises `InputError`."""
+    real = reference_shape(reference)
+    shapes = {path: image_shape(path) for path in samples}
+    first, expected = ("the reference", real) if real else (samples[0], shapes[samples[0]])
+    for path, shape in shapes.items():
+        if shape[1:] != expected[1:]:
+            raise InputError(f"{path} holds images {shape[1:]}, {first} {expected[1:]}")
+        if os.path.samefile(path, reference) or content_sha256(path) == content_sha256(reference):
+            warn(f"{path} is the reference itself, not samples")
         if path.is_dir() and any(each.suffix.lower() in (".jpg", ".jpeg") for each in path.rglob("*")):
-            print(f"warning: {path} holds JPEG files: their compression is in all figures", file=sys.stderr)
+            warn(f"{path} holds JPEG files: their compression is in all figures")
     counts = sorted({shape[0] for shape in shapes.values()})
     if len(counts) > 1:
         raise InputError(f"the sample files hold {counts} images: figures of different counts do not compare")
-    return names
+    return shapes[samples[0]]
 
 
-def check_spaces(args: argparse.Namespace) -> None:
-    """``args.space`` lists the spaces, however they were asked for, each once."""
-    if args.classifier is not None:
-        args.space = [f"classifier:{args.classifier}"]
-    elif "inception" in args:
-        args.space, args.inception_weights = ["inception"], args.inception or args.inception_weights
-    repeated = {text for text in args.space if args.space.count(text) > 1}
-    if repeated:
-        raise InputError(f"--space names {', '.join(sorted(repeated))} twice; each space once")
-    if args.held_out not in (None, "halves"):
-        image_shape(Path(args.held_out), "held-out")
-
-
-def show(args: argparse.Namespace, judged: list[dict], means: dict[str, dict], size: int) -> None:
-    """The tables: of each space, and where there are several and something is held out, of all."""
-    count = next(iter(judged[0]["rows"].values()))["images"]
-    for each in judged:
-        print(table(each["rows"], count, size))
-        if args.over_seeds:
-            print(table_over_seeds(each["rows"], count, size))
-        sets = each.get("missing", f"sets of {size} images")
-        print(f"features: {each['features']}; FID reference: {each['fid_reference']}; {sets}")
-        print("".join(f"{line}\n" for line in suffered(each["rows"], args.over_seeds)))
-    if means and len(judged) > 1:
-        shown = table_over_seeds if args.over_seeds else table
-        print(f"the mean over {len(judged)} spaces:\n{shown(means, count)}")
-        print("".join(f"{line}\n" for line in rewarded_within(means)))
-
-
-@exits_on_input_error
-def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    names = check_arguments(args)
-    # Networks take seconds to import: what is wrong with the command line has been said.
-    with saying("loading libraries"):
-        from evaluation.spaces import check_reference, judge, load_spaces, over_spaces, set_size, statistics_for
-        from evaluation.split import hold_out
-        from train_cc.run.devices import device
-
-    shape = reference_shape(args.reference) or (None if args.check else image_shape(args.samples[0]))
-    spaces = load_spaces(args, shape and shape[1:], device())
-    if args.check:
-        check_reference(args.reference, spaces)
-        hold_out(args.reference, args.held_out)
-        return
-    held = hold_out(args.reference, args.held_out)
-    stored = statistics_for(held.reference, args.reference, spaces)
-    judged = [judge(args, names, space, held, stored) for space in spaces]
-    for each in judged:
-        made_by = [(name, each["rows"][name]["generation"]) for name in names]
-        for line in rewarded_here(made_by, each["features_sha256"]):
-            print(f"warning: {each['features']}: {line}", file=sys.stderr)
-        for name, note in ((name, note) for name, row in each["rows"].items() for note in row["notes"]):
-            print(f"warning: {name}, {each['features']}: {note}", file=sys.stderr)
-    means = over_spaces(judged) if held.out is not None else {}
-    show(args, judged, means, set_size(args, held))  # before a write that a full disk stops
-    if args.output:
-        write(args, judged, means, set_size(args, held))
-    if args.picture:
-        draw(args, names)
-
-
-def draw(args: argparse.Namespace, names: list[str]) -> None:
+def draw(settings: argparse.Namespace, samples: dict[str, Path]) -> None:
     """The first images of each file; real ones are left out beside generated ones, whose columns they do not share."""
     from train_cc.io.class_names import KNOWN, dataset_of
     from train_cc.run.pictures import save_grid
 
-    files = {name: read_images(path) for name, path in zip(names, args.samples, strict=True)}
-    paths = dict(zip(names, args.samples, strict=True))
-    shown = [name for name in names if "generator_sha256" in (provenance_of(files[name], paths[name]) or {})] or names
-    labels = [tuple(files[name].get("arr_1", [])[: args.picture_columns]) for name in shown]
-    kind, _, folder = args.space[0].partition(":")
+    files = {name: read_images(path) for name, path in samples.items()}
+    made_by = {name: provenance_of(file, samples[name]) or {} for name, file in files.items()}
+    names = [name for name in samples if "generator_sha256" in made_by[name]] or list(samples)
+    labels = [tuple(files[name].get("arr_1", [])[: settings.picture_columns]) for name in names]
+    kind, _, folder = settings.space[0].partition(":")
     data = dataset_of(Path(folder)) if kind == "classifier" else None
     known = data in KNOWN and len(set(labels)) == 1
     columns = [KNOWN[data][k].split(",")[0] for k in labels[0]] if known else None
-    save_grid([files[name]["arr_0"][: args.picture_columns] for name in shown], args.picture, shown, columns)
-    print(f"picture: {args.picture}")
+    save_grid([files[name]["arr_0"][: settings.picture_columns] for name in names], settings.picture, names, columns)
+    print(f"picture: {settings.picture}")
 
 
-def write(args: argparse.Namespace, judged: list[dict], means: dict[str, dict], size: int) -> None:
+def write(settings: argparse.Namespace, judged: list[dict], means: dict[str, dict], size: int) -> None:
     """The JSON file: the first space's rows, the others' under "more_spaces" in the same form."""
     for row in (row for each in (*judged, {"rows": means}) for row in each["rows"].values()):
         row.pop("draws", None)
     first, *more = judged
     content = {name: value for name, value in first.items() if name != "rows"}
     content |= {"more_spaces": more, "over_spaces": means, "set_size": size}
-    if args.held_out not in (None, "halves"):
-        content["held_out_sha256"] = content_sha256(Path(args.held_out))
+    if settings.held_out not in (None, "halves"):
+        content["held_out_sha256"] = content_sha256(Path(settings.held_out))
     write_figures(
-        args.output,
+        settings.output,
         first["rows"],
         **content,
-        reference=str(args.reference),
-        reference_sha256=content_sha256(args.reference),
-        arguments=vars(args),
+        reference=str(settings.reference),
+        reference_sha256=content_sha256(settings.reference),
+        arguments=vars(settings),
         versions=library_versions(),
     )
+
+
+@exits_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    samples, settings = rows_of(args), settings_of(args)
+    check_outputs(args)
+    shape = reference_shape(args.reference) if args.check else check_samples(args.samples, args.reference)
+    # Networks take seconds to import: what is wrong with the command line has been said.
+    with saying("loading libraries"):
+        from evaluation.figures.spaces import check, figures_of
+
+    if args.check:
+        check(settings, shape)
+        return
+    judged, means, size = figures_of(settings, samples, shape)
+    for line in warning_lines(judged):
+        warn(line)
+    show(judged, means, size, settings.over_seeds)  # before a write that a full disk stops
+    if settings.output:
+        write(settings, judged, means, size)
+    if settings.picture:
+        draw(settings, samples)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import argparse
 import os
 from pathlib import Path
 
-from evaluation.files import (
+from evaluation.figures.tables import (
     HELD_OUT,
     named_space,
     over_seeds,
@@ -21,7 +21,6 @@ from evaluation.files import (
     suffered,
     table,
     table_over_seeds,
-    write_figures,
 )
 from evaluation.study.comparison import against_controls, domination, means_of
 from evaluation.study.jobs import Frontier
@@ -29,7 +28,7 @@ from evaluation.study.rows import Table, check_more_flags, flags_in, read_table
 from scripts.jobs import ROOT, Job, run_all
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.figures import read_figures
+from train_cc.io.figures import read_figures, write_figures
 from train_cc.io.products import check_output_dir, locked, record, record_of, write_atomically, write_record
 from train_cc.io.read import require_file, require_folder
 from train_cc.io.threads import share_cores

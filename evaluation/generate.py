@@ -6,14 +6,15 @@ Image i depends on (seed, i) alone: noise and label are the same for any batch s
 images equal within one grey level. Values are rounded to nearest. `--sampler few-step` is the generator's own, with the
 steps and the shift that its folder or checkpoint records; `euler`, `heun` and `sde` treat the model as a multi-step
 teacher. `sde` is Euler-Maruyama, as the published figures of SiT and REPA are made.
-Runs under `accelerate launch` or `torchrun` too. Finished shards are kept beside the output until it is whole: the same
-command continues where it was stopped, and changes nothing where it had finished.
+Runs under `accelerate launch` or `torchrun` too. Finished parts are kept in OUTPUT.tmp until the output is whole: the
+same command continues after a stop, and changes nothing if it had finished.
 """
 
 import argparse
 
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.products import apart, check_output_file
 from train_cc.io.saying import saying
 
 MULTI_STEPS = 50  # of euler and heun, unless told otherwise: a teacher in one step is not what they are for
@@ -87,24 +88,27 @@ def add_sampling_arguments(parser: flags.Parser) -> None:
     )
 
 
-def check_sampling(args: argparse.Namespace) -> None:
-    """Raises `InputError` for a shift where no grid is shifted; sets the number of steps of a teacher's solver."""
-    if args.sampler != "few-step" and args.timestep_shift is not None:
+def check_sampling(args: argparse.Namespace) -> argparse.Namespace:
+    """``args`` with the number of steps of a teacher's solver. Raises `InputError` for a shift without a grid."""
+    if args.sampler == "few-step":
+        return args
+    if args.timestep_shift is not None:
         raise InputError(f"--timestep-shift is of the few-step sampler's grid; --sampler {args.sampler} has none")
-    if args.num_steps is None and args.sampler != "few-step":
-        args.num_steps = SDE_STEPS if args.sampler == "sde" else MULTI_STEPS
-    if args.sampler == "sde" and args.num_steps < 2:
-        raise InputError(f"--num-steps is {args.num_steps}; --sampler sde takes 2 at the least: its last adds no noise")
+    steps = args.num_steps or (SDE_STEPS if args.sampler == "sde" else MULTI_STEPS)
+    if args.sampler == "sde" and steps < 2:
+        raise InputError(f"--num-steps is {steps}; --sampler sde takes 2 at the least: its last adds no noise")
+    return argparse.Namespace(**vars(args) | {"num_steps": steps})
 
 
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    check_sampling(args)
+    args = check_sampling(build_parser().parse_args(argv))
     if args.names is not None and args.classes is None:
         raise InputError(f"--names is {args.names}, but no --classes are given: names choose classes")
+    check_output_file(args.output, True)
+    apart((("--output", args.output), ("--png-dir", args.png_dir)))
     with saying("loading libraries"):
-        from evaluation.sampling import generate  # networks take seconds to import: what is wrong has been said
+        from evaluation.samples.sampling import generate  # networks take seconds to import: what is wrong has been said
 
     generate(args)
 

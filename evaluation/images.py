@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from evaluation.files import MAX_LABEL, array_shape, require_range
+from evaluation.samples.files import MAX_LABEL, array_shape, require_range
 from train_cc.io.errors import InputError
 from train_cc.io.read import first_line, parsing, read_json, read_npz, require_file, sha256
 from train_cc.pretrain.data import DATASETS, load_dataset

@@ -5,9 +5,9 @@
 
 `--images`: a folder with a folder a class (or images without labels), an .npz with arr_0 uint8 (N, H, W, C) and labels
 arr_1, or a data set of train_cc/pretrain/data.py. Runs under `accelerate launch` or `torchrun` too, on storage that all
-processes share: shards of the images are summed in a fixed order, so that any number of processes gives the same file
+processes share: parts of the images are summed in a fixed order, so that any number of processes gives the same file
 (a process uses one core, or its GPU).
-Finished shards are kept beside the output until it is whole: the same command continues where it was stopped.
+Finished parts are kept in OUTPUT.tmp until the output is whole: the same command continues after a stop.
 
 The file (float64): mu (D,), sigma (D, D) over N - 1 as FID takes it; with labels class_mu (K, D), class_count (K,),
 within (D, D), the pooled within-class covariance, over N; space: JSON text, which network, which images.
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     check_output_file(args.output, True)
     with saying("loading libraries"):
-        from evaluation.gathering import gather  # networks take seconds to import: what is wrong has been said
+        from evaluation.samples.gathering import gather  # networks take seconds to import: what is wrong has been said
 
     gather(args)
 

@@ -93,13 +93,9 @@ def parsed(module: str, words: list[str]) -> flags.Parser:
         raise Parsed(parser)
 
     with patch.object(flags.Parser, "parse_known_args", stop):
-        main = importlib.import_module(module).main if module != "evaluation.report" else report_main()
+        main = importlib.import_module(module).main
         try:
             main(words)
         except Parsed as found:
             return found.args[0]
     raise AssertionError(f"{module} has read no command line")
-
-
-def report_main():
-    return importlib.import_module("evaluation.report.page").main

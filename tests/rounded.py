@@ -86,7 +86,7 @@ def rounds(dtype: torch.dtype) -> tuple[mock._patch, ...]:
 
 
 def decodes(dtype: torch.dtype) -> mock._patch:
-    """The decoder of latents rounds, weights too: as `evaluation.decoding` has it in half precision."""
+    """The decoder of latents rounds, weights too: as `evaluation.samples.sampling` has it in half precision."""
 
     def forward(self, x0):
         with Rounding(dtype):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluation.files import HELD_OUT, named_space
+from evaluation.figures.tables import HELD_OUT, named_space
 from evaluation.study import comparison, scatter
 from evaluation.study.rows import Row
 

@@ -1,4 +1,4 @@
-"""evaluation/decoding.py: fp16 on a GPU where that does not show. Here half precision is asked for on the CPU."""
+"""The decoder of samples: fp16 on a GPU if images are the same. Here half precision is asked for on the CPU."""
 
 import json
 import os
@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluation import decoding, generate, sample, sampling
+from evaluation import generate, sample
+from evaluation.samples import sampling
 from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, words
 from tests.test_structure import ROOT
@@ -58,10 +59,12 @@ def scale_first(vae: Path, factor: float) -> None:
     save_file(state, file)
 
 
+CHOOSE = sampling.decoder_of
+
+
 @pytest.fixture
 def half(monkeypatch):
-    choose = decoding.decoder_of
-    monkeypatch.setattr(sampling, "decoder_of", lambda *args: choose(*args[:-1], True))
+    monkeypatch.setattr(sampling, "decoder_of", lambda *args: CHOOSE(*args[:-1], True))
 
 
 def made(folder, output, *more):
@@ -76,7 +79,7 @@ def test_an_image_that_overflows_later_is_decoded_in_fp32(near_the_limit, half, 
     assert decoder == "fp16, 2 images fp32"
     assert "note: 2 images overflowed in fp16: decoded in fp32" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "decoder_of", decoding.decoder_of)
+        patch.setattr(sampling, "decoder_of", CHOOSE)
         wide, decoder = made(near_the_limit, tmp_path / "wide.npz")
     assert decoder == "fp32" and capsys.readouterr().err.count("note") == 0
     further = np.abs(images.astype(int) - wide)
@@ -84,20 +87,20 @@ def test_an_image_that_overflows_later_is_decoded_in_fp32(near_the_limit, half, 
     assert further.max() > 0
 
 
-def test_shards_continued_with_another_batch_have_the_same_images(near_the_limit, half, tmp_path, monkeypatch):
+def test_parts_continued_with_another_batch_have_the_same_images(near_the_limit, half, tmp_path, monkeypatch):
     whole, _ = made(near_the_limit, tmp_path / "whole.npz")
-    write, written = sampling.write_shard, []
+    write, written = sampling.write_part, []
 
-    def stopped(path, *rest):
+    def stopped(path, **content):
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(path)
-        write(path, *rest)
+        write(path, **content)
 
-    monkeypatch.setattr(sampling, "write_shard", stopped)
+    monkeypatch.setattr(sampling, "write_part", stopped)
     with pytest.raises(SystemExit):
         made(near_the_limit, tmp_path / "cut.npz", "--shard-size", 18)
-    monkeypatch.setattr(sampling, "write_shard", write)
+    monkeypatch.setattr(sampling, "write_part", write)
     images, decoder = made(near_the_limit, tmp_path / "cut.npz", "--shard-size", 18, "--batch-size", 5)
     assert decoder == "fp16, 2 images fp32"
     assert np.abs(images.astype(int) - whole).max() <= 1
@@ -121,7 +124,7 @@ ON_EACH_RANK = """
 import os, sys
 import torch
 from accelerate import PartialState
-from evaluation.decoding import decoder_of
+from evaluation.samples.sampling import decoder_of
 PartialState(cpu=True)
 rank = int(os.environ["RANK"])
 x0 = torch.ones(2, 4, 8, 8) * (1 if rank else 1e9)

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.pages import OF_LAUNCHERS, PAGES, REQUIRED, ROOT, Command, Parsed, blocks, commands, parsed, report_main
+from tests.pages import OF_LAUNCHERS, PAGES, REQUIRED, ROOT, Command, Parsed, blocks, commands, parsed
 from train_cc import cold_start, dmdr_refl
 from train_cc.io import flags
 
@@ -70,7 +70,7 @@ def parser_of(module: str) -> flags.Parser:
     def stop(parser, *_):
         raise Parsed(parser)
 
-    main = report_main() if module == "evaluation.report" else importlib.import_module(module).main
+    main = importlib.import_module(module).main
     with patch.object(flags.Parser, "parse_known_args", stop), pytest.raises(Parsed) as found:
         main([])
     return found.value.args[0]

@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import decoding, evaluate, figures, files, generate, sampling
+from evaluation import evaluate, generate
+from evaluation.figures import tables
+from evaluation.figures.row import Embedded, Reference, row_of
+from evaluation.figures.spaces import hold_out, stored_by_space
 from evaluation.metrics import equal_sets, neighbours, precision_recall, sliced_wasserstein, statistics
-from evaluation.spaces import stored_by_space
-from evaluation.split import hold_out
+from evaluation.samples import sampling
 from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, run_cold_start, save_unchecked, words
 from train_cc.io.errors import InputError
@@ -63,7 +65,7 @@ def test_images_depend_on_seed_and_index_alone(teacher, tmp_path, more):
     assert a["arr_0"].shape == (10, 8, 8, 1) and a["arr_0"].dtype == np.uint8 and a["arr_0"].std() > 5
     if "random" not in more:
         assert np.array_equal(a["arr_1"], np.arange(10))
-    assert not (tmp_path / "a.npz.shards").exists()
+    assert not (tmp_path / "a.npz.tmp").exists()
 
 
 def test_two_processes_give_the_same_images(teacher, tmp_path):
@@ -77,7 +79,7 @@ def test_two_processes_give_the_same_images(teacher, tmp_path):
         assert np.abs(two["arr_0"].astype(int) - alone["arr_0"]).max() <= 1
 
 
-def test_generation_continues_from_its_shards(teacher, tmp_path, monkeypatch):
+def test_generation_continues_from_its_parts(teacher, tmp_path, monkeypatch):
     whole = samples(teacher, tmp_path / "whole.npz", "--shard-size", 4)
     batch, made = sampling.generate_batch, []
 
@@ -121,7 +123,7 @@ def test_latents_are_decoded_in_parts(tmp_path, monkeypatch):
     whole = samples(tmp_path / "latent", tmp_path / "whole.npz", *more)["arr_0"]
     decode, counts = VAEDecoder.forward, []
     monkeypatch.setattr(VAEDecoder, "forward", lambda self, x0: counts.append(len(x0)) or decode(self, x0))
-    monkeypatch.setattr(decoding, "DECODED_AT_ONCE", 3)
+    monkeypatch.setattr(sampling, "DECODED_AT_ONCE", 3)
     parts = samples(tmp_path / "latent", tmp_path / "parts.npz", *more)["arr_0"]
     assert counts == [3, 3, 1] and parts.shape == whole.shape
     assert np.abs(parts.astype(int) - whole).max() <= 1
@@ -130,18 +132,18 @@ def test_latents_are_decoded_in_parts(tmp_path, monkeypatch):
 def test_half_precision_decodes_where_it_does_not_show(tmp_path, monkeypatch, capsys):
     """As on a GPU. The file says what decoded it, and is finished whatever that was."""
     random_sit(in_channels=4).save_pretrained(tmp_path / "latent")
-    vae, choose = write_vae(tmp_path / "vae"), decoding.decoder_of
+    vae, choose = write_vae(tmp_path / "vae"), sampling.decoder_of
     more = ("--vae", vae, "--num-images", 3)
     wide = samples(tmp_path / "latent", tmp_path / "s.npz", *more)
     monkeypatch.setattr(sampling, "decoder_of", lambda *args: choose(*args[:-1], True))
     samples(tmp_path / "latent", tmp_path / "s.npz", *more)
-    assert "were there already" in capsys.readouterr().out
+    assert "there already" in capsys.readouterr().out
     half = samples(tmp_path / "latent", tmp_path / "half.npz", *more)
     assert [json.loads(str(made["provenance"]))["decoder"] for made in (wide, half)] == ["fp32", "fp16"]
     further = np.abs(half["arr_0"].astype(int) - wide["arr_0"])
     assert further.any() and (further > 1).mean() <= 1e-3
 
-    monkeypatch.setattr(decoding, "FURTHER", -1.0)  # nothing is near enough
+    monkeypatch.setattr(sampling, "FURTHER", -1.0)  # nothing is near enough
     again = samples(tmp_path / "latent", tmp_path / "again.npz", *more)
     assert np.array_equal(again["arr_0"], wide["arr_0"])
     assert json.loads(str(again["provenance"]))["decoder"] == "fp32"
@@ -153,11 +155,11 @@ def test_what_shows_in_half_precision():
     wide = lambda x: x  # noqa: E731
     off = torch.zeros_like(x0)
     off.view(-1)[:15] = 1.6 / 255  # 15 of 15 000
-    assert decoding.what_shows(wide, lambda x: x + 0.9 / 255, x0) == ""
-    assert decoding.what_shows(wide, lambda x: x + off, x0) == ""
+    assert sampling.what_shows(wide, lambda x: x + 0.9 / 255, x0) == ""
+    assert sampling.what_shows(wide, lambda x: x + off, x0) == ""
     off.view(-1)[:16] = 1.6 / 255
-    assert decoding.what_shows(wide, lambda x: x + off, x0).startswith("0.11% of the pixels")
-    assert decoding.what_shows(wide, lambda x: x * float("inf"), x0) == "its activations overflow"
+    assert sampling.what_shows(wide, lambda x: x + off, x0).startswith("0.11% of the pixels")
+    assert sampling.what_shows(wide, lambda x: x * float("inf"), x0) == "its activations overflow"
 
 
 def test_attention_is_chosen_for_samples_as_for_training(tmp_path, monkeypatch):
@@ -251,7 +253,7 @@ def test_a_folder_of_png_has_the_figures_of_its_npz(digits, classifier, teacher,
     assert len(record["rows"]["png"]["generation"]["generator_sha256"]) == len(record["reference_sha256"]) == 64
     before = record["reference_sha256"]
     Image.new("L", (8, 8), 9).save(classes / "3" / "0000.png")
-    evaluate.main(pair)
+    evaluate.main([*pair, "--overwrite"])
     assert read_figures(tmp_path / "p.json")["reference_sha256"] != before
 
 
@@ -316,21 +318,26 @@ def test_stored_statistics_are_used(digits, classifier, tmp_path, capsys):
 
 
 def test_count_suffix():
-    assert [files.count_suffix(n) for n in (50_000, 60_000, 5_000, 1_800)] == ["", "", "-5k", "-1.8k"]
+    assert [tables.heads_of(["FID"], n)[0] for n in (50_000, 60_000, 5_000, 1_800)] == [
+        "FID",
+        "FID",
+        "FID-5k",
+        "FID-1.8k",
+    ]
 
 
 def embedded(features, classes=5, labels=None):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(len(features), classes, generator=generator)
-    return figures.Embedded(features, logits, labels, labels is not None)
+    return Embedded(features, logits, labels, labels is not None)
 
 
 def test_bootstrap_intervals_hold_every_figure():
     torch.manual_seed(0)
     labels = np.arange(200) % 5
-    real = figures.Reference(embedded(torch.randn(200, 4), labels=labels))
+    real = Reference(embedded(torch.randn(200, 4), labels=labels))
     made = embedded(torch.randn(200, 4) * 1.2, labels=labels)
-    row = figures.row_of(made, real, 200, 30, {"FD": 0.1, "SW": 0.05})
+    row = row_of(made, real, 200, 30, {"FD": 0.1, "SW": 0.05})
     assert set(row["intervals"]) == set(row["figures"]) == set(METRICS) - {"ADM recall", "ADM precision"}
     for name, (low, high) in row["intervals"].items():
         assert low < row["figures"][name] < high, name
@@ -343,7 +350,7 @@ def test_figures_of_sets_are_means_over_equal_counts():
     """70 samples against 30 images: two sets of 30, each as a table of its own would have it."""
     torch.manual_seed(0)
     real, made = torch.randn(30, 3), torch.randn(70, 3) * 1.1
-    row = figures.row_of(embedded(made), figures.Reference(embedded(real)), 30)["figures"]
+    row = row_of(embedded(made), Reference(embedded(real)), 30)["figures"]
     sets = equal_sets(70, 30, 30)
     assert len(sets) == 2
     parts = [neighbours(real[b], made[a]).figures() for a, b in sets]
@@ -360,17 +367,17 @@ def test_recall_and_accuracy_of_a_class(capsys):
     real = torch.randn(60, 2) + 10 * torch.from_numpy(labels)[:, None]
     made = real + 100 * torch.from_numpy(labels == 1)[:, None]
     logits = torch.nn.functional.one_hot(torch.from_numpy(np.where(labels == 1, 0, labels)), 3).float()
-    reference = figures.Reference(figures.Embedded(real, logits, labels, True))
-    good, bad = (figures.row_of(figures.Embedded(x, logits, labels, True), reference, 60) for x in (real, made))
+    reference = Reference(Embedded(real, logits, labels, True))
+    good, bad = (row_of(Embedded(x, logits, labels, True), reference, 60) for x in (real, made))
     assert good["classes"] == {"recall": [1, 1, 1], "accuracy": [1, 0, 1]}
     assert bad["classes"]["recall"][1] < 0.9
-    (line,) = files.suffered({"first": good, "second": bad})
+    (line,) = tables.suffered({"first": good, "second": bad})
     assert line.startswith("second: recall against first fell most in class 1 (1.00 to 0.")
-    unknown = files.suffered({"a": {"classes": {"recall": None}}, "b": {"classes": {"recall": None}}})
+    unknown = tables.suffered({"a": {"classes": {"recall": None}}, "b": {"classes": {"recall": None}}})
     assert unknown == []
-    assert files.suffered({"a": good, "b": good}) == ["b: in none"]
+    assert tables.suffered({"a": good, "b": good}) == ["b: in none"]
     unlabelled = {"classes": {"recall": None}}
-    assert files.suffered({"a": good, "b": unlabelled, "c": {}, "d": good}) == ["d: in none"]
+    assert tables.suffered({"a": good, "b": unlabelled, "c": {}, "d": good}) == ["d: in none"]
 
 
 def test_rows_of_several_seeds_have_a_mean_and_a_spread(digits, classifier, capsys):
@@ -378,7 +385,7 @@ def test_rows_of_several_seeds_have_a_mean_and_a_spread(digits, classifier, caps
         f"{name}, seed {seed}": {"figures": {"FID": fid, "Recall": 0.5, "IS": 9.0, "Precision": 0.25 * seed}}
         for name, seed, fid in (("a", 1, 1.0), ("a", 2, 2.0), ("a", 3, 3.0), ("b", 1, 4.0))
     }
-    _, _, first, second = files.table_over_seeds(rows, 10_000).splitlines()
+    _, _, first, second = tables.table_over_seeds(rows, 10_000).splitlines()
     assert first == "| a | 3 | 2.00 +- 1.00 | 0.500 +- 0.000 | 9.00 +- 0.00 | 0.500 +- 0.250 |"
     assert second == "| b | 1 | 4.00 | 0.500 | 9.00 | 0.250 |"
     command = words(digits, digits, "--classifier", classifier, "--over-seeds", "--names", "no seed")
@@ -522,13 +529,13 @@ def test_pixels_are_the_images_themselves(digits):
 def test_halves_are_disjoint_and_keep_their_labels(digits, tmp_path):
     held = hold_out(digits, "halves")
     content = np.load(digits)
-    parts = [(part["arr_0"].reshape(898, -1), part["arr_1"]) for part in (held.reference, held.out)]
+    parts = [(part["arr_0"].reshape(898, -1), part["arr_1"]) for part in (held.reference, held.held_out)]
     known = {image.tobytes(): label for image, label in zip(content["arr_0"], content["arr_1"], strict=True)}
     for images, labels in parts:
         assert all(known[image.tobytes()] == label for image, label in zip(images, labels, strict=True))
     images = [image.tobytes() for images, _ in parts for image in images]
     assert len(set(images)) == len({image.tobytes() for image in content["arr_0"]}) - 1  # 1797 is odd
-    assert "provenance" in held.reference and np.bincount(held.out["arr_1"]).min() > 60
+    assert "provenance" in held.reference and np.bincount(held.held_out["arr_1"]).min() > 60
 
 
 def test_a_ceiling_of_another_count_has_no_fid(digits, two_classifiers, tmp_path, capsys):

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from evaluation import frontier
-from evaluation.files import HELD_OUT
+from evaluation.figures.tables import HELD_OUT
 from evaluation.study.jobs import LAUNCHERS
 from evaluation.study.rows import TRAINING, read_table
 from scripts import jobs

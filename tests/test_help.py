@@ -55,8 +55,7 @@ def parsers(command: str, words: list[str], monkeypatch, parse: bool) -> list[ar
         patched.setattr(flags.Parser, "parse_args", recorded)
         if command == "evaluation.benchmark":
             patched.setattr(flags.Parser, "parse_known_args", recorded_in_part)
-        is_room = (ROOT / command.replace(".", "/")).is_dir()
-        importlib.import_module(f"{command}.page" if is_room else command).main(words)
+        importlib.import_module(command).main(words)
     return found
 
 

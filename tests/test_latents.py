@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from convert_weight import export_generator
 from convert_weight.pipeline import DMDRPipeline
 from evaluation import evaluate, generate
-from evaluation.decoding import decoder_of
+from evaluation.samples.sampling import decoder_of
 from evaluation.standins import write_vae
 from tests.conftest import ldm_names, random_sit, refused, run_cold_start, words
 from train_cc import dmdr_refl

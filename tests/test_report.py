@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.report import page as report
-from evaluation.report import previews
-from evaluation.report.curves import present
-from evaluation.report.previews import classes_of
-from evaluation.report.runs import RunLog, read_run
-from evaluation.report.tables import what_differs, what_was_run
+from evaluation import report
+from evaluation.report.charts import CHARTS, panels_of
+from evaluation.report.page import PICTURES, argument_rows, classes_of, facts_of
+from evaluation.report.run_log import RunLog, read_run
 from tests.conftest import flags, refused, run_cold_start
 from tests.test_rules import HEALTHY
 from train_cc import dmdr_refl
 from train_cc.io.figures import METRICS
-from train_cc.io.products import commit
+from train_cc.io.products import commit, record, write_record
 from train_cc.run.pictures import save_grid
 
 
@@ -71,11 +69,11 @@ def test_every_chart_finds_its_columns_in_the_log_of_a_run_with_a_reward(run, te
     dmdr_refl.main([*words, "--dynamic-steps", "0"])
     log = read_run(tmp_path / "run")
     series, absent = log.series, {"Frechet distance", "Tilt (experimental)"}  # of other rewards than this run's
-    for chart in report.CHARTS:
-        assert all(present(panel, [log]) for panel in chart.panels) != (chart.title in absent), chart.title
+    for chart in CHARTS:
+        assert len(panels_of(chart, [log])) == len(chart.panels) * (chart.title not in absent), chart.title
     assert all(series.has(name) for name in HEALTHY)
     text = made(tmp_path, tmp_path / "run")
-    panels = sum(len(chart.panels) for chart in report.CHARTS if chart.title not in absent)
+    panels = sum(len(chart.panels) for chart in CHARTS if chart.title not in absent)
     assert text.count("<svg") == panels and "Fake loss by band of t" in text
 
 
@@ -85,17 +83,17 @@ def test_several_runs_lie_over_one_another(run, tmp_path):
     assert "other/cold_start" in text
     svg = (tmp_path / "curves" / "score_gap.svg").read_text()
     assert "other/cold_start" in svg and svg.count("#ff7f0e") >= 1
-    assert text.count('alt="teacher, 2 steps"') == 1 and text.count('alt="generator, update 3"') == 2
+    assert text.count('alt="teacher, 2 steps"') == text.count('alt="generator, update 3"') == 2
     assert "What differs" not in text
 
 
 def test_what_differs_between_runs_stands_apart(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
-    record = json.loads((other / "args.json").read_text())
-    record["arguments"] |= {"lora_rank": 77, "output_dir": "elsewhere", "weight_decay_generator": 0.5}
-    (other / "args.json").write_text(json.dumps(record))
+    content = json.loads((other / "args.json").read_text())
+    content["arguments"] |= {"lora_rank": 77, "output_dir": "elsewhere", "weight_decay_generator": 0.5}
+    (other / "args.json").write_text(json.dumps(content))
     runs = [read_run(folder) for folder in (run, other)]
-    differs = what_differs(runs)
+    differs = argument_rows(runs)
     assert [row[0] for row in differs["other"]] == ["--lora-rank", "--weight-decay-generator"]
     assert differs["other"][0][1:] == ["4", "77"] and ["--seed", "30", "30"] in differs["same"]
     text = made(tmp_path, run, other)
@@ -103,7 +101,7 @@ def test_what_differs_between_runs_stands_apart(run, tmp_path):
 
 
 def test_a_run_says_when_where_and_with_what_it_was(run):
-    facts = dict(what_was_run([read_run(run)]))
+    facts = facts_of(read_run(run))
     assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d", facts["began"]) and facts["device"] == "1 x cpu, precision no"
     assert (
         re.fullmatch(r"\d:\d\d:\d\d \([\d.e-]+ s an update\)", facts["training took"]) and "torch" in facts["versions"]
@@ -112,12 +110,12 @@ def test_a_run_says_when_where_and_with_what_it_was(run):
 
 
 def test_columns_are_named_by_the_classes_of_the_data_set(run, tmp_path, teacher):
-    record = {"arguments": {"teacher": str(tmp_path / "teacher"), "num_previews": 5}}
-    log = RunLog("a", tmp_path / "a", record)
+    arguments = {"teacher": str(tmp_path / "teacher"), "num_previews": 5}
+    log = RunLog("a", tmp_path / "a", {"arguments": arguments})
     assert classes_of(log) == [""] * 5
     shutil.copytree(teacher, tmp_path / "teacher")
     assert classes_of(log) == ["0", "2", "4", "6", "8"]
-    (tmp_path / "teacher" / "args.json").write_text('{"arguments": {"dataset": "fashion-mnist"}}')
+    write_record(tmp_path / "teacher", record("pretrain teacher", {"dataset": "fashion-mnist"}))
     assert classes_of(log) == ["T-shirt", "pullover", "coat", "shirt", "bag"]
 
 
@@ -144,7 +142,7 @@ def long_run(tmp_path_factory):
     """20 000 updates with all columns, and 20 noisy previews of the full size."""
     folder, generator = tmp_path_factory.mktemp("long") / "run", np.random.default_rng(0)
     (folder / "loss_logs").mkdir(parents=True)
-    names = {name for chart in report.CHARTS for panel in chart.panels for name in panel}
+    names = {name for chart in CHARTS for panel in chart.panels for name in panel}
     with (folder / "loss_logs" / "loss_gen_log.jsonl").open("w") as gen:
         for step in range(1, 20_001):
             gen.write(json.dumps({"step": step} | dict.fromkeys(names, 1 + generator.random())) + "\n")
@@ -164,7 +162,7 @@ def test_a_run_of_20_000_updates_is_a_small_page(long_run, tmp_path):
     began = time.monotonic()
     text = made(tmp_path, long_run)
     print(f"built in {time.monotonic() - began:.1f} s, {len(text) / 1e6:.2f} MB")
-    assert len(text) <= 5e6 and text.count("<figure>") == previews.PICTURES
+    assert len(text) <= 5e6 and text.count("<figure>") == PICTURES
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from evaluation.report.rules import RULES, Series, collapsed_recall, warnings_of
+from evaluation.report.run_log import Series
+from evaluation.report.verdict import RULES, collapsed_recall, warnings_of
 
 
 def series(**columns):

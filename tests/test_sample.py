@@ -10,7 +10,7 @@ from PIL import Image, ImageFont
 from timm.data import ImageNetInfo
 
 from evaluation import generate, sample
-from evaluation.sample import class_of, data_of
+from evaluation.samples.source import class_of, data_of
 from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, words
 from train_cc.io.class_names import class_names

@@ -164,7 +164,7 @@ OF_FILES = {  # command without its output -> the flag of a file that it writes
     "evaluation.statistics --images digits --space classifier:classifier": "--output",
     "evaluation.evaluate a.npz real.npz --space pixels --check": "--output",
     "evaluation.evaluate a.npz real.npz --space pixels": "--picture",
-    "evaluation.report.page teacher": "--output",
+    "evaluation.report teacher": "--output",
     "evaluation.benchmark --roofline h100": "--output",
     "train_cc.pretrain.data --dataset digits --num-images 2": "--output",
 }
@@ -172,7 +172,7 @@ OF_FOLDERS = {
     "train_cc.cold_start --teacher teacher --vae none": "--output-dir",
     "train_cc.pretrain.teacher --dataset digits": "--output-dir",
     "evaluation.generate --generator teacher --output s.npz": "--png-dir",
-    "evaluation.report.page teacher": "--curves",
+    "evaluation.report teacher": "--curves",
     "convert_weight.sit_convert --input teacher": "--save-dir",
     "convert_weight.export_generator --checkpoint units.pt": "--pipeline",
 }

@@ -16,15 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import gathering
 from evaluation.images import Images, batches_of, centre_crop, open_images
-from evaluation.moments import merged, shard_moments
+from evaluation.samples import gathering
+from evaluation.samples.gathering import merged, part_moments
 from evaluation.statistics import main
 from tests.conftest import refused
+from train_cc.io import products
 from train_cc.io.errors import InputError
+from train_cc.io.products import record, write_record
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.features import load_space
-from train_cc.pretrain import data
 from train_cc.pretrain.data import load_dataset
 from train_cc.rewards.statistics import read_statistics, require_space
 
@@ -82,16 +83,16 @@ def test_the_file_holds_what_numpy_says(npz, space, tmp_path):
     read = read_statistics(tmp_path / "s.npz")
     require_space(read.space, load_space(space).describe(), tmp_path)
     assert np.array_equal(read.sigma.numpy(), found["sigma"]) and read.num_classes == 10 and read.size == f.shape[1]
-    assert not (tmp_path / "s.npz.shards").exists()
+    assert not (tmp_path / "s.npz.tmp").exists()
 
 
-def test_shards_merge_without_losing_small_variances():
+def test_parts_merge_without_losing_small_variances():
     """Features of mean 1e6 and deviation 1e-3: sums of squares would keep nothing of them."""
     generator = torch.Generator().manual_seed(0)
     f = 1e6 + 1e-3 * torch.randn(90, 4, generator=generator, dtype=torch.float64)
     y = torch.arange(90) % 3
     parts = [slice(0, 40), slice(40, 41), slice(41, 90)]
-    found = merged(iter([shard_moments(f[part], y[part]) for part in parts]), 4, 3)
+    found = merged(iter([part_moments(f[part], y[part]) for part in parts]), 4, 3)
     np.testing.assert_allclose(found["sigma"], np.cov((f - 1e6).numpy(), rowvar=False), rtol=1e-5, atol=1e-11)
     deviation = f - torch.stack([f[y == k].mean(dim=0) for k in range(3)])[y]
     np.testing.assert_allclose(found["within"], (deviation.T @ deviation).numpy() / 90, rtol=1e-3, atol=1e-9)
@@ -189,8 +190,13 @@ def made_by(count: int, monkeypatch, *arguments) -> dict[str, np.ndarray]:
 
 def test_any_number_of_processes_gives_the_same_file(npz, space, tmp_path, monkeypatch):
     writers = []
-    write = gathering.write_shard
-    monkeypatch.setattr(gathering, "write_shard", lambda path, *rest: writers.append(rest[-1]) or write(path, *rest))
+    fill = gathering.fill
+
+    def filled(parts, images, space, processes, *rest):
+        writers.extend([processes.process_index] * len(parts))
+        fill(parts, images, space, processes, *rest)
+
+    monkeypatch.setattr(gathering, "fill", filled)
     alone = made(npz, space, tmp_path / "1.npz", "--shard-size", 9)
     assert writers == [0] * 7
     threads = torch.get_num_threads()
@@ -214,26 +220,26 @@ def test_two_processes_of_a_launcher_give_the_same_file(npz, space, tmp_path):
         assert largest_difference(alone, dict(two)) < 1e-10
 
 
-def test_a_stopped_command_continues_from_its_shards(npz, space, tmp_path, monkeypatch):
+def test_a_stopped_command_continues_from_its_parts(npz, space, tmp_path, monkeypatch):
     straight = made(npz, space, tmp_path / "straight.npz", "--shard-size", 12)
-    write, written = gathering.write_shard, []
+    write, written = gathering.write_part, []
 
-    def stopped(path, *rest):
+    def stopped(path, **content):
         if len(written) == 2:
-            (path.parent / "shard-000000024-0.tmp").write_bytes(b"half")
+            (path.parent / f"{path.name}.tmp").write_bytes(b"half")
             raise KeyboardInterrupt
         written.append(path.name)
-        write(path, *rest)
+        write(path, **content)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(gathering, "write_shard", stopped)
+        patch.setattr(gathering, "write_part", stopped)
         main(words(npz, space, tmp_path / "s.npz", "--shard-size", 12))
-    assert not (tmp_path / "s.npz").exists() and len(list((tmp_path / "s.npz.shards").glob("*.npz"))) == 2
-    monkeypatch.setattr(gathering, "write_shard", lambda path, *rest: written.append(path.name) or write(path, *rest))
+    assert not (tmp_path / "s.npz").exists() and len(list((tmp_path / "s.npz.tmp").glob("*.npz"))) == 2
+    monkeypatch.setattr(gathering, "write_part", lambda path, **c: written.append(path.name) or write(path, **c))
     again = made(npz, space, tmp_path / "s.npz", "--shard-size", 12, "--batch-size", 7)
-    assert written == [f"shard-{first:09d}.npz" for first in (0, 12, 24, 36, 48)]  # none twice
+    assert written == [f"{first:09d}-{first + 12:09d}.npz" for first in (0, 12, 24, 36, 48)]  # none twice
     assert largest_difference(straight, again) == 0
-    assert not (tmp_path / "s.npz.shards").exists()
+    assert not (tmp_path / "s.npz.tmp").exists()
 
 
 @pytest.mark.slow
@@ -241,7 +247,7 @@ def test_a_killed_command_continues(space, tmp_path):
     arguments = words("digits", space, tmp_path / "s.npz", "--shard-size", 20)
     command = [sys.executable, "-m", "evaluation.statistics", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    while len(list(tmp_path.glob("s.npz.shards/shard-*.npz"))) < 5 and process.poll() is None:
+    while len(list(tmp_path.glob("s.npz.tmp/*.npz"))) < 5 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "s.npz").exists()
@@ -251,18 +257,18 @@ def test_a_killed_command_continues(space, tmp_path):
         assert largest_difference(straight, dict(file)) == 0
 
 
-def test_shards_of_another_command_are_not_taken_and_folders_of_others_not_touched(npz, space, tmp_path, capsys):
+def test_parts_of_another_command_are_not_taken_and_folders_of_others_not_touched(npz, space, tmp_path, capsys):
     expected = made(npz, space, tmp_path / "expected.npz", "--shard-size", 30)
-    folder = tmp_path / "s.npz.shards"
+    folder = tmp_path / "s.npz.tmp"
     folder.mkdir()
-    gathering.open_shards(folder, {"images": "others"}, {})
-    np.savez(folder / "shard-000000000.npz", count=1)
+    write_record(folder, record("statistics", {}, images=30))
+    np.savez(folder / "000000000-000000030.npz", count=1)
     assert largest_difference(expected, made(npz, space, tmp_path / "s.npz", "--shard-size", 30)) == 0
-    folder = tmp_path / "t.npz.shards"
+    folder = tmp_path / "t.npz.tmp"
     folder.mkdir()
-    (folder / "shard-mine.npz").write_bytes(b"mine")
+    (folder / "mine.npz").write_bytes(b"mine")
     assert "no command of this project" in refused(main, words(npz, space, tmp_path / "t.npz"), capsys=capsys)
-    assert (folder / "shard-mine.npz").read_bytes() == b"mine"
+    assert (folder / "mine.npz").read_bytes() == b"mine"
 
 
 # Images
@@ -360,7 +366,6 @@ def test_commands_that_cannot_work_are_refused_before_anything_is_written(npz, s
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.npz").write_text("no archive")
     (tmp_path / "mine.npz").write_bytes(b"mine")
-    data.main(["--output", str(tmp_path / "digits.npz")])
     before = sorted(tmp_path.iterdir())
     assert "nowhere does not exist; a folder of images" in told(tmp_path / "nowhere")
     assert "empty holds no images" in told(tmp_path / "empty")
@@ -369,7 +374,7 @@ def test_commands_that_cannot_work_are_refused_before_anything_is_written(npz, s
     assert "--batch-size is 0" in told(npz, space, output, "--batch-size", 0)
     assert "--shard-size is 0" in told(npz, space, output, "--shard-size", 0)
     assert "--image-size is for folders" in told(npz, space, output, "--image-size", 32)
-    assert "replace it with --overwrite" in told(npz, space, tmp_path / "mine.npz")
+    assert "mine.npz exists" in told(npz, space, tmp_path / "mine.npz")
     assert sorted(tmp_path.iterdir()) == before
     assert "has no arr_0" in with_arrays(images=pixels)
     assert "arr_0 float64" in with_arrays(arr_0=pixels.astype(float))
@@ -389,15 +394,15 @@ def test_a_finished_command_changes_nothing_and_removes_what_a_kill_has_left(npz
     made(npz, space, tmp_path / "s.npz")
     whole = (tmp_path / "s.npz").read_bytes()
     (tmp_path / "s.npz").unlink()
-    with monkeypatch.context() as patch:  # dies after the file, before its shards are removed
-        patch.setattr(gathering, "remove_shards", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    with monkeypatch.context() as patch:  # dies after the file, before its parts are removed
+        patch.setattr(products, "clear", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(SystemExit):
             main(words(npz, space, tmp_path / "s.npz"))
-    assert (tmp_path / "s.npz.shards").exists()
-    monkeypatch.setattr(gathering, "fill_shards", lambda *args: pytest.fail("made again"))
+    assert (tmp_path / "s.npz").exists() and (tmp_path / "s.npz.tmp").exists()
+    monkeypatch.setattr(gathering, "fill", lambda *args: pytest.fail("made again"))
     main(words(npz, space, tmp_path / "s.npz"))
-    assert "were there already" in capsys.readouterr().out
-    assert (tmp_path / "s.npz").read_bytes() == whole and not (tmp_path / "s.npz.shards").exists()
+    assert "there already" in capsys.readouterr().out
+    assert (tmp_path / "s.npz").read_bytes() == whole and not (tmp_path / "s.npz.tmp").exists()
 
 
 def test_features_that_are_not_finite_name_their_image(npz, space, tmp_path, capsys, monkeypatch):

@@ -107,6 +107,6 @@ for name in {COMMANDS}:
 
 def test_who_samples_or_evaluates_imports_no_peft():
     """With what it brings it takes a second of every command."""
-    code = "import evaluation.sampling, evaluation.spaces, sys; assert 'peft' not in sys.modules"
+    code = "import evaluation.samples.sampling, evaluation.figures.spaces, sys; assert 'peft' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,6 +1,7 @@
 """generate, evaluate, report and frontier against wrong input: one message, exit code 2, nothing lost, nothing run."""
 
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -17,13 +18,16 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import evaluate, frontier, generate, sampling, shards
-from evaluation.files import provenance_of, write_figures
+from evaluation import evaluate, frontier, generate, report
 from evaluation.metrics import frechet_distance, inception_score, precision_recall
-from evaluation.report import page as report
+from evaluation.report import page
+from evaluation.samples import sampling
+from evaluation.samples.files import provenance_of
+from evaluation.samples.source import Source, open_source
 from tests.conftest import TINY, random_sit, refused, run_cold_start, tree, words
 from train_cc.io.errors import InputError
-from train_cc.io.figures import METRICS
+from train_cc.io.figures import METRICS, write_figures
+from train_cc.io.products import locked
 from train_cc.models import features
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.generator import save_generator
@@ -95,7 +99,7 @@ def frontier_words(folder: Path, teacher: Path, reference: Path) -> list:
 FOREIGN = {
     "generate --output": lambda f: (generate, sampled(f.teacher, f.file)),
     "generate --png-dir": lambda f: (generate, sampled(f.teacher, f.new, "--png-dir", f.folder, "--overwrite")),
-    "generate shards": lambda f: (generate, sampled(f.teacher, f.of_shards, "--overwrite")),
+    "generate parts": lambda f: (generate, sampled(f.teacher, f.of_parts, "--overwrite")),
     "evaluate --output": lambda f: (evaluate, words(*f.pair, "--output", f.file)),
     "evaluate --picture": lambda f: (evaluate, words(*f.pair, "--picture", f.file)),
     "report --output": lambda f: (report, words(f.run, "--output", f.file)),
@@ -115,34 +119,33 @@ def test_what_a_command_did_not_write_is_left_alone(
 ):
     class Files:
         new, file, folder = tmp_path / "new", tmp_path / "precious.npz", tmp_path / "mine"
-        of_shards, run = tmp_path / "s.npz", shutil.copytree(finished_run, tmp_path / "run")
+        of_parts, run = tmp_path / "s.npz", shutil.copytree(finished_run, tmp_path / "run")
         picture = run / "samples" / "step-3" / "grid.png"
         pair = (reference, reference, "--classifier", classifier)
         frontier = frontier_words(tmp_path, teacher, reference)
 
     Files.teacher = teacher
     Files.file.write_text("mine")
-    for folder, name in ((Files.folder, "score_gap.svg"), (tmp_path / "s.npz.shards", "00000000.npz")):
+    for folder, name in ((Files.folder, "score_gap.svg"), (tmp_path / "s.npz.tmp", "00000000.npz")):
         folder.mkdir()
         (folder / name).write_text("mine")
     before = tree(tmp_path)
     monkeypatch.setattr(ImageClassifier, "from_pretrained", lambda *_: pytest.fail("refused only after loading"))
-    monkeypatch.setattr(sampling.Source, "load", lambda *_: pytest.fail("refused only after loading"))
+    monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("refused only after loading"))
     command, arguments = FOREIGN[what](Files)
     refused(command.main, arguments, capsys=capsys)
     assert tree(tmp_path) == before
 
 
-def test_what_is_there_is_replaced_with_overwrite(teacher, classifier, reference, finished_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "CHARTS", report.CHARTS[:1])
+def test_overwrite_replaces_what_is_there(teacher, classifier, reference, finished_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "CHARTS", page.CHARTS[:1])
 
     def everything():
         generate.main(sampled(teacher, tmp_path / "s.npz", "--png-dir", tmp_path / "png", "--overwrite"))
         pair = words(tmp_path / "s.npz", reference, "--classifier", classifier)
-        more = ("--output", tmp_path / "f.json", "--picture", tmp_path / "p.png", "--overwrite")
-        evaluate.main([*pair, *words(*more)])
-        more = ("--output", tmp_path / "r.html", "--curves", tmp_path / "curves", "--overwrite")
-        report.main(words(finished_run, *more))
+        evaluate.main([*pair, *words("--output", tmp_path / "f.json", "--picture", tmp_path / "p.png"), "--overwrite"])
+        outputs = words("--output", tmp_path / "r.html", "--curves", tmp_path / "curves")
+        report.main([str(finished_run), *outputs, "--overwrite"])
 
     everything()
     before = tree(tmp_path)
@@ -175,7 +178,7 @@ def test_odd_output_paths_are_refused_before_the_work(
     pair, table = words(reference, reference, "--classifier", classifier), frontier_words(tmp_path, teacher, reference)
     before = tree(tmp_path)
     monkeypatch.setattr(ImageClassifier, "from_pretrained", lambda *_: pytest.fail("refused only after loading"))
-    monkeypatch.setattr(sampling.Source, "load", lambda *_: pytest.fail("refused only after loading"))
+    monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("refused only after loading"))
     for main, arguments in (
         (generate.main, sampled(teacher, path)),
         (generate.main, sampled(teacher, tmp_path / "s.npz", "--png-dir", path)),
@@ -267,27 +270,22 @@ def test_a_damaged_generation_config_is_refused(teacher, tmp_path, capsys, conte
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_samples_that_are_not_finite_become_no_images(teacher, tmp_path, capsys, value, monkeypatch):
     """Whether the reader refuses the weights or the samples show it: here the weights are damaged after reading."""
-    load = sampling.Source.load
+    load = Source.load
 
     def damaged(self):
         model = load(self)
         model.final_layer.linear.bias.data.fill_(value)
         return model
 
-    monkeypatch.setattr(sampling.Source, "load", damaged)
+    monkeypatch.setattr(Source, "load", damaged)
     message = refused(generate.main, sampled(teacher, tmp_path / "s.npz"), capsys=capsys)
     assert "samples 0 to 3 hold NaN or infinity" in message and not list(tmp_path.iterdir())
 
 
 def test_two_processes_do_not_write_one_output(teacher, tmp_path, capsys):
-    told = sampling.provenance_of_run(generate.build_parser().parse_args(sampled("a", "b")), generate_source())
-    with shards.open_shards(tmp_path / "s.npz", told):
+    with locked(tmp_path / "s.npz.tmp"):
         message = refused(generate.main, sampled(teacher, tmp_path / "s.npz"), capsys=capsys)
     assert "another process writes" in message and not (tmp_path / "s.npz").exists()
-
-
-def generate_source():
-    return sampling.Source(Path("a"), None, "0" * 64, None)
 
 
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
@@ -298,7 +296,7 @@ def test_the_same_command_continues_to_the_same_bytes_after_a_kill(every, teache
     )
     generate.main(arguments)
     whole = tree(tmp_path)
-    calls = ("replace", "unlink", "rmdir", "mkdir")
+    calls = ("replace", "rename", "unlink", "rmdir", "mkdir")
     state = {"left": 0}
 
     class Killed(BaseException):
@@ -325,9 +323,9 @@ def test_the_same_command_continues_to_the_same_bytes_after_a_kill(every, teache
             state["left"] = point
             for name in calls:
                 patch.setattr(os, name, counted(getattr(os, name)))
-            patch.setattr(shards, "clear", counted(shards.clear))
             with contextlib.suppress(Killed):
                 generate.main(arguments)
+        gc.collect()  # the lock of the dead is free
         points += state["left"] <= 0
         generate.main(arguments)
         assert tree(tmp_path) == whole, point
@@ -336,37 +334,34 @@ def test_the_same_command_continues_to_the_same_bytes_after_a_kill(every, teache
     assert points > 12 / every
 
 
-def test_a_damaged_shard_is_made_again(teacher, tmp_path, monkeypatch, capsys):
+def test_a_damaged_part_is_made_again(teacher, tmp_path, monkeypatch, capsys):
     generate.main(sampled(teacher, tmp_path / "whole.npz"))
     kept = {}
-    monkeypatch.setattr(sampling, "merge_shards", lambda paths, output, _: kept.update(
+    monkeypatch.setattr(sampling, "merge", lambda paths, output, _: kept.update(
         {path.name: path.read_bytes() for path in paths}) or (_ for _ in ()).throw(KeyboardInterrupt))  # fmt: skip
     with pytest.raises(SystemExit):
         generate.main(sampled(teacher, tmp_path / "s.npz"))
     monkeypatch.undo()
-    folder = tmp_path / "s.npz.shards"
+    folder = tmp_path / "s.npz.tmp"
     assert sorted(kept) == ["00000000.npz", "00000004.npz", "00000008.npz"]
     data = bytearray(kept["00000004.npz"])
     data[len(data) // 3] ^= 1
     (folder / "00000004.npz").write_bytes(data)
     (folder / "00000008.npz").write_bytes(kept["00000000.npz"])  # whole, but of other images
-    (folder / "provenance.json").write_bytes(b"\0torn")
     generate.main(sampled(teacher, tmp_path / "s.npz"))
     assert "made again" in capsys.readouterr().out and not folder.exists()
     ours, theirs = (np.load(tmp_path / name) for name in ("s.npz", "whole.npz"))
     assert all(np.array_equal(ours[key], theirs[key]) for key in ("arr_0", "arr_1", "provenance"))
 
 
-def test_shards_of_other_settings_are_not_taken(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling, "merge_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_parts_of_other_settings_are_not_taken(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "merge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit):
         generate.main(sampled(teacher, tmp_path / "s.npz", "--seed", 5))
     monkeypatch.undo()
-    (tmp_path / "s.npz.shards" / "notes.txt").write_text("mine")
     generate.main(sampled(teacher, tmp_path / "s.npz"))
     generate.main(sampled(teacher, tmp_path / "t.npz"))
     assert np.array_equal(np.load(tmp_path / "s.npz")["arr_0"], np.load(tmp_path / "t.npz")["arr_0"])
-    assert tree(tmp_path / "s.npz.shards") == {"notes.txt": b"mine"}
 
 
 def test_the_decoder_is_part_of_the_provenance(teacher, tmp_path):
@@ -375,7 +370,7 @@ def test_the_decoder_is_part_of_the_provenance(teacher, tmp_path):
     vae = write_vae(tmp_path / "vae")
     digest = hashlib.sha256((vae / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     args = generate.build_parser().parse_args(words("--generator", teacher, "--output", "s.npz", "--vae", vae))
-    assert sampling.provenance_of_run(args, sampling.open_source(teacher))["vae_sha256"] == digest
+    assert sampling.provenance_of_run(args, open_source(teacher))["vae_sha256"] == digest
 
 
 @pytest.mark.slow
@@ -604,7 +599,7 @@ ODD_JSON = ["", "null", "[]", "3", '"text"', "{}", '{"rows": []}', '{"rows": {}}
 
 @pytest.mark.parametrize("content", ODD_JSON, ids=lambda text: text[:20])
 def test_odd_json_beside_a_run_is_named_on_the_page_and_the_rest_shown(content, finished_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "CHARTS", report.CHARTS[:1])
+    monkeypatch.setattr(page, "CHARTS", page.CHARTS[:1])
     for where in ("run/args.json", "results.json", "frontier/frontier.json"):
         folder = tmp_path / where.replace("/", "_")
         shutil.copytree(finished_run, folder / "run", ignore=shutil.ignore_patterns("checkpoints", "*.safetensors"))
@@ -687,16 +682,16 @@ def fuzz(folder: Path, count: int, seed: int, teacher, classifier, images, run: 
     rows = {"rows": {"control: a": {"figures": dict.fromkeys(METRICS, 0.5)}}}
     (folder / "results.json").write_text(json.dumps(rows))
     left = folder / "left.npz"
-    keep = sampling.merge_shards
-    sampling.merge_shards = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    keep = sampling.merge
+    sampling.merge = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(SystemExit):
         generate.main(sampled(folder / "generator", left))
-    sampling.merge_shards = keep
-    kept = shutil.copytree(folder / "left.npz.shards", folder / "kept")
+    sampling.merge = keep
+    kept = shutil.copytree(folder / "left.npz.tmp", folder / "kept")
     figures = words(folder / "s.npz", folder / "reference.npz", "--classifier", folder / "classifier")
     commands = {
         "generator/*": (generate.main, sampled(folder / "generator", folder / "n.npz", "--overwrite")),
-        "left.npz.shards/*": (generate.main, sampled(folder / "generator", left, "--overwrite")),
+        "left.npz.tmp/*": (generate.main, sampled(folder / "generator", left, "--overwrite")),
         "s.npz": (evaluate.main, figures),
         "reference.npz": (evaluate.main, figures),
         "classifier/*": (evaluate.main, figures),
@@ -720,8 +715,8 @@ def fuzz(folder: Path, count: int, seed: int, teacher, classifier, images, run: 
             (folder / "escaped").write_bytes(path.read_bytes())
             raise AssertionError(f"damage {number} of seed {seed} to {path} escaped as {error!r}") from error
         if pattern.startswith("left"):
-            shutil.rmtree(folder / "left.npz.shards", ignore_errors=True)
-            shutil.copytree(kept, folder / "left.npz.shards")
+            shutil.rmtree(folder / "left.npz.tmp", ignore_errors=True)
+            shutil.copytree(kept, folder / "left.npz.tmp")
             left.unlink(missing_ok=True)
         else:
             path.write_bytes(before)
@@ -730,5 +725,5 @@ def fuzz(folder: Path, count: int, seed: int, teacher, classifier, images, run: 
 @pytest.mark.parametrize("count", [40, pytest.param(5000, marks=pytest.mark.slow)])
 def test_random_damage_never_escapes(count, teacher, classifier, images, finished_run, tmp_path, monkeypatch):
     assert TINY["input_size"] == images.shape[1]
-    monkeypatch.setattr(report, "CHARTS", report.CHARTS[:1])
+    monkeypatch.setattr(page, "CHARTS", page.CHARTS[:1])
     fuzz(tmp_path, count, 0, teacher, classifier, images, finished_run)

@@ -332,7 +332,7 @@ def test_a_full_disks_message_names_what_is_not_written(teacher, run, tmp_path, 
     exported = words("--checkpoint", units(run, 2), "--output-dir", tmp_path / "new")
     with files_of_at_most(9000):
         told = refused(generate.main, samples, capsys=capsys)
-        assert "s.npz.shards/00000000.npz.tmp is not written: File too large" in told
+        assert "s.npz.tmp/00000000.npz is not written: File too large" in told
         told = refused(export_generator.main, exported, capsys=capsys)
         assert f"{tmp_path / 'new'} is not written: File too large" in told and not (tmp_path / "new").exists()
 

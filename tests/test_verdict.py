@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.report.runs import RunLog, Table
+from evaluation.report.run_log import RunLog, Table
 from evaluation.report.verdict import verdict
 from tests.test_rules import HEALTHY, level, series
 

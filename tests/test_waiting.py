@@ -29,8 +29,8 @@ PHASES = {
     "preview": ("train_cc.distillation.loop", "show"),
     "checkpoint": ("train_cc.distillation.loop", "save"),
     "export": ("train_cc.distillation.loop", "export"),
-    "shard of samples": ("evaluation.sampling", "generate_batch"),
-    "shard of statistics": ("evaluation.gathering", "shard_moments"),
+    "shard of samples": ("evaluation.samples.sampling", "generate_batch"),
+    "shard of statistics": ("evaluation.samples.gathering", "part_moments"),
     "benchmark": ("evaluation.benchmark", "write_random_inputs"),
 }
 DONE: list[str] = []

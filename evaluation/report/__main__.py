@@ -1,5 +1,5 @@
-"""`python -m evaluation.report`: see `page`."""
+"""`python -m evaluation.report`."""
 
-from evaluation.report.page import main
+from evaluation.report import main
 
 main()

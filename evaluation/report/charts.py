@@ -1,10 +1,23 @@
-"""The curves of the report: which columns, in which words, and what they look like when all is well and when not."""
+"""The curves of the report: which columns, what they look like when all is well and when not, and their drawing.
 
+A run has a colour, a column of a panel a line style.
+"""
+
+import io
 import re
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from evaluation.report.run_log import RunLog
 from train_cc.run.logbook import BANDS, band_columns
 
 CLOSER = "Does the generator come closer to the teacher?"
@@ -14,26 +27,38 @@ REWARD = "What does the reward do?"
 PREVIEWS = "What do classifiers see in the previews?"
 COURSE = "Schedules and time"
 
+STYLES = ("-", "--", ":", "-.")  # of the columns of one panel
+POINTS = 400  # of a curve: more rows are averaged
+PLAIN = {"svg.fonttype": "none", "text.parse_math": False}  # a folder's name may hold a $
+
 
 @dataclass(frozen=True)
 class Chart:
-    """A panel for each group of columns, and a sentence on what they look like when all is well and when not.
+    """Panels, and a note on what they look like when all is well and when not.
 
-    A * in a column stands for any name: of a reward.
+    ``panels``: a column -> its title with the unit. A * in a column is any name of a reward, and {} in the title; a
+    panel without a title is named by its columns.
     """
 
     group: str
     title: str
-    panels: tuple[tuple[str, ...], ...]
-    told: str
+    panels: dict[str, str] = field(hash=False)
+    note: str
     logarithmic: bool = False
+
+
+def by_band(name: str) -> dict[str, str]:
+    return {
+        column: f"t from {low / 100:g} to {low / 100 + 0.25:g}"
+        for low, column in zip(BANDS, band_columns(name), strict=True)
+    }
 
 
 CHARTS = (
     Chart(
         CLOSER,
         "Score gap",
-        (("score_gap",),),
+        {"score_gap": "score gap (velocity)"},
         "How far the generator's distribution is from the teacher's, as far as the estimator sees: the mean of "
         "|v_real - v_fake|. Healthy: rises while the estimator learns what is wrong, then levels off or falls. "
         "Unhealthy: rises at once to several times a healthy run's, or rises without end.",
@@ -41,14 +66,14 @@ CHARTS = (
     Chart(
         CLOSER,
         "Score gap by band of t",
-        tuple((column,) for column in band_columns("score_gap")),
+        by_band("score_gap"),
         "Small t is fine detail, large t is global structure. Healthy: all four bands move together. Unhealthy: one "
         "band grows alone. Large t growing is a collapse of the whole; small t growing is noise in the details.",
     ),
     Chart(
         CLOSER,
         "Normaliser",
-        (("normaliser",),),
+        {"normaliser": "normaliser (velocity)"},
         "How far the teacher would move a sample: the mean of |v_real - (noise - x0)|. Healthy: rises while the "
         "times become uniform (the dynamic phase), then is level. Unhealthy: keeps rising; the samples have left what "
         "the teacher knows.",
@@ -56,13 +81,13 @@ CHARTS = (
     Chart(
         CLOSER,
         "DMD loss",
-        (("loss_dmd",),),
+        {"loss_dmd": "DMD loss (no unit)"},
         "It is normalised for each sample, so it oscillates and hardly falls in good runs too. It says little.",
     ),
     Chart(
         KEEPS_UP,
         "Fake loss",
-        (("loss_fake",),),
+        {"loss_fake": "fake loss (squared velocity)"},
         "The estimator's loss on the generator's samples. Healthy: moves while the samples gain variety and the times "
         "become uniform (the dynamic phase), then is level. Unhealthy: shoots up early, or ends far below a healthy "
         "run's, which means that the samples have become alike.",
@@ -70,21 +95,27 @@ CHARTS = (
     Chart(
         KEEPS_UP,
         "Fake loss by band of t",
-        tuple((column,) for column in band_columns("loss_fake")),
+        by_band("loss_fake"),
         "Healthy: the first band, small t, is level from the start. Unhealthy: it rises to a multiple; the estimator "
         "falls behind. Raise its learning rate or --ratio-update.",
     ),
     Chart(
         SIZE,
         "Gradient norms",
-        (("grad_norm_generator",), ("grad_norm_estimator",)),
+        {
+            "grad_norm_generator": "generator: norm of the gradient",
+            "grad_norm_estimator": "estimator: norm of the gradient",
+        },
         "Before clipping at --max-grad-norm. Healthy: level after the start. Unhealthy: a hundred times that.",
         logarithmic=True,
     ),
     Chart(
         SIZE,
         "Update-to-weight ratios",
-        (("update_ratio_generator",), ("update_ratio_estimator",)),
+        {
+            "update_ratio_generator": "generator: update / weights",
+            "update_ratio_estimator": "estimator's LoRA: update / weights",
+        },
         "The size of an update against the weights of the middle block. Healthy: near 0.001 (0.1 %) for the generator; "
         "the estimator's LoRA moves more. Unhealthy: above 0.003 for the generator; its learning rate is too high.",
         logarithmic=True,
@@ -92,14 +123,17 @@ CHARTS = (
     Chart(
         REWARD,
         "Reward",
-        (("loss_reward_*",), ("accuracy_reward_*",)),
+        {"loss_reward_*": "{}: loss, nats for a classifier", "accuracy_reward_*": "{}: accuracy, 0 to 1"},
         "The rewarding classifier on fresh samples. Healthy: its loss falls over tens of updates. Unhealthy: it is at "
         "zero at once (the weight is too high), or does not move (too low).",
     ),
     Chart(
         REWARD,
         "Gradients at x0",
-        (("grad_norm_dmd_x0",), ("grad_norm_reward_*_x0",)),
+        {
+            "grad_norm_dmd_x0": "matching: norm of the gradient at x0",
+            "grad_norm_reward_*_x0": "{}: norm of the gradient at x0",
+        },
         "The pull of matching and of the reward (its weight included) on the generator's samples. Healthy: of similar "
         "size. Unhealthy: the reward's is more than five times the other; matching no longer holds the samples.",
         logarithmic=True,
@@ -107,92 +141,137 @@ CHARTS = (
     Chart(
         REWARD,
         "Cosine of the two gradients",
-        (("grad_cosine_reward_*_x0",),),
+        {"grad_cosine_reward_*_x0": "{} with matching: cosine, -1 to 1"},
         "Healthy: around zero. Unhealthy: below -0.3; each undoes the other's work. Lower --reward-weight.",
     ),
     Chart(
         REWARD,
         "Frechet distance",
-        (("frechet*",), ("scale_frechet*",)),
+        {"frechet*": "", "scale_frechet*": ""},
         "From the window's samples to the real images, in the reward's own space, and the reward's scale, which is "
         "fixed after three updates. Healthy: the distance falls. In this space it always looks good: judge in others.",
     ),
     Chart(
         REWARD,
         "Tilt (experimental)",
-        (("tilt_reward_*",), ("tilt_effective_samples_*",)),
+        {"tilt_reward_*": "{}: mean reward", "tilt_effective_samples_*": "{}: effective samples, count"},
         "The mean reward of the estimator's samples, and how many equally weighted samples they are worth. "
         "Unhealthy: few effective samples; lower BETA.",
     ),
     Chart(
         PREVIEWS,
         "Previews: accuracy",
-        (("preview_accuracy_reward_*",), ("preview_accuracy_holdout",)),
+        {
+            "preview_accuracy_reward_*": "rewarding {}: accuracy, 0 to 1",
+            "preview_accuracy_holdout": "held-out classifier: accuracy, 0 to 1",
+        },
         "By the rewarding classifier, and by one that never rewards. Healthy: they go together. Unhealthy: the first "
         "rises and the second does not; the reward is being hacked.",
     ),
     Chart(
         PREVIEWS,
         "Previews: class coverage",
-        (("preview_coverage_reward_*",), ("preview_coverage_holdout",)),
+        {
+            "preview_coverage_reward_*": "rewarding {}: share of classes",
+            "preview_coverage_holdout": "held-out classifier: share of classes",
+        },
         "The share of the classes asked for that are recognised at least once. Healthy: near 1. Unhealthy: it falls; "
         "a class has collapsed.",
     ),
     Chart(
         COURSE,
         "Schedules",
-        (("lora_scale_real",), ("t_mean",)),
+        {"lora_scale_real": "LoRA scale of the real score", "t_mean": "mean renoise time t, 0 to 1"},
         "The LoRA scale of the real score and the mean renoise time. Both schedules end when the dynamic phase does.",
     ),
     Chart(
         COURSE,
         "Seconds a cycle",
-        (("seconds",),),
+        {"seconds": "seconds for each generator update"},
         "One generator update with its estimator updates. Healthy: level, but for the first. A slow rise is a leak, or "
         "a busy machine.",
     ),
 )
 
-# A column -> what its panel is called, with its unit. {} is what the * stands for.
-WORDS = {
-    "score_gap": "score gap (velocity)",
-    "normaliser": "normaliser (velocity)",
-    "loss_dmd": "DMD loss (no unit)",
-    "loss_fake": "fake loss (squared velocity)",
-    "grad_norm_generator": "generator: norm of the gradient",
-    "grad_norm_estimator": "estimator: norm of the gradient",
-    "update_ratio_generator": "generator: update / weights",
-    "update_ratio_estimator": "estimator's LoRA: update / weights",
-    "loss_reward_*": "{}: loss, nats for a classifier",
-    "accuracy_reward_*": "{}: accuracy, 0 to 1",
-    "grad_norm_dmd_x0": "matching: norm of the gradient at x0",
-    "grad_norm_reward_*_x0": "{}: norm of the gradient at x0",
-    "grad_cosine_reward_*_x0": "{} with matching: cosine, -1 to 1",
-    "tilt_reward_*": "{}: mean reward",
-    "tilt_effective_samples_*": "{}: effective samples, count",
-    "preview_accuracy_reward_*": "rewarding {}: accuracy, 0 to 1",
-    "preview_accuracy_holdout": "held-out classifier: accuracy, 0 to 1",
-    "preview_coverage_reward_*": "rewarding {}: share of classes",
-    "preview_coverage_holdout": "held-out classifier: share of classes",
-    "lora_scale_real": "LoRA scale of the real score",
-    "t_mean": "mean renoise time t, 0 to 1",
-    "seconds": "seconds for each generator update",
-}
-WORDS |= {
-    column: f"t from {low / 100:g} to {low / 100 + 0.25:g}"
-    for name in ("score_gap", "loss_fake")
-    for low, column in zip(BANDS, band_columns(name), strict=True)
-}
+
+def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Steps, means, minima, maxima of at most `POINTS` groups of rows; rows without a value are left out."""
+    finite = np.isfinite(values)
+    steps, values = steps[finite], values[finite]
+    groups = np.array_split(np.arange(len(values)), min(POINTS, len(values))) if len(values) else []
+    pairs = ((np.mean, steps), (np.mean, values), (np.min, values), (np.max, values))
+    return tuple(np.array([function(of[group]) for group in groups]) for function, of in pairs)
 
 
-def words_of(column: str) -> str:
-    """What a panel of ``column`` is called."""
-    for pattern, words in WORDS.items():
-        if column == pattern:
-            return words
-        if "*" in pattern and fnmatchcase(column, pattern):
-            return words.format(re.fullmatch(pattern.replace("*", "(.*)"), column)[1])
-    return column.replace("_", " ")
+def panels_of(chart: Chart, runs: list[RunLog]) -> list[dict[str, str]]:
+    """The panels that have something to draw: the columns that some run has a value of, each with its title."""
+    names = dict.fromkeys(name for run in runs for name in run.series.columns)
+    panels = []
+    for pattern, title in chart.panels.items():
+        matches = [re.fullmatch(pattern.replace("*", "(.*)"), name) for name in names]
+        columns = [match for match in matches if match and any(run.series.has(match[0]) for run in runs)]
+        panels.append({match[0]: title.format(*match.groups()) or match[0].replace("_", " ") for match in columns})
+    return [panel for panel in panels if panel]
+
+
+def draw_panel(axis: Axes, panel: dict[str, str], runs: list[RunLog], logarithmic: bool) -> None:
+    styles = [STYLES[i % len(STYLES)] for i in range(len(panel))]
+    for number, run in enumerate(runs):
+        for name, style in zip(panel, styles, strict=True):
+            steps, mean, low, high = thin(run.series.steps, run.series.of_column(name))
+            if not len(steps):
+                continue
+            options = {"color": colour_of(number), "linewidth": 1.4, "marker": "." if len(steps) < 40 else None}
+            axis.plot(steps, mean, style, **options)
+            axis.fill_between(steps, low, high, color=colour_of(number), alpha=0.18, linewidth=0)
+    axis.set_title("\n".join(panel.values()), fontsize=10)
+    if len(panel) > 1:
+        lines = [plt.Line2D([], [], color="gray", linestyle=style) for style in styles]
+        axis.legend(lines, [title.partition(":")[0] for title in panel.values()], fontsize=8)
+    axis.set_xlabel("generator updates", fontsize=9)
+    axis.tick_params(labelsize=9)
+    axis.grid(alpha=0.25)
+    if logarithmic:
+        axis.set_yscale("log")
+
+
+@plt.rc_context(PLAIN)
+def draw(chart: Chart, runs: list[RunLog]) -> list[str]:
+    """An SVG for each panel, for a page that is light or dark; [] if no run has any of the columns."""
+    pictures = []
+    for panel in panels_of(chart, runs):
+        figure, axis = plt.subplots(figsize=(4.0, 2.7))
+        draw_panel(axis, panel, runs, chart.logarithmic)
+        svg = svg_of(figure).replace("#000000", "currentColor").replace("fill: #ffffff", "fill: none")
+        pictures.append(svg.replace("<text style=", '<text fill="currentColor" style='))
+    return pictures
+
+
+@plt.rc_context(PLAIN)
+def draw_together(chart: Chart, runs: list[RunLog]) -> str:
+    """All panels of the chart as one SVG file, with a legend of the runs, dark on white."""
+    panels = panels_of(chart, runs)
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * max(2, len(panels)), 2.8), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        draw_panel(axis, panel, runs, chart.logarithmic)
+    if len(runs) > 1:
+        lines = [plt.Line2D([], [], color=colour_of(number)) for number in range(len(runs))]
+        axes[0][0].legend(lines, [run.name for run in runs], fontsize=8)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{svg_of(figure)}'
+
+
+def svg_of(figure: Figure) -> str:
+    figure.tight_layout()
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def colour_of(number: int) -> str:
+    """The colour of the ``number``-th run, as a page writes it."""
+    return to_hex(f"C{number % 10}")
 
 
 def curve_path(folder: Path, chart: Chart) -> Path:

@@ -1,17 +1,23 @@
-"""What the report says first: did it work, in words and from figures.
+"""The report's first lines: did it work, in words and from figures.
 
-A run is judged by its own log and by the rows of figures that were made of its own generator: samples carry the hash of
-the weights that made them. Other rows beside the run are shown and not judged.
+A run is judged by its own log and by the rows of figures made of its own generator: samples carry the hash of the
+weights that made them. Other rows beside the run are printed and not judged.
+
+A rule maps a log to warnings. The thresholds are far from the values of healthy digits runs of two seeds, and were met
+by runs made to fail (docs/results.md). Remedies: docs/troubleshooting.md.
 """
 
+import re
 from dataclasses import dataclass, field
 
-from evaluation.report.rules import warnings_of
-from evaluation.report.runs import RunLog, Table
+import numpy as np
 
-LEAST_UPDATES = 50  # fewer say nothing: the estimator has hardly begun to follow
+from evaluation.report.run_log import RunLog, Series, Table
+from train_cc.run.logbook import band_columns
+
+LEAST_UPDATES = 50  # fewer are too few: the estimator has hardly begun to follow
 NOISE = 0.03  # of precision and recall: another seed moves them by so much on digits (docs/results.md)
-# Arguments that a control shares with the run that it is the control of.
+# Arguments that a control shares with its run.
 OF_A_CONTROL = ("resume_ckpt", "max_train_steps", "batch_size", "real_guidance_scale", "seed")
 KEPT_WELL, KEPT_AT_ALL = 0.75, 0.5  # of the teacher's recall and precision
 # From the worst to the best; the page's title is that of its worst run.
@@ -24,10 +30,134 @@ TITLES = {
     "good": "It worked",
 }
 
+# Rules ------------------------------------------------------------------------------------------------------------
+
+
+def estimator_falls_behind(series: Series) -> list[str]:
+    """The score gap grows while the fake loss rises, in the band of small t.
+
+    There a good fake score's loss hardly depends on the samples; at large t it does, and may well rise.
+    """
+    small = band_columns("loss_fake")[0]
+    losses = [series.part(small, i / 10, (i + 1) / 10) for i in range(10)]
+    gaps = [series.part("score_gap", i / 10, (i + 1) / 10) for i in range(10)]
+    if not (np.isfinite(losses).any() and np.isfinite(gaps).any()):
+        return []
+    first_loss, first_gap = series.part(small, 0, 0.02), series.part("score_gap", 0, 0.02)
+    first_loss = first_loss if np.isfinite(first_loss) else losses[0]
+    worst_loss = float(np.nanmax(losses))
+    if worst_loss > 1.6 * first_loss and np.nanmax(gaps) > 2 * first_gap:
+        return [
+            f"the estimator falls behind the generator: at small t its loss rose to {worst_loss:.3g} from "
+            f"{first_loss:.3g} while the score gap rose to {np.nanmax(gaps):.3g} from {first_gap:.3g}. Raise "
+            "--learning-rate-estimator or --ratio-update, or lower --learning-rate-generator"
+        ]
+    return []
+
+
+def generator_too_fast(series: Series) -> list[str]:
+    ratio = series.part("update_ratio_generator", 0, 1)
+    text = f"the generator's updates are {ratio:.2%} of its weights each (healthy: about 0.1 %): "
+    return [text + "lower --learning-rate-generator"] if ratio > 3e-3 else []
+
+
+def rewards_in(series: Series, form: str) -> dict[str, str]:
+    """Name of a reward -> its column, for columns of ``form``, such as "loss_reward_{}"."""
+    pattern = re.compile(re.escape(form).replace(r"\{\}", "(.+)") + "$")
+    return {match[1]: match[0] for name in series.columns if (match := pattern.match(name)) and series.has(name)}
+
+
+def reward_too_strong(series: Series) -> list[str]:
+    warnings, of_dmd = [], series.of_column("grad_norm_dmd_x0")
+    for name, column in rewards_in(series, "grad_norm_reward_{}_x0").items():
+        times = float(np.nanmean(series.of_column(column)) / max(np.nanmean(of_dmd), 1e-30))
+        if times > 5:
+            warnings.append(
+                f"the gradient of the reward {name} at x0 is {times:.0f} times that of distribution matching, on "
+                "average over the run: lower its weight"
+            )
+    return warnings
+
+
+def gradients_oppose(series: Series) -> list[str]:
+    cosines = {
+        name: series.part(column, 0.1, 1) for name, column in rewards_in(series, "grad_cosine_reward_{}_x0").items()
+    }
+    return [
+        f"the gradients of the reward {name} and of matching at x0 point against each other (cosine {cosine:.2f}): "
+        "lower its weight"
+        for name, cosine in cosines.items()
+        if cosine < -0.3
+    ]
+
+
+def reward_is_hacked(series: Series) -> list[str]:
+    """A rewarding classifier is content, the one that never rewards is not."""
+    warnings = []
+    last_holdout = series.part("preview_accuracy_holdout", 0.5, 1)
+    holdout = [series.part("preview_loss_holdout", *part) for part in ((0, 0.35), (0.75, 1))]
+    for name, column in rewards_in(series, "preview_accuracy_reward_{}").items():
+        rewarding = series.part(column, 0.5, 1)
+        own = [series.part(f"preview_loss_reward_{name}", *part) for part in ((0, 0.35), (0.75, 1))]
+        parted = own[1] < own[0] and holdout[1] > 3 * max(holdout[0], 0.03)
+        if rewarding - last_holdout > 0.15 or parted:
+            warnings.append(
+                f"the reward {name} rises and the held-out classifier does not follow (accuracy of the previews "
+                f"{rewarding:.2f} and {last_holdout:.2f}): the reward is being hacked; lower its weight or stop earlier"
+            )
+    return warnings
+
+
+def class_collapsed(series: Series) -> list[str]:
+    names = ("holdout", *(f"reward_{name}" for name in rewards_in(series, "preview_coverage_reward_{}")))
+    coverage = {name: series.part(f"preview_coverage_{name}", 0.75, 1) for name in names}
+    return [
+        f"{1 - last:.0%} of the previews' classes are no longer recognised once by the {name} classifier: "
+        "a class has collapsed"
+        for name, last in coverage.items()
+        if last < 0.85
+    ][:1]
+
+
+RULES = (
+    estimator_falls_behind,
+    generator_too_fast,
+    reward_too_strong,
+    gradients_oppose,
+    reward_is_hacked,
+    class_collapsed,
+)
+
+
+def warnings_of(series: Series) -> list[str]:
+    """The warnings of all rules about one run's log."""
+    return [text for rule in RULES for text in rule(series)]
+
+
+def collapsed_recall(rows: dict[str, dict]) -> list[str]:
+    """Precision up while recall collapses: a trained row against the row that it started from or is controlled by."""
+    return [
+        f"{name}: recall {figures['Recall']:.2f} is less than half of {before['Recall']:.2f} ({base}), "
+        "while precision rose: diversity has collapsed; lower --reward-weight or the guidance scale"
+        for name, figures in rows.items()
+        for base, before in rows.items()
+        if is_base(base, name)
+        and {"Precision", "Recall"} <= figures.keys() & before.keys()
+        and figures["Precision"] > before["Precision"]
+        and figures["Recall"] < 0.5 * before["Recall"]
+    ]
+
+
+def is_base(base: str, name: str) -> bool:
+    return (base.startswith(("control", "cold start")) and name.startswith("DMDR")) or name == f"{base} + RL"
+
+
+# The verdict ------------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class OfRun:
-    """What is said of one run; ``state`` is a key of `TITLES`."""
+    """The sentences about one run; ``state`` is a key of `TITLES`."""
 
     name: str
     state: str = "good"
@@ -53,31 +183,31 @@ def worst(states: list[str]) -> str:
 
 
 def verdict(runs: list[RunLog], tables: list[Table]) -> Verdict:
-    told = [judge(run, runs, tables) for run in runs]
-    states = [each.state for each in told]
+    each = [verdict_on(run, runs, tables) for run in runs]
+    states = [of_run.state for of_run in each]
     if "unmeasured" in states and set(states) & {"good", "partly"}:  # one run's figures are enough for a title
         states = [state for state in states if state != "unmeasured"]
-    return Verdict(worst(states), told)
+    return Verdict(worst(states), each)
 
 
-def judge(run: RunLog, runs: list[RunLog], tables: list[Table]) -> OfRun:
-    told = OfRun(run.name)
+def verdict_on(run: RunLog, runs: list[RunLog], tables: list[Table]) -> OfRun:
+    words = OfRun(run.name)
     if run.stopped:
-        told.say(f"It stopped itself: {run.stopped}", "bad")
+        words.say(f"It stopped itself: {run.stopped}", "bad")
     if run.updates < LEAST_UPDATES:
-        told.say(f"{progress(run)} Below {LEAST_UPDATES} updates neither curves nor samples say anything.", "short")
-        return told
+        words.say(f"{progress(run)} Below {LEAST_UPDATES} updates neither curves nor samples say anything.", "short")
+        return words
     warnings = warnings_of(run.series)
     for text in warnings:
-        told.say(f"{text[0].upper()}{text[1:]}.", "bad")
-    measured = [(table, name) for table in tables if (name := row_of(run.generator_sha256, table))]
+        words.say(f"{text[0].upper()}{text[1:]}.", "bad")
+    measured = [(table, name) for table in tables if (name := row_made_by(run.generator_sha256, table))]
     for table, name in measured[:2]:
-        say_figures(told, run, runs, table, name)
+        say_figures(words, run, runs, table, name)
     fine = " No rule found anything wrong in its log." if not warnings and not run.stopped else ""
-    told.say(progress(run) + fine, "good" if run.finished else "unfinished")
+    words.say(progress(run) + fine, "good" if run.finished else "unfinished")
     if run.finished and not measured:
-        told.say("Its samples were not measured: see docs/evaluation.md, or look at them below.", "unmeasured")
-    return told
+        words.say("Its samples were not measured: see docs/evaluation.md, or look at them below.", "unmeasured")
+    return words
 
 
 def progress(run: RunLog) -> str:
@@ -89,7 +219,7 @@ def progress(run: RunLog) -> str:
     return f"Not finished (still running, stopped or killed): {part}, of {whole}. The same command continues."
 
 
-def row_of(digest: str, table: Table, multi_step: bool = False) -> str:
+def row_made_by(digest: str, table: Table, multi_step: bool = False) -> str:
     """The row of ``table`` whose samples were made by the weights of hash ``digest``, without guidance; "" if none."""
     for name, made_by in table.made_by.items():
         arguments = made_by.get("arguments")
@@ -101,25 +231,22 @@ def row_of(digest: str, table: Table, multi_step: bool = False) -> str:
     return ""
 
 
-def say_figures(told: OfRun, run: RunLog, runs: list[RunLog], table: Table, name: str) -> None:
+def say_figures(words: OfRun, run: RunLog, runs: list[RunLog], table: Table, name: str) -> None:
     space = table.space.rpartition("/")[2] or "space not recorded"
     figures, where = table.rows[name], f" ({table.count:,} images, {space})"
+    text = ", ".join(f"{metric} {value:.3g}" for metric, value in figures.items()) + where
     hashes = run.record.get("sha256")
-    teacher = row_of(hashes.get("teacher", ""), table, multi_step=True) if isinstance(hashes, dict) else ""
+    teacher = row_made_by(hashes.get("teacher", ""), table, multi_step=True) if isinstance(hashes, dict) else ""
     base, base_words = base_of(run, runs, table)
     if base:
-        against_control(told, figures, table.rows[base], base_words, where)
+        against_control(words, figures, table.rows[base], base_words, where)
     elif teacher:
-        against_teacher(told, run, figures, table.rows[teacher], where)
+        against_teacher(words, run, figures, table.rows[teacher], where)
     elif not rewarded(run):
-        told.say(f"{shown(figures)}{where}. The teacher was not measured beside it.", "unmeasured")
+        words.say(f"{text}. The teacher was not measured beside it.", "unmeasured")
     if rewarded(run) and not base:
-        beside = "" if teacher else f"{shown(figures)}{where}. "
-        told.say(f"{beside}No control was measured beside it, so the reward's effect is not known.", "unmeasured")
-
-
-def shown(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
+        beside = "" if teacher else f"{text}. "
+        words.say(f"{beside}No control was measured beside it, so the reward's effect is not known.", "unmeasured")
 
 
 def rewarded(run: RunLog) -> bool:
@@ -128,8 +255,12 @@ def rewarded(run: RunLog) -> bool:
     return run.arguments.get("encoder_type", "none") not in ("none", None) or any(kinds)
 
 
-def against_teacher(told: OfRun, run: RunLog, figures: dict, teacher: dict, where: str) -> None:
-    if not {"Recall", "Precision", "FID"} <= figures.keys() & teacher.keys():
+def compared(figures: dict, others: dict) -> bool:
+    return {"Recall", "Precision", "FID"} <= figures.keys() & others.keys()
+
+
+def against_teacher(words: OfRun, run: RunLog, figures: dict, teacher: dict, where: str) -> None:
+    if not compared(figures, teacher):
         return
     kept = {name: figures[name] / max(teacher[name], 1e-6) for name in ("Recall", "Precision")}
     steps = run.arguments.get("num_steps", 1)
@@ -140,7 +271,7 @@ def against_teacher(told: OfRun, run: RunLog, figures: dict, teacher: dict, wher
         lost = "diversity" if kept["Recall"] < kept["Precision"] else "quality"
         state = "partly" if guided or min(kept.values()) >= KEPT_AT_ALL else "bad"
         verb = f" Much {lost} is lost" + (", which guidance asks for." if guided and lost == "diversity" else ".")
-    told.say(
+    words.say(
         f"{subject} {kept['Recall']:.0%} of the teacher's recall ({figures['Recall']:.3f} of {teacher['Recall']:.3f}) "
         f"and {kept['Precision']:.0%} of its precision; FID is {figures['FID']:.2f} against {teacher['FID']:.2f}"
         f"{where}.{verb}",
@@ -149,45 +280,43 @@ def against_teacher(told: OfRun, run: RunLog, figures: dict, teacher: dict, wher
 
 
 def base_of(run: RunLog, runs: list[RunLog], table: Table) -> tuple[str, str]:
-    """The row that a rewarded run is read against, and what it is: the control, else the run that it started from."""
+    """The row that a rewarded run is read against, and its kind: the control, else the run that it started from."""
     if not rewarded(run):
         return "", ""
     start = run.arguments.get("resume_ckpt")
-    for other in runs:
-        same = [other.arguments.get(name) == run.arguments.get(name) for name in OF_A_CONTROL]
-        if not rewarded(other) and all(same) and (row := row_of(other.generator_sha256, table)):
+    rows = [(other, row_made_by(other.generator_sha256, table)) for other in runs if not rewarded(other)]
+    for other, row in rows:
+        if row and all(other.arguments.get(name) == run.arguments.get(name) for name in OF_A_CONTROL):
             return row, "the control, as many updates without it"
-    for other in runs:
-        inside = isinstance(start, str) and f"/{other.folder.resolve().name}/checkpoints/" in start
-        if not rewarded(other) and inside and (row := row_of(other.generator_sha256, table)):
+    for other, row in rows:
+        if row and isinstance(start, str) and f"/{other.folder.resolve().name}/checkpoints/" in start:
             return row, "the run that it started from; there is no control"
     return "", ""
 
 
-def against_control(told: OfRun, figures: dict, base: dict, base_words: str, where: str) -> None:
-    if not {"Recall", "Precision", "FID"} <= figures.keys() & base.keys():
+def against_control(words: OfRun, figures: dict, base: dict, base_words: str, where: str) -> None:
+    if not compared(figures, base):
         return
     precision, recall = (figures[name] - base[name] for name in ("Precision", "Recall"))
     values = f"precision {figures['Precision']:.3f} against {base['Precision']:.3f}, recall {figures['Recall']:.3f} "
     values += f"against {base['Recall']:.3f}, FID {figures['FID']:.2f} against {base['FID']:.2f}"
     state = "good"
     if abs(precision) < NOISE and abs(recall) < NOISE:
-        said = "The reward moved neither precision nor recall by more than another seed would"
+        effect = "The reward moved neither precision nor recall by more than another seed would"
     elif precision >= NOISE and recall <= -NOISE:
-        said = f"The reward buys {precision:.2f} of precision for {-recall:.2f} of recall"
+        effect = f"The reward buys {precision:.2f} of precision for {-recall:.2f} of recall"
     elif precision >= NOISE:
-        said = f"The reward raises precision by {precision:.2f}; recall moved by {recall:+.2f}"
+        effect = f"The reward raises precision by {precision:.2f}; recall moved by {recall:+.2f}"
     elif recall <= -NOISE:
-        said, state = (
+        effect, state = (
             f"The reward cost {-recall:.2f} of recall, and precision moved by {precision:+.2f} alone",
             "partly",
         )
     elif precision <= -NOISE:
-        said, state = f"The reward cost {-precision:.2f} of precision, and recall moved by {recall:+.2f}", "partly"
+        effect, state = f"The reward cost {-precision:.2f} of precision, and recall moved by {recall:+.2f}", "partly"
     else:
-        said = f"The reward moved precision by {precision:+.2f} and recall by {recall:+.2f}"
-    told.say(f"{said}, against {base_words}: {values}{where}.", state)
-    if figures["Recall"] < 0.5 * base["Recall"]:
-        told.say("Recall is less than half of that: diversity has collapsed. Lower the reward's weight.", "bad")
-    if figures["Precision"] < 0.5 * base["Precision"]:
-        told.say("Precision is less than half of that: quality has collapsed. Lower the reward's weight.", "bad")
+        effect = f"The reward moved precision by {precision:+.2f} and recall by {recall:+.2f}"
+    words.say(f"{effect}, against {base_words}: {values}{where}.", state)
+    for name, loss in (("Recall", "diversity"), ("Precision", "quality")):
+        if figures[name] < 0.5 * base[name]:
+            words.say(f"{name} is less than half of that: {loss} has collapsed. Lower the reward's weight.", "bad")

@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from evaluation.files import over_seeds, shown
+from evaluation.figures.tables import figure_text, over_seeds
 from train_cc.io.figures import METRICS, markdown_table
 
 COMPARED = ("FID", "Recall", "Precision", "FDr", "SWr")
@@ -36,7 +36,7 @@ def difference(row: dict, other: dict, metric: str) -> tuple[float, float | None
 
 def cell(row: dict, other: dict, metric: str) -> str:
     value, error = difference(row, other, metric)
-    text = ("+" if value >= 0 else "") + shown(metric, value)
+    text = ("+" if value >= 0 else "") + figure_text(metric, value)
     return text + (f" ({abs(value) / error:.1f} s.e.)" if error else "")
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation import evaluate, generate
-from evaluation.files import HELD_OUT
+from evaluation.figures.tables import HELD_OUT
 from scripts.jobs import tomllib, words_of
 from train_cc.io import flags
 from train_cc.io.errors import InputError

@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from evaluation.files import HELD_OUT, named_space
+from evaluation.figures.tables import HELD_OUT, named_space
 from evaluation.study.rows import Row
 from train_cc.io.products import write_atomically
 

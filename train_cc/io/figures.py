@@ -1,9 +1,11 @@
 """The figures of samples, as JSON: their names, which way is better, and the file checked where it comes in."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from train_cc.io.errors import InputError
+from train_cc.io.products import write_atomically
 from train_cc.io.read import Number, check_numbers, printable, read_json, require_plain
 
 METRICS = ("FID", "Recall", "IS", "Precision", "accuracy", "Density", "Coverage", "KID", "SW", "FDr", "SWr")
@@ -30,8 +32,15 @@ def with_arrow(metric: str, head: str | None = None) -> str:
     return f"{head or metric} {'↓' if metric in LOWER_IS_BETTER else '↑'}"
 
 
+def write_figures(path: Path, rows: dict[str, dict], **more: object) -> None:
+    """JSON of ``rows`` and of what else belongs to them."""
+    content = {"rows": rows} | more
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(content, indent=2, default=str, allow_nan=False) + "\n")
+
+
 def read_figures(path: Path) -> dict:
-    """What `evaluation.files.write_figures` wrote; every row has "figures", of numbers. Raises `InputError`."""
+    """The content of `write_figures`; every row has "figures", of numbers. Raises `InputError`."""
     record = read_json(path, FIGURES)
     require_plain(record, path)
     if "rows" not in record:  # a frontier.json once held the rows alone

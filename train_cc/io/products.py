@@ -24,7 +24,7 @@ import re
 import secrets
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -133,6 +133,14 @@ def check_output_file(path: Path, overwrite: bool, flag: str = "--output") -> No
         raise InputError(f"{flag} {path} is {kind}; a file is expected")
     if path.exists() and not overwrite:
         raise InputError(f"{flag} {path} exists; choose another, or replace it with --overwrite")
+
+
+def apart(paths: Iterable[tuple[str, Path | None]]) -> None:
+    """No two outputs are one file. Raises `InputError`."""
+    seen: dict[str, str] = {}
+    for flag, path in paths:
+        if path is not None and seen.setdefault(real := os.path.realpath(path), flag) != flag:
+            raise InputError(f"{seen[real]} and {flag} are both {path}; choose two")
 
 
 def check_output_dir(folder: Path, overwrite: bool = False, flag: str = "--output-dir") -> None:
@@ -339,7 +347,7 @@ def product(
             print(f"there already, by the same command: {target}; --overwrite makes it anew", flush=True)
             yield None
             return
-        begin(place, content, overwrite or not keep, flag)
+        begin(place, content, overwrite or not keep or file, flag)
         if not file:
             place.new.mkdir()
         try:

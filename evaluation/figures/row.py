@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.files import LEAST_IMAGES
 from evaluation.metrics import (
     CHUNK,
     LEAST_SUBSETS,
@@ -27,6 +26,7 @@ from evaluation.metrics import (
     sliced_wasserstein,
     statistics,
 )
+from evaluation.samples.files import LEAST_IMAGES
 from train_cc.draws import rng_of
 from train_cc.io.class_names import contradiction, dataset_of
 from train_cc.io.errors import InputError
@@ -42,12 +42,12 @@ class Embedded:
 
     features: Tensor  # (N, D)
     logits: Tensor | None  # (N, classes)
-    labels: np.ndarray | None  # (N,), where the file has some
-    knows_labels: bool  # whether the logits are of the labels' classes
+    labels: np.ndarray | None  # (N,), if the file has some
+    knows_labels: bool  # the logits are of the labels' classes
 
     @property
     def right(self) -> np.ndarray | None:
-        """(N,): whether the label is the largest logit; None where the logits are of other classes."""
+        """(N,) bool: the label is the largest logit; None if the logits are of other classes."""
         if self.labels is None or not self.knows_labels:
             return None
         return self.logits.argmax(dim=1).numpy() == self.labels
@@ -61,8 +61,8 @@ def embed(content: Mapping[str, np.ndarray], path: Path, space: FeatureSpace, ba
     if labels is not None and space.knows_labels:
         if not (labels.min() >= 0 and labels.max() < logits.shape[1]):
             hint = ": do they count from 1?" if (labels.min(), labels.max()) == (1, logits.shape[1]) else ""
-            told = f"{path} has labels from {labels.min()} to {labels.max()}"
-            raise InputError(f"{told}, {space.name} knows 0 to {logits.shape[1] - 1}{hint}")
+            span = f"{path} has labels from {labels.min()} to {labels.max()}"
+            raise InputError(f"{span}, {space.name} knows 0 to {logits.shape[1] - 1}{hint}")
         if "classes" in content:
             require_classes(content["classes"].tolist(), path, space)
     return Embedded(features, logits, labels, space.knows_labels)
@@ -72,8 +72,8 @@ def require_classes(folders: list[str], path: Path, space: FeatureSpace) -> None
     """The class folders are the classes of the space's classifier, in their order. Raises `InputError`."""
     number = space.num_logits
     if len(folders) != number:
-        told = f"{path} has {len(folders)} class folders, {space.name} {number} classes"
-        raise InputError(f"{told}: which is which is not known; give all of them, or one folder without classes")
+        counts = f"{path} has {len(folders)} class folders, {space.name} {number} classes"
+        raise InputError(f"{counts}: which is which is not known; give all of them, or one folder without classes")
     if wrong := contradiction(folders, number, dataset_of(Path(space.name.partition(":")[2]))):
         raise InputError(f"{path}: {wrong} ({space.name}); name the folders by the model's numbers (0, 1, ...)")
 
@@ -104,7 +104,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Tally:
-    """Of every image: the sum of what the sets that it was in say of it, and in how many it was."""
+    """Per image: its values summed over the sets that contain it, and their number."""
 
     sums: Tensor
     counts: Tensor
@@ -138,13 +138,13 @@ class Sets:
     def distances(self, rows: Tensor | slice = slice(None), frechet: bool = True) -> dict[str, float]:
         """SW (against sets of the reference) and FD (of the sets, against the statistics) of some of the samples."""
         sides = (self.generated[rows], self.reference.features)
-        found = {"SW": mean_over(self.pairs, sliced_wasserstein, *sides)}
+        distances = {"SW": mean_over(self.pairs, sliced_wasserstein, *sides)}
         if frechet:
-            found["FD"] = mean_over(self.pairs, lambda part, _: self.reference.distance(part), *sides)
-        return found
+            distances["FD"] = mean_over(self.pairs, lambda part, _: self.reference.distance(part), *sides)
+        return distances
 
     def recall_of_classes(self) -> list[float | None] | None:
-        """Of the reference images of each class; None for a class without images, or where there are no labels."""
+        """Per class of the reference images; None for a class without images, or if there are no labels."""
         if self.reference.labels is None:
             return None
         _, tally = self.tallies["Recall"]
@@ -206,15 +206,15 @@ def notes_of(embedded: Embedded) -> list[str]:
 
 def classes_in_chunks(classes: np.ndarray) -> float:
     """exp(entropy) of the classes (N,) in each of the Inception Score's chunks, the mean."""
-    found = []
+    counts = []
     for start in range(0, len(classes), CHUNK):
         shares = np.unique(classes[start : start + CHUNK], return_counts=True)[1] / len(classes[start : start + CHUNK])
-        found.append(np.exp(-(shares * np.log(shares)).sum()))
-    return float(np.mean(found))
+        counts.append(np.exp(-(shares * np.log(shares)).sum()))
+    return float(np.mean(counts))
 
 
 def ratios(distances: dict[str, float], real: dict[str, float] | None) -> dict[str, float]:
-    """To those of held-out real images: FDr, SWr. A fresh real draw scores 1."""
+    """FDr and SWr, the ratios to the distances of held-out real images. A fresh real draw scores 1."""
     if real is None:
         return {}
     if min(real.values()) <= 0:
@@ -234,26 +234,26 @@ def bootstrap(
     for i in range(rounds):
         generator = rng_of(seed, i)
         rows = [torch.randint(count, (count,), generator=generator) for count in counts]
-        found = {"FID": reference.distance(embedded.features[rows[0]])}
+        figures = {"FID": reference.distance(embedded.features[rows[0]])}
         if sets is not None:
-            found |= {name: tally.mean(rows[side]) for name, (side, tally) in sets.tallies.items()}
+            figures |= {name: tally.mean(rows[side]) for name, (side, tally) in sets.tallies.items()}
             distances = sets.distances(rows[0], real is not None)
-            found |= {"SW": distances["SW"]} | ratios(distances, real)
+            figures |= {"SW": distances["SW"]} | ratios(distances, real)
         if embedded.logits is not None:
-            found["IS"] = inception_score(embedded.logits[rows[0]])
+            figures["IS"] = inception_score(embedded.logits[rows[0]])
         if embedded.right is not None:
-            found["accuracy"] = embedded.right[rows[0].numpy()].mean().item()
-        for name, value in found.items():
+            figures["accuracy"] = embedded.right[rows[0].numpy()].mean().item()
+        for name, value in figures.items():
             drawn.setdefault(name, []).append(value)
     return drawn
 
 
 def intervals(row: dict) -> dict[str, list[float]]:
     """95 %, about the figure itself: duplicates add a bias of their own to FID and SW. Of KID: by its error."""
-    found = {name: around(row["figures"][name], values) for name, values in row["draws"].items()}
+    ends = {name: around(row["figures"][name], values) for name, values in row["draws"].items()}
     for name, error in row["standard_errors"].items():
-        found[name] = [row["figures"][name] - 1.96 * error, row["figures"][name] + 1.96 * error]
-    return found
+        ends[name] = [row["figures"][name] - 1.96 * error, row["figures"][name] + 1.96 * error]
+    return ends
 
 
 def around(figure: float, draws: list[float]) -> list[float]:

@@ -1,0 +1,236 @@
+"""All rows in all spaces: a reference and its stored statistics, the held-out images, and the means over the spaces."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evaluation.figures.row import Embedded, Reference, around, embed, row_of
+from evaluation.figures.tables import HELD_OUT, rewarded_by
+from evaluation.samples.files import LEAST_IMAGES, provenance_of, read_images, read_reference
+from train_cc.draws import rng_of
+from train_cc.io.errors import InputError
+from train_cc.models.features import SPATIAL, FeatureSpace, load_space
+from train_cc.rewards.statistics import check_statistics, read_space
+from train_cc.run.devices import device
+
+HALVES = "halves"
+SPLIT = 24  # first key of the draws
+MOST_COMMON = 0.01  # of the held-out images may be in the reference too: data sets hold a few twice
+FD_AND_SW = ("FDr", "SWr")
+OF_INCEPTION = 2048  # its features' width
+NO_IMAGES = (
+    "the reference holds mu and sigma without images: FID and IS; recall, precision, density, coverage, KID, SW and "
+    "the ratios to held-out images need the reference's images"
+)
+
+
+@dataclass(frozen=True)
+class Real:
+    """The reference, the held-out images (None: there are none), and the file that these come from."""
+
+    reference: dict[str, np.ndarray]
+    held_out: dict[str, np.ndarray] | None = None
+    path: Path | None = None
+
+
+def hold_out(reference: Path, held_out: str | None) -> Real:
+    """``held_out``: a file, or `HALVES`: the reference is split at random, once and for all. Raises `InputError`."""
+    content = read_reference(reference)
+    if held_out is None:
+        return Real(content)
+    if held_out == HALVES:
+        return Real(*halves(content, reference), reference)
+    path = Path(held_out)
+    others = read_images(path, "held-out")
+    if others["arr_0"].shape[1:] != content["arr_0"].shape[1:]:
+        shapes = f"{others['arr_0'].shape[1:]}, the reference {content['arr_0'].shape[1:]}"
+        raise InputError(f"--held-out {path} holds images {shapes}")
+    known = {digest(image) for image in content["arr_0"]}
+    common = sum(digest(image) in known for image in others["arr_0"])
+    if common > MOST_COMMON * len(others["arr_0"]):
+        raise InputError(
+            f"{common} of the {len(others['arr_0'])} images of --held-out {path} are in the reference {reference}: "
+            f"they are not held out. Give other real images, or --held-out {HALVES}, which splits the reference"
+        )
+    return Real(content, others, path)
+
+
+def digest(image: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
+
+
+def halves(content: dict[str, np.ndarray], path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Two disjoint random halves of the images and their labels; whatever else the file stores stays with the first."""
+    count = len(content["arr_0"])
+    if count < 2 * LEAST_IMAGES:
+        raise InputError(f"{path} holds {count} images; two halves need {2 * LEAST_IMAGES} or more")
+    order = torch.randperm(count, generator=rng_of(SPLIT, count)).numpy()
+    images = {name: content[name] for name in ("arr_0", "arr_1") if name in content}
+    first, second = (
+        {name: value[rows] for name, value in images.items()}
+        for rows in (order[: count // 2], order[count // 2 : 2 * (count // 2)])
+    )
+    return content | first, second
+
+
+def load_spaces(
+    names: list[str], backbone: str | None, inception: Path | None, shape: tuple[int, ...] | None
+) -> list[FeatureSpace]:
+    """``shape``: (H, W, C) of the images; None: not known, and no space of pixels then.
+
+    Raises `InputError`, also for one space under two names.
+    """
+    spaces = [load_space(name, device(), backbone, inception, image_shape=shape) for name in names]
+    seen: dict[str, str] = {}
+    for space in spaces:
+        identity = json.dumps([space.sha256, space.preprocessing])
+        if seen.setdefault(identity, space.name) != space.name:
+            raise InputError(f"--space {seen[identity]} and {space.name} are one space: its figures would count twice")
+    return spaces
+
+
+def stored_by_space(content: Mapping[str, np.ndarray], path: Path, spaces: list[FeatureSpace]) -> dict[str, tuple]:
+    """mu and sigma that a reference stores, under the name of their one space; {} if it stores none.
+
+    A file of evaluation.statistics names its space. ADM's does not: 2 048 wide, they are Inception's and nobody else's.
+    Its mu_s and sigma_s are those of sFID. Raises `InputError` if no space fits, or several.
+    """
+    if not content.keys() & {"mu", "sigma"}:
+        return {}
+    if not {"mu", "sigma"} <= content.keys():
+        raise InputError(f"{path} stores {'mu' if 'mu' in content else 'sigma'} alone; both are expected, or none")
+    stored = check_statistics(content["mu"], content["sigma"], str(path))
+    size, sizes = len(stored[0]), ", ".join(f"{space.name} has {space.size}" for space in spaces)
+    if "space" in content:
+        named = read_space(content["space"], path)
+        keys = ("sha256", "preprocessing")
+        fitting = [space for space in spaces if all(space.describe()[key] == named.get(key) for key in keys)]
+        if not fitting:
+            raise InputError(f"{path} stores statistics of {named.get('name')}, by both hashes none of the spaces here")
+    else:
+        fitting = [space for space in spaces if space.name == "inception"]
+        if size == OF_INCEPTION and not fitting:
+            raise InputError(f"{path} stores mu {stored[0].shape} of Inception's features: ask for that space, too")
+        fitting = [space for space in fitting or spaces if space.size == size]
+    if not fitting or fitting[0].size != size:
+        raise InputError(f"{path} stores mu {stored[0].shape}, but {sizes} features")
+    if len(fitting) > 1:
+        names = " and ".join(space.name for space in fitting)
+        raise InputError(f"{path} stores mu {stored[0].shape}, which can be of {names}: ask for one of them alone")
+    by_space = {fitting[0].name: stored}
+    if "mu_s" in content and "sigma_s" in content and any(space.name == SPATIAL for space in spaces):
+        by_space[SPATIAL] = check_statistics(content["mu_s"], content["sigma_s"], str(path))
+    return by_space
+
+
+def statistics_for(content: Mapping[str, np.ndarray], path: Path, spaces: list[FeatureSpace]) -> dict[str, tuple]:
+    """`stored_by_space`, of every space if there are no images. Raises `InputError`."""
+    stored = stored_by_space(content, path, spaces)
+    without = [space.name for space in spaces if space.name not in stored]
+    if "arr_0" not in content and without:
+        raise InputError(
+            f"{path} holds mu and sigma of {' and '.join(stored)} without images, and {', '.join(without)} needs "
+            "images: leave that space out, or give a reference with images"
+        )
+    return stored
+
+
+def check_reference(path: Path, spaces: list[FeatureSpace]) -> None:
+    """All checks of a reference, without the features of all its images. Raises `InputError`."""
+    content = read_reference(path)
+    statistics_for(content, path, spaces)
+    names = ", ".join(space.name for space in spaces)
+    if "arr_0" not in content:
+        print(f"{path} can be evaluated against: {names}; {NO_IMAGES}")
+        return
+    for space in spaces:
+        space.of(content["arr_0"][:LEAST_IMAGES], LEAST_IMAGES)
+    print(f"{path} can be evaluated against: {len(content['arr_0'])} images, {names}")
+
+
+def judge(
+    settings: argparse.Namespace, samples: dict[str, Path], space: FeatureSpace, real: Real, stored: dict, size: int
+) -> dict:
+    """All rows in one space, as they are written. ``stored``: of `stored_by_space`; ``size``: of the sets."""
+    batch, images = settings.batch_size, "arr_0" in real.reference
+    embedded = embed(real.reference, settings.reference, space, batch, "reference") if images else None
+    reference = Reference(embedded, stored.get(space.name))
+    if space.name in stored and "space" not in real.reference:
+        reference.source += f"; the file names no network: by their size, {space.size}, a guess, of {space.name}"
+    rows, ceiling = {}, None
+    if real.held_out is not None:
+        embedded = embed(real.held_out, real.path, space, batch, "held-out")
+        ceiling = row_of(embedded, reference, size, held=True)
+    if settings.adm:
+        halved = settings.held_out == HALVES
+        reference.whole = torch.cat([reference.features, embedded.features]) if halved else reference.features
+    for name, path in samples.items():
+        embedded, provenance = embed_samples(path, space, batch)
+        row = row_of(embedded, reference, size, settings.bootstrap, ceiling and ceiling["distances"])
+        rows[name] = row | {"generation": provenance}
+    if ceiling is not None:
+        rows[HELD_OUT] = row_of_real(ceiling, len(embedded.features))
+    source = {"features": space.name, "features_sha256": space.sha256, "fid_reference": reference.source}
+    return source | ({} if images else {"missing": NO_IMAGES}) | {"rows": rows}
+
+
+def row_of_real(row: dict, count: int) -> dict:
+    """The ceiling: without FID and IS if its images are not as many as the samples, since these do not compare."""
+    figures = row["figures"] | dict.fromkeys(FD_AND_SW, 1.0)
+    if row["images"] != count:
+        figures = {name: value for name, value in figures.items() if name not in ("FID", "IS")}
+    return row | {"figures": figures, "generation": None}
+
+
+def embed_samples(path: Path, space: FeatureSpace, batch: int) -> tuple[Embedded, dict | None]:
+    """The images are let go before any figure is computed: at full size they are 10 GB."""
+    content = read_images(path)
+    provenance = provenance_of(content, path)
+    return embed(content, path, space, batch, "generated"), provenance
+
+
+def over_spaces(judged: list[dict]) -> dict[str, dict]:
+    """The rows' FDr and SWr, each the mean over the spaces, with intervals if there are draws.
+
+    A row's "rewarded_in" names the spaces among them that rewarded it.
+    """
+    rows: dict[str, dict] = {}
+    for name, first in judged[0]["rows"].items():
+        figures = [each["rows"][name]["figures"] for each in judged]
+        means = {key: float(np.mean([figure[key] for figure in figures])) for key in FD_AND_SW}
+        rows[name] = {"figures": means, "images": first["images"]}
+        rewarded = [each["features"] for each in judged if rewarded_by(first["generation"], each["features_sha256"])]
+        rows[name] |= {"rewarded_in": rewarded} if rewarded else {}
+        if "draws" in first:
+            draws = [each["rows"][name]["draws"] for each in judged]
+            rows[name]["intervals"] = {
+                key: around(means[key], np.mean([each[key] for each in draws], axis=0).tolist()) for key in FD_AND_SW
+            }
+    return rows
+
+
+def figures_of(settings: argparse.Namespace, samples: dict[str, Path], shape: tuple[int, ...]) -> tuple:
+    """-> all rows of each space, their means over the spaces ({} without held-out images), and the size of the sets.
+
+    ``samples``: name -> file; ``shape``: (N, H, W, C) of one.
+    """
+    spaces = load_spaces(settings.space, settings.dinov2_backbone, settings.inception_weights, shape[1:])
+    real = hold_out(settings.reference, settings.held_out)
+    stored = statistics_for(real.reference, settings.reference, spaces)
+    counts = [len(each["arr_0"]) for each in (real.reference, real.held_out) if each and "arr_0" in each]
+    size = min([shape[0], *counts])
+    judged = [judge(settings, samples, space, real, stored, size) for space in spaces]
+    return judged, over_spaces(judged) if real.held_out is not None else {}, size
+
+
+def check(settings: argparse.Namespace, shape: tuple[int, ...] | None) -> None:
+    """`--check`. ``shape``: (N, H, W, C) of the reference, if it has images."""
+    spaces = load_spaces(settings.space, settings.dinov2_backbone, settings.inception_weights, shape and shape[1:])
+    check_reference(settings.reference, spaces)
+    hold_out(settings.reference, settings.held_out)

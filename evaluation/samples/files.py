@@ -1,0 +1,136 @@
+"""Images of samples and references, an .npz or a folder, and their provenance: checked where they are read."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from train_cc.io.errors import InputError
+from train_cc.io.products import record_of
+from train_cc.io.read import npz_headers, parsing, read_npz, require_plain, sha256
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAX_LABEL = 99_999  # a label beyond is no label
+IMAGES = "an .npz with arr_0 uint8 (N, H, W, C), C of 1 or 3, or a folder of images"
+REFERENCE = f"{IMAGES}, or an .npz of mu and sigma"
+LEAST_IMAGES = 4  # precision and recall need three neighbours
+
+
+def image_shape(path: Path, what: str = "generated") -> tuple[int, ...]:
+    """(N, H, W, C) of an .npz or a folder of images, without reading them all. Raises `InputError`."""
+    headers: Mapping[str, tuple] = {}
+    if path.is_dir():
+        from evaluation.images import open_samples  # torch takes seconds to import: an .npz does without
+
+        images = open_samples(path)
+        channels, height, width = images.shape
+        shape = len(images), height, width, channels
+    else:
+        headers = npz_headers(path, IMAGES)
+        shape = array_shape(headers, path, IMAGES)
+    if not all(0 < n < 2**31 for n in shape[1:]):
+        raise InputError(f"{path} has images {shape}; {IMAGES} is expected")
+    if shape[0] < LEAST_IMAGES:
+        raise InputError(f"{LEAST_IMAGES} {what} images or more are needed, {path} holds {shape[0]}")
+    labels = headers.get("arr_1")
+    if labels is not None:
+        if labels[0] != shape[:1]:
+            raise InputError(f"{path} has {shape[0]} images and labels of shape {labels[0]}")
+        if labels[1].kind not in "iu":
+            raise InputError(f"{path} has labels of type {labels[1]}; whole numbers are expected")
+    return shape
+
+
+def array_shape(headers: Mapping[str, tuple], path: Path, expected: str) -> tuple[int, ...]:
+    """(N, H, W, C) of arr_0; ``headers``: name -> shape and dtype of each array. Raises `InputError`."""
+    if "arr_0" not in headers:
+        names = f" but {', '.join(headers)[:200]}" if headers else ""
+        raise InputError(f"{path} has no arr_0{names}; {expected} is expected")
+    shape, dtype = headers["arr_0"]
+    if dtype != "uint8" or len(shape) != 4 or shape[3] not in (1, 3):
+        hint = ""
+        if dtype.kind == "f":
+            hint = "; of values x in [0, 1] these are (255 * x).round().astype(numpy.uint8)"
+        elif len(shape) == 4 and shape[1] in (1, 3):
+            hint = "; of (N, C, H, W) these are arr_0.transpose(0, 2, 3, 1)"
+        raise InputError(f"{path} has arr_0 {dtype} {shape}; {expected} is expected{hint}")
+    return shape
+
+
+def require_range(images: "np.ndarray", path: Path) -> None:
+    """Not all values are 0 or 1, as of images in [0, 1] that were cast without a scale. Raises `InputError`."""
+    if images.max() <= 1:
+        raise InputError(f"{path} holds no value above 1; images in [0, 255] are expected, not in [0, 1]")
+
+
+def reference_shape(path: Path) -> tuple[int, ...] | None:
+    """`image_shape`; None for a file of mu and sigma without images."""
+    if path.is_dir():
+        return image_shape(path, "reference")
+    headers = npz_headers(path, REFERENCE)
+    if headers.keys() & {"mu", "sigma"} and "arr_0" not in headers:
+        return None
+    array_shape(headers, path, REFERENCE)
+    return image_shape(path, "reference")
+
+
+def read_reference(path: Path) -> dict[str, "np.ndarray"]:
+    """`read_images`; mu and sigma of a file without images. Raises `InputError`."""
+    return read_npz(path, REFERENCE) if reference_shape(path) is None else read_images(path, "reference")
+
+
+def content_sha256(path: Path) -> str:
+    """The hash of a file, or of a folder's files with their names, also those of class folders."""
+    if not path.is_dir():
+        return sha256(path)
+    files = sorted(each for each in path.rglob("*") if each.is_file())
+    names = "".join(f"{each.relative_to(path)} {sha256(each)}\n" for each in files)
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+
+
+def read_folder(folder: Path) -> dict[str, "np.ndarray"]:
+    """An image folder as an .npz would have it; ``classes``: the class folders. Raises `InputError`."""
+    import numpy as np
+
+    from evaluation.images import batches_of, choose_workers, open_samples
+
+    images = open_samples(folder)
+    batches = [range(first, min(first + 250, len(images))) for first in range(0, len(images), 250)]
+    read = batches_of(images, batches, choose_workers(1) if len(batches) > 1 else 0)
+    content = {"arr_0": np.concatenate([batch.permute(0, 2, 3, 1).numpy() for batch in read])}
+    if images.labels is not None:
+        content["arr_1"] = images.labels.numpy()
+    if "classes" in images.source:
+        content["classes"] = np.array(images.source["classes"])
+    if provenance := record_of(folder).get("provenance"):  # of evaluation.generate --png-dir
+        content["provenance"] = np.array(json.dumps(provenance))
+    return content
+
+
+def read_images(path: Path, what: str = "generated") -> dict[str, "np.ndarray"]:
+    """``arr_0`` uint8 (N, H, W, C) and whatever is beside it. Raises `InputError`."""
+    image_shape(path, what)
+    content = read_folder(path) if path.is_dir() else read_npz(path, IMAGES)
+    require_range(content["arr_0"], path)
+    labels = content.get("arr_1")
+    if labels is not None and not (labels.min() >= 0 and labels.max() <= MAX_LABEL):
+        raise InputError(f"{path} has labels from {labels.min()} to {labels.max()}; 0 to {MAX_LABEL} are expected")
+    return content
+
+
+def provenance_of(content: Mapping[str, "np.ndarray"], path: Path) -> dict | None:
+    """The record of the command that made the samples; None in files of others. Raises `InputError` if damaged."""
+    if "provenance" not in content:
+        return None
+    text = content["provenance"]
+    if text.shape != () or text.dtype.kind != "U":
+        raise InputError(f"{path}: its provenance is {text.dtype} {text.shape}; JSON text is expected")
+    with parsing(path, "a provenance that is JSON text"):
+        provenance = json.loads(str(text))
+    if not isinstance(provenance, dict):
+        raise InputError(f"{path}: its provenance is a {type(provenance).__name__}; a JSON object is expected")
+    require_plain(provenance, path)
+    return provenance
