@@ -394,6 +394,9 @@ def test_the_tables_of_the_recipes_are_right(tmp_path, monkeypatch):
     for recipe in ("digits", "fashion", "sitxl"):
         found = read_table(ROOT / "scripts" / "frontier" / f"{recipe}.toml")
         assert {row.stage for row in found.rows} == {"teacher", "cold_start", "dmdr"}
+        ours = ("guidance 1.5 on t <= 0.7", "early guidance", "early guidance + control")
+        assert all(found.row(name).published for name in ("guidance off", "guidance 1.5 + control", "guidance 4"))
+        assert not any(found.row(name).published for name in ours)
         for each in found.rows:
             if each.stage == "dmdr":
                 control = each.name == f"{each.cold_start} + control"
