@@ -281,14 +281,15 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     teacher = folder_of_teacher(args)
     latents = read_latent_space(teacher)
     decode = load_decode(args, built, fit, latents)
-    require_range(args, estimator, built, decode, fit)
+    if networks.have_values:
+        require_range(args, estimator, built, decode, fit)
+        check_functions(built, decode, sample_shape, fit)
     if session.sharded:
         estimator.cpu()  # sharding moves it again, when there is room for it
     prepare_network(estimator, args, fit.device, fit.dtype, compiled)
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
     generator = trainable_generator(networks.sit(args.teacher), rank, args.seed)
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
-    check_functions(built, decode, sample_shape, fit)
     session.notes += built.notes
     hashes = networks.hashes(of_teacher | built.files)
     run = Run(
