@@ -2,18 +2,15 @@
 
 `python -m evaluation.benchmark --size SiT-B/2 --batch-size 8 --mixed-precision bf16 --output b2.json`
 `python -m evaluation.benchmark --compare before.json after.json`
-`python -m evaluation.benchmark --roofline h100 --batch-size 64`
 
 Any flag of a stage can be appended; `--encoder-type dinov2` times the ReFL stage. Weights are random, of the official
-sizes. Phases are timed from outside, around the calls that the two turns make, so that what is timed is what trains;
+sizes. Phases are timed from outside, by hooks of networks and optimizers, so that what is timed is what trains;
 on a GPU each phase ends with a synchronisation. The first cycle counts the FLOP, uncompiled; the second compiles and
 warms up; the best of the others is reported. Utilisation = FLOP / (seconds x the matmul peak that this process
 measured).
 
 `--fp16-range` prints, in place of times, the largest activation and gradient of each layer in one cycle of the run
 that the flags of a stage describe (`--teacher` and so on, with real weights), and if fp16 bears them.
-
-`--roofline` estimates the cycle on a card that need not be there; where there is a GPU, it is measured as well.
 """
 # ruff: noqa: E402
 
@@ -36,7 +33,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from evaluation import roofline
 from evaluation.phases import Stopwatch, phases_watched
 from evaluation.standins import write_dinov2, write_vae
 from train_cc.distillation import loop
@@ -49,12 +45,12 @@ from train_cc.models import SIT_SIZES, SiT
 from train_cc.models.half import MARGIN, Seen, watched
 from train_cc.rewards.terms import rewards_at_x0
 from train_cc.run.meters import FlopCounter
-from train_cc.run.roofline import CARDS, card_of
 from train_cc.run.session import COMPUTE_DTYPES, open_session
 from train_cc.setup.arguments import build_parser, validate
 from train_cc.setup.build import build
 
 GIB = 2**30
+NO_TEACHER = Path("-")  # random weights of --size
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -141,7 +137,7 @@ def measure(run: Run, args: argparse.Namespace, cycles: int) -> dict:
     measured = []
     for step in range(2, cycles + 2):
         stopwatch = Stopwatch(device)
-        with phases_watched(run, stopwatch.phase), stopwatch.phase("other"):
+        with phases_watched(run, stopwatch), stopwatch.phase("other"):
             loop.cycle(run, step)
         measured.append(dict(stopwatch.seconds))
     figures["peak_memory_gib"] = memory.peak() / GIB
@@ -205,7 +201,7 @@ def compare(before: Path, after: Path) -> str:
 
 def fp16_range(asked: argparse.Namespace) -> str:
     """A table of the largest activation and gradient of each layer in one cycle, uncompiled and in a wider range."""
-    if asked.teacher == roofline.SHAPES:
+    if asked.teacher == NO_TEACHER:
         raise InputError("--fp16-range is of real weights: give --teacher, and the other flags of the run")
     wider = {"auto": "bf16" if torch.cuda.is_available() else "no", "fp16": "bf16"}
     session = open_session(wider.get(asked.mixed_precision, asked.mixed_precision))
@@ -254,11 +250,6 @@ def benchmark_parser() -> flags.Parser:
     parser = flags.Parser(description=__doc__)
     parser.add_argument("--size", default="SiT-XL/2", choices=SIT_SIZES, help="random weights of this size")
     parser.add_argument("--cycles", type=flags.integer(1, 10_000), default=3, help="timed, after two that warm up")
-    parser.add_argument(
-        "--roofline",
-        metavar="CARD",
-        help=f"estimate, on any machine: {', '.join(CARDS)}, or PEAK,BANDWIDTH in TFLOP/s and TB/s",
-    )
     parser.add_argument("--threads", type=flags.integer(1, 4096), help="CPU threads")
     parser.add_argument("--output", type=flags.output_file, help="JSON file")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
@@ -286,12 +277,11 @@ def main(argv: list[str] | None = None) -> None:
     if own.compare:
         print(compare(*own.compare))
         return
-    card = card_of(own.roofline) if own.roofline else None
     if own.output:
         check_output_file(own.output, own.overwrite)
     if own.threads:
         torch.set_num_threads(own.threads)
-    shapes = ["--teacher", str(roofline.SHAPES), "--output-dir", "-", "--num-previews", "0"]
+    shapes = ["--teacher", str(NO_TEACHER), "--output-dir", "-", "--num-previews", "0"]
     asked = build_parser("flags of a stage").parse_args([*shapes, *stage])
     validate(asked)  # before gigabytes are written
     if own.fp16_range:
@@ -302,16 +292,12 @@ def main(argv: list[str] | None = None) -> None:
         "size": own.size,
         "arguments": {name: str(value) for name, value in vars(asked).items()},
     }
-    if card is not None:
-        figures = record["estimated"] = roofline.figures_of(*roofline.estimate(asked, own.size, card))
-        print(f"{roofline.assumptions(card)}\n\n{roofline.table(figures)}")
-    if card is None or torch.cuda.is_available():
-        run, figures = measured(own, asked, stage)
-        session = run.session
-        record |= {"machine": machine(session.device), "precision": session.generator_accelerator.mixed_precision}
-        if not session.is_main:
-            return
-        print(json.dumps(figures, indent=2))
+    run, figures = measured(own, asked, stage)
+    session = run.session
+    record |= {"machine": machine(session.device), "precision": session.generator_accelerator.mixed_precision}
+    if not session.is_main:
+        return
+    print(json.dumps(figures, indent=2))
     if own.output:
         own.output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(own.output, json.dumps(record | {"figures": figures}, indent=2) + "\n")

@@ -1,78 +1,74 @@
-"""A cycle by phase, watched from outside: around the calls that the two turns make, so what is timed is what trains."""
+"""A cycle by phase, watched from outside: by hooks of the networks and optimizers, so what is timed is what trains."""
 
 import contextlib
-import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from train_cc.distillation import loop, turns
 from train_cc.distillation.run import Run
-
-Phase = Callable[[str], AbstractContextManager]
 
 
 class Stopwatch:
-    """Seconds by phase, each phase's own: what runs inside another one is not counted twice."""
+    """Seconds by phase. A phase lasts until the next one begins."""
 
     def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = defaultdict(float)
-        self._device, self._names, self._since = device, [], 0.0
+        self._device, self._phase, self._since = device, "", 0.0
 
-    def _lap(self) -> None:
+    def begin(self, phase: str) -> None:
+        """``phase`` is "" for what is not timed."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
-        if self._names:
-            self.seconds[self._names[-1]] += now - self._since
-        self._since = now
+        if self._phase:
+            self.seconds[self._phase] += now - self._since
+        self._phase, self._since = phase, now
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self._lap()
-        self._names.append(name)
+        self.begin(name)
         try:
             yield
         finally:
-            self._lap()
-            self._names.pop()
-
-
-def around(call: Callable, phase: Phase, name: str, without_gradient: str | None = None) -> Callable:
-    """``call`` as phase ``name``, or as ``without_gradient`` where autograd is off."""
-
-    @functools.wraps(call)
-    def watched(*args, **kwargs):
-        with phase(name if torch.is_grad_enabled() else without_gradient or name):
-            return call(*args, **kwargs)
-
-    return watched
+            self.begin("")
 
 
 @contextlib.contextmanager
-def phases_watched(run: Run, phase: Phase) -> Iterator[None]:
-    """Put ``phase`` around what the two turns call; all of it comes off again."""
-    of_generator, of_estimator = run.session.generator_accelerator, run.session.estimator_accelerator
-    watched = [
-        (run.generator, "forward", "generator forward", "sampling"),
-        (run.estimator, "forward", "estimator forward", "scoring"),
-        (of_generator, "backward", "generator backward", None),
-        (of_estimator, "backward", "estimator backward", None),
-        (loop, "update", "optimizer", None),
-    ]
+def phases_watched(run: Run, stopwatch: Stopwatch) -> Iterator[None]:
+    """Time the phases of ``run`` inside.
+
+    A backward begins with the gradient of its network's output and ends with the optimizer's step or the next network:
+    reductions and clipping count with it.
+    """
+    hooks = []
+
+    def watch(network: nn.Module, forward: str, without_gradient: str, backward: str) -> None:
+        def enter(network: nn.Module, inputs: tuple) -> None:
+            stopwatch.begin(forward if torch.is_grad_enabled() else without_gradient)
+
+        def leave(network: nn.Module, inputs: tuple, out: Tensor) -> None:
+            stopwatch.begin("other")
+            if out.requires_grad:
+                out.register_hook(lambda gradient: stopwatch.begin(backward))
+
+        hooks.extend([network.register_forward_pre_hook(enter), network.register_forward_hook(leave)])
+
+    watch(run.generator, "generator forward", "sampling", "generator backward")
+    watch(run.estimator, "estimator forward", "scoring", "estimator backward")
     if run.rewards:
-        watched.append((turns, "reward_terms", "reward backward", None))
-        classifiers = [judge for name, judge in run.judges.items() if name.startswith("reward_")]
-        watched += [(model, "forward", "classifier", None) for model in classifiers]
+        for name, judge in run.judges.items():
+            if name.startswith("reward_"):
+                watch(judge, "classifier", "classifier", "reward backward")
         if isinstance(run.decode, nn.Module):
-            watched.append((run.decode, "forward", "decoder", None))
-    with contextlib.ExitStack() as stack:
-        for owner, attribute, *names in watched:
-            before = getattr(owner, attribute)
-            setattr(owner, attribute, around(before, phase, *names))
-            stack.callback(setattr, owner, attribute, before)
+            watch(run.decode, "decoder", "decoder", "reward backward")
+    for optimizer in (run.generator_optimizer.optimizer, run.estimator_optimizer.optimizer):
+        hooks.append(optimizer.register_step_pre_hook(lambda *arguments: stopwatch.begin("optimizer")))
+        hooks.append(optimizer.register_step_post_hook(lambda *arguments: stopwatch.begin("other")))
+    try:
         yield
+    finally:
+        for hook in hooks:
+            hook.remove()

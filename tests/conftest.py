@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils import backend_registration
 
 from train_cc import cold_start
 from train_cc.models import SiT
@@ -41,9 +40,6 @@ def pytest_terminal_summary(terminalreporter) -> None:
             "\n".join(["", "| what | measured |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
         )
 
-
-HOOK = "_setup_privateuseone_for_python_backend"  # torch 2.9 has none, and so no --dry-run
-PLANS = hasattr(backend_registration, HOOK)
 
 TINY = {"input_size": 8, "in_channels": 1, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 

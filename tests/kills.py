@@ -32,9 +32,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from evaluation.standins import repa_state, write_vae
+from evaluation.standins import write_vae
 from tests.conftest import flags, random_sit
 from tests.mutation.run import preload
+from tests.releases import repa_state
 from train_cc.models.classifier import ImageClassifier
 
 ROOT = Path(__file__).resolve().parents[1]

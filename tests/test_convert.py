@@ -25,8 +25,9 @@ from convert_weight import denoising, export_generator, sit_convert
 from convert_weight.exports import save_pipeline
 from convert_weight.pipeline import DMDRPipeline
 from convert_weight.state_dicts import reverse_time
-from evaluation.standins import authors_state, repa_state, sit_shapes, write_dinov2, write_vae
+from evaluation.standins import write_dinov2, write_vae
 from tests.conftest import random_sit, refused, run_cold_start, tree
+from tests.releases import authors_state, repa_state, sit_shapes
 from train_cc.io.errors import InputError
 from train_cc.io.products import record, write_record
 from train_cc.io.remote import download
@@ -224,7 +225,7 @@ def test_sizes_are_read_off_the_tensors(depth, hidden, patch, heads):
 
 def test_repa_xl_layout_has_the_published_counts():
     shapes = sit_shapes()
-    from evaluation.standins import repa_projectors
+    from tests.releases import repa_projectors
 
     whole = shapes | repa_projectors(1152)
     assert len(whole) == 298 and sum(math.prod(s) for s in whole.values()) == 683_242_512

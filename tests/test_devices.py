@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scripts.processes import make_plan
-from tests.conftest import HOOK, PLANS, flags, refused
+from tests.conftest import flags, refused
 from train_cc import cold_start
 from train_cc.io import processes
 from train_cc.io.errors import InputError
@@ -59,7 +59,6 @@ def test_an_nvidia_smi_that_hangs_is_no_wait(two_gpus, tmp_path, monkeypatch):
         make_plan({})
 
 
-@pytest.mark.skipif(not PLANS, reason=f"torch has no {HOOK}")
 def test_a_dry_run_needs_no_gpu(two_gpus, teacher, tmp_path, capsys):
     cold_start.main(flags(teacher, tmp_path / "run", "--dry-run"))
     assert "peak of the run" in capsys.readouterr().out

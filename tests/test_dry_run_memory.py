@@ -63,7 +63,7 @@ def tidy() -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("size,batch", [("SiT-B/2", 8), ("SiT-XL/2", 1)])
 def test_the_simulated_peak_is_that_of_a_real_run(size, batch):
-    from train_cc.setup.simulate import GIB, simulate
+    from train_cc.planning.memory import GIB, simulate
 
     environment = os.environ | MALLOC | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "tests.test_dry_run_memory", size, str(batch)]

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.standins import repa_state, write_dinov2, write_vae
+from evaluation.standins import write_dinov2, write_vae
+from tests.releases import repa_state
 from train_cc.models import SiT
 
 ROOT = Path(__file__).resolve().parents[1]

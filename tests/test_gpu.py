@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -36,14 +37,13 @@ from tests.conftest import (
 from train_cc import cold_start
 from train_cc.distillation import loop
 from train_cc.draws import Draws
-from train_cc.models.dinov2 import DINOv2Classifier
+from train_cc.models.dinov2 import IMAGE_SIZE, PATCH_SIZE, DINOv2Classifier
 from train_cc.models.features import without_tf32
 from train_cc.models.sit import SIT_SIZES
 from train_cc.models.vae import VAEDecoder, new_vae
+from train_cc.planning.memory import GIB, allowance, simulate
 from train_cc.run.session import open_session
 from train_cc.setup.build import build
-from train_cc.setup.simulate import GIB, allowance, simulate
-from train_cc.setup.to_come import NetworksToCome
 
 CPU = os.environ.get("DMDR_GPU_TESTS_ON") == "cpu"
 DEVICE = "cpu" if CPU else "cuda"
@@ -241,10 +241,10 @@ def test_the_reward_at_full_size():
     widths = ((32, 32, 32, 32), 32) if CPU else ()
     torch.manual_seed(0)
     vae = VAEDecoder(new_vae(*widths)).to(DEVICE)
-    networks = NetworksToCome(torch.device(DEVICE))
-    networks._classes = 1000
-    name = "https://nowhere/dinov2_vits14.pth" if CPU else "https://nowhere/dinov2_vitl14.pth"
-    judge: DINOv2Classifier = networks.dinov2(name, name).to(DEVICE)
+    width, depth = (384, 12) if CPU else (1024, 24)
+    options = {"embed_dim": width, "num_heads": width // 64, "init_values": 1e-5, "num_classes": 0}
+    backbone = VisionTransformer(IMAGE_SIZE, PATCH_SIZE, depth=depth, no_embed_class=True, **options)
+    judge = DINOv2Classifier(backbone, torch.nn.Linear(5 * width, 1000)).to(DEVICE)
     single = reward_gradient(judge, vae, x0, y).gradient
     half, judge = vae.to(torch.bfloat16), judge.to(torch.bfloat16)
     cosine = torch.cosine_similarity(reward_gradient(judge, half, x0, y).gradient.flatten(), single.flatten(), dim=0)

@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
-    (7, "train_cc.cold_start"),
-    (7, "train_cc.dmdr_refl"),
+    (9, "train_cc.dmdr_refl"),
+    (8, "train_cc.cold_start"),
+    (7, "train_cc.planning"),
     (6, "train_cc.setup"),
     (6, "train_cc.pretrain"),
     (5, "train_cc.distillation"),
@@ -34,7 +35,7 @@ def room(module: str) -> tuple[float, str]:
     for level, name in LEVELS:
         if module == name or module.startswith(name + "."):
             return level, name
-    return (8, module.split(".")[0])
+    return (10, module.split(".")[0])
 
 
 def imported(path: Path) -> set[str]:

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from convert_weight import denoising, sit_convert
 from convert_weight.exports import save_pipeline
 from convert_weight.pipeline import DMDRPipeline
-from evaluation.standins import repa_state, write_dinov2, write_vae
+from evaluation.standins import write_dinov2, write_vae
 from tests.conftest import TINY, random_sit, refused
+from tests.releases import repa_state
 from train_cc.io.errors import InputError
 from train_cc.io.read import read_torch
 from train_cc.models import DINOv2Classifier, SiT

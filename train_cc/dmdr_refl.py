@@ -5,9 +5,9 @@ Run by `scripts/dmdr_sitxl_refl.sh` and `scripts/dmdr_digits_refl.sh`; the defau
 
 import argparse
 
+from train_cc.cold_start import run_or_plan
 from train_cc.io.errors import exits_on_input_error
-from train_cc.io.saying import saying
-from train_cc.setup.arguments import build_parser, validate
+from train_cc.setup.arguments import build_parser
 
 
 def stage_parser() -> argparse.ArgumentParser:
@@ -28,11 +28,7 @@ def stage_parser() -> argparse.ArgumentParser:
 
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    args, notes = validate(stage_parser().parse_args(argv))
-    with saying("loading libraries"):
-        from train_cc.setup.stage import run_stage  # torch takes seconds: a wrong flag is told before
-
-    run_stage("dmdr_refl", args, notes)
+    run_or_plan("dmdr_refl", stage_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

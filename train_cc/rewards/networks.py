@@ -23,8 +23,10 @@ class Networks:
     """Each network of a run, read from its source. Raises `InputError`.
 
     The main process of ``session`` reads what may have to be downloaded before the others do, and it alone hashes.
-    A dry run has others by the same names, which take sizes alone (`train_cc.setup.to_come`).
+    A dry run has others by the same names, of sizes only (`train_cc.planning.networks`).
     """
+
+    have_values = True  # that can be checked
 
     def __init__(self, session: Session):
         self._session = session

@@ -236,14 +236,15 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     session.notes += [note for scorer in scorers for note in scorer.notes]
     decode = load_decode(args, session, fit, bool(rewards), generation.latent_space_sha256)
     files |= {"vae": decode.files} if isinstance(decode, nn.Module) else {}
-    require_range(args, estimator, judges, rewards, decode, fit)
+    if networks.have_values:
+        require_range(args, estimator, judges, rewards, decode, fit)
+        check_functions(scorers, decode, sample_shape, fit)
     if session.sharded:
         estimator.cpu()  # sharding moves it again, when there is room for it
     prepare_network(estimator, args, fit.device, fit.dtype, compiled)
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
     generator = build_generator(networks.sit(args.teacher), rank, args.seed)
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
-    check_functions(scorers, decode, sample_shape, fit)
     hashes = networks.hashes(files)
     run = Run(
         session=session,

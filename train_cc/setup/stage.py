@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import hashlib
-import os
 import sys
 
 from train_cc.distillation.loop import train
@@ -11,7 +10,6 @@ from train_cc.distillation.run import Run, trainable
 from train_cc.distillation.state import restore
 from train_cc.io.errors import InputError
 from train_cc.io.flags import replaced
-from train_cc.io.processes import MOST, number
 from train_cc.io.products import locked
 from train_cc.io.remote import model_folder, pinned
 from train_cc.io.saying import saying
@@ -21,7 +19,6 @@ from train_cc.run.folder import clear_output_dir
 from train_cc.run.logbook import log_to, logger
 from train_cc.run.session import on_main, open_session
 from train_cc.setup.build import build
-from train_cc.setup.plan import plan
 from train_cc.setup.start import Start, check_own, find_start, go_back, write_run_record
 
 ENDS = 1 << 20  # bytes of a file's beginning and end that every process compares
@@ -29,12 +26,6 @@ ENDS = 1 << 20  # bytes of a file's beginning and end that every process compare
 
 def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
     """One stage from a validated command line: nothing is written before every input has been read."""
-    if args.dry_run:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # not RANK: a cluster sets that for a pod, of which one may plan
-            with saying("planning"):
-                told = plan(name, args, number(os.environ, "WORLD_SIZE", 1, MOST, 1))
-            print("\n".join([told, *notes]))
-        return
     session = open_session(args.mixed_precision, args.report_to, args.output_dir, args.shard_over)
     with contextlib.ExitStack() as lock:
 

@@ -14,7 +14,7 @@ depends on values it is the largest possible.
 
 The first `fake_gpu` registers the device type with torch for the whole process; outside of the context it says that it
 is not available, and everything behaves as before. The backward pass runs on the calling thread, and the context holds
-for that thread alone. `fake_processes` adds accelerate and other ranks, `meters` and `roofline` count.
+for that thread alone. `fake_processes` adds accelerate and other ranks, `roofline` counts kernels.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from train_cc.run.fake_device import NAME, Generator, active, install, require_generator_on_device, synchronize
+from tests.lab.fake_device import NAME, Generator, active, install, require_generator_on_device, synchronize
 from train_cc.run.meters import DEVICE_OF, is_wrapped, tensors_in
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -1,16 +1,14 @@
 """The time of a piece of training on a card that need not be there: each kernel by its FLOP, its bytes, its launch."""
 
-import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from train_cc.io.errors import InputError
-from train_cc.run.meters import Meter, device_type, flop_of, tensors_in
+from tests.lab.cuda_rules import device_type
+from train_cc.run.meters import Meter, flop_of, tensors_in
 
 HALF = (torch.float16, torch.bfloat16)
 COMPUTE_EFFICIENCY = 0.72  # of the peak that large products reach
@@ -31,22 +29,6 @@ CARDS = {
     "h100": Card(989e12, 67e12, 3.35e12),
     "a100": Card(312e12, 19.5e12, 2.0e12),
 }
-
-
-def card_of(text: str) -> Card:
-    """A name of `CARDS`, or PEAK,BANDWIDTH in TFLOP/s of half precision and TB/s; fp32 is then a sixteenth of it."""
-    if text in CARDS:
-        return CARDS[text]
-    try:
-        peak, bandwidth = (float(part) * 1e12 for part in text.split(","))
-    except ValueError:
-        peak = bandwidth = 0
-    if not (0 < peak < float("inf") and 0 < bandwidth < float("inf")):
-        raise InputError(
-            f"{text!r} is no card; expected is one of {', '.join(CARDS)}, or PEAK,BANDWIDTH in TFLOP/s and TB/s, "
-            "both positive, such as 989,3.35"
-        )
-    return Card(peak, peak / 16, bandwidth)
 
 
 @dataclass
@@ -71,27 +53,17 @@ class Roofline(Meter):
     """An estimate of the time of each kernel on ``card``: max(FLOP / peak, bytes / bandwidth, launch).
 
     Peak and bandwidth times what kernels reach of them. Bytes: each input and output once, what is changed in place
-    twice; a dimension that is expanded costs nothing. ``rows``: (phase, kind, operator) -> `Cost`.
+    twice; a dimension that is expanded costs nothing. ``rows``: (kind, operator) -> `Cost`.
     """
 
     def __init__(self, card: Card, device: str):
         super().__init__()
         self.card, self.rows = card, defaultdict(Cost)
-        self._device, self._phases = device, ["other"]
+        self._device = device
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """What runs inside counts as ``name``, less what is in a phase of its own."""
-        self._phases.append(name)
-        try:
-            yield
-        finally:
-            self._phases.pop()
-
-    def total(self, phase: str | None = None, kind: str | None = None) -> Cost:
-        """The sum over the rows of ``phase`` and of ``kind``, each all of them by default."""
-        chosen = [c for (p, k, _), c in self.rows.items() if phase in (None, p) and kind in (None, k)]
-        return sum(chosen, Cost())
+    def total(self, kind: str | None = None) -> Cost:
+        """The sum over the rows of ``kind``; None: over all."""
+        return sum((cost for (own, _), cost in self.rows.items() if kind in (None, own)), Cost())
 
     def seen(self, func, args: tuple, kwargs: dict, out: object) -> None:
         if launches_no_kernel(func):
@@ -105,7 +77,7 @@ class Roofline(Meter):
         peak = COMPUTE_EFFICIENCY * (self.card.half if half else self.card.single)
         seconds = max(flop / peak, moved / (MEMORY_EFFICIENCY * self.card.bandwidth), LAUNCH)
         name = func._overloadpacket.__name__
-        row = self.rows[self._phases[-1], kind_of(name, flop), name]
+        row = self.rows[kind_of(name, flop), name]
         row.seconds, row.flop, row.bytes, row.kernels = (
             row.seconds + seconds,
             row.flop + flop,

@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils import backend_registration
 
 from tests.conftest import build_run, random_sit
+from tests.lab.fake_gpu import PROJECT, Event, FakeGpu, fake_gpu, on_gpu
+from tests.lab.fake_processes import fake_processes
 from train_cc.distillation import scores as scores_room
 from train_cc.distillation import turns
 from train_cc.distillation.loop import cycle, show
@@ -21,8 +23,6 @@ from train_cc.distillation.run import Run
 from train_cc.models.dinov2 import DINOv2Classifier
 from train_cc.models.features import load_space
 from train_cc.models.vae import new_vae
-from train_cc.run.fake_gpu import PROJECT, Event, FakeGpu, fake_gpu, on_gpu
-from train_cc.run.fake_processes import fake_processes
 from train_cc.run.meters import tensors_in
 from train_cc.samplers import euler_sample, few_step_sample, guide, heun_sample, sde_sample
 

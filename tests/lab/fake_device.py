@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import backend_registration
 
+from tests.lab import cuda_rules
 from train_cc.io.errors import InputError
-from train_cc.run import cuda_rules
 
 NAME = "fakegpu"
 

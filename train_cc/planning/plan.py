@@ -1,7 +1,7 @@
 """What a command would do and need: arguments, images, checkpoints, memory, FLOP, hours (`--dry-run`).
 
-Inputs are checked as a run checks them, the teacher's weights by their header alone. The rest is measured on a fake GPU
-(`train_cc.setup.simulate`).
+Inputs are checked as a run checks them, the teacher's weights by their header alone. The rest is computed
+(`train_cc.planning.memory`).
 """
 
 import argparse
@@ -11,11 +11,21 @@ import torch
 
 from train_cc.io.errors import InputError
 from train_cc.io.fields import flag_of
+from train_cc.io.processes import MOST, number
+from train_cc.io.saying import saying
+from train_cc.planning.memory import GIB, Cost, allowance, simulate
 from train_cc.run.checkpoint import newest_intact, open_checkpoint, step_of
 from train_cc.run.session import GPU_PRECISION, agreed_precision
-from train_cc.setup.simulate import GIB, Cost, allowance, simulate
 
 UTILISATION = 0.4  # of a GPU's peak, that hours are told for
+
+
+def print_plan(stage: str, args: argparse.Namespace, notes: list[str]) -> None:
+    """Print the plan, on one process of each machine: a cluster may set RANK for a pod of which one process plans."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with saying("planning"):
+            text = plan(stage, args, number(os.environ, "WORLD_SIZE", 1, MOST, 1))
+        print("\n".join([text, *notes]))
 
 
 def begins_at(stage: str, args: argparse.Namespace) -> tuple[int, list[str]]:
@@ -37,11 +47,11 @@ def begins_at(stage: str, args: argparse.Namespace) -> tuple[int, list[str]]:
 
 
 def planned_precision(args: argparse.Namespace) -> tuple[str, list[str]]:
-    """-> the precision to plan for, and what to say of it."""
+    """Return the precision to plan for, and notes on it."""
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     if (configured, args.mixed_precision) == ("no", "auto") and not torch.cuda.is_available():
-        told = f"no GPU here: --mixed-precision auto is planned as {GPU_PRECISION}, as on a GPU (here it would be fp32)"
-        return GPU_PRECISION, [told]
+        note = f"no GPU here: --mixed-precision auto is planned as {GPU_PRECISION}, as on a GPU (here it would be fp32)"
+        return GPU_PRECISION, [note]
     return agreed_precision(configured, args.mixed_precision), []
 
 
@@ -67,16 +77,16 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
             f"x {processes} process(es), precision {precision}",
             f"images that the generator is trained on, from step {begin} to {args.max_train_steps}: "
             f"{batch * updates:,}",
-            *told_parameters(args, cost, updates),
+            *parameter_lines(args, cost, updates),
             "",
-            *told_memory(cost, processes),
+            *memory_lines(cost, processes),
             "",
-            *told_time(args, cost, processes, updates),
+            *time_lines(args, cost, processes, updates),
         ]
     )
 
 
-def told_parameters(args: argparse.Namespace, cost: Cost, updates: int) -> list[str]:
+def parameter_lines(args: argparse.Namespace, cost: Cost, updates: int) -> list[str]:
     (trained, whole), (lora, estimator) = cost.parameters["generator"], cost.parameters["estimator"]
     kept = -(-updates // args.checkpoint_steps)
     kept = min(kept, args.keep_checkpoints) if args.keep_checkpoints else kept
@@ -88,7 +98,7 @@ def told_parameters(args: argparse.Namespace, cost: Cost, updates: int) -> list[
     ]
 
 
-def told_memory(cost: Cost, processes: int) -> list[str]:
+def memory_lines(cost: Cost, processes: int) -> list[str]:
     peak = cost.peak()
     more = allowance(peak, processes)
     how = f", sharded (FSDP2) over {cost.sharded_over}" if cost.sharded_over > 1 else ""
@@ -104,7 +114,7 @@ def told_memory(cost: Cost, processes: int) -> list[str]:
     ]
 
 
-def told_time(args: argparse.Namespace, cost: Cost, processes: int, updates: int) -> list[str]:
+def time_lines(args: argparse.Namespace, cost: Cost, processes: int, updates: int) -> list[str]:
     seconds = cost.flop / (UTILISATION * args.peak_tflops * 1e12)
     sent = f", {cost.sent / GIB:.2f} GiB sent to other processes" if processes > 1 else ""
     return [

@@ -18,7 +18,7 @@ from torch.distributed import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from train_cc.run.fake_gpu import NAME
+from tests.lab.fake_gpu import NAME
 
 real_accelerator = Accelerator.__init__
 real_state = PartialState.__init__

@@ -10,13 +10,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils import backend_registration
 
 from tests.conftest import random_sit
+from tests.lab import cuda_rules, fake_device
+from tests.lab.fake_gpu import FakeGpu, fake_gpu
+from tests.lab.fake_processes import fake_processes
+from tests.lab.roofline import CARDS, LAUNCH, Card, Roofline
 from train_cc.io.errors import InputError
 from train_cc.models import SiT
-from train_cc.run import cuda_rules, fake_device
-from train_cc.run.fake_gpu import FakeGpu, fake_gpu
-from train_cc.run.fake_processes import fake_processes
-from train_cc.run.meters import FlopCounter, LiveMemory, Traffic
-from train_cc.run.roofline import CARDS, LAUNCH, Card, Roofline, card_of
+from train_cc.run.meters import FlopCounter
 
 needed = "_setup_privateuseone_for_python_backend"
 pytestmark = pytest.mark.skipif(not hasattr(backend_registration, needed), reason=f"torch has no {needed}")
@@ -48,7 +48,7 @@ def fused(model: nn.Module) -> torch.optim.Optimizer:
 
 def line_of(function, offset: int) -> str:
     """`place_in_project` of the line ``offset`` lines below the definition of ``function``."""
-    return f"tests/test_fake_gpu.py:{function.__code__.co_firstlineno + offset}"
+    return f"tests/lab/test_fake_gpu.py:{function.__code__.co_firstlineno + offset}"
 
 
 # Training ---------------------------------------------------------------------------------------------------------
@@ -280,19 +280,18 @@ def test_autocast_knows_every_operator_of_cuda():
 
 def test_autocast_casts_a_trained_weight_once_and_forgets_it(gpu):
     layer, x = nn.Linear(64, 64, bias=False).to(gpu.device), torch.ones(4, 64, device=gpu.device, dtype=HALF)
-    with torch.no_grad(), LiveMemory(NAME) as memory, Roofline(CARDS["h100"], NAME) as roofline:
-        with torch.autocast(NAME, HALF):
-            layer(x)
-            layer(x)
-            assert memory.now == 64 * 64 * 2
-        assert memory.now == 0
-    assert roofline.rows["other", "other", "_to_copy"].kernels == 1
+    with torch.no_grad(), Roofline(CARDS["h100"], NAME) as roofline:
+        for _ in range(2):
+            with torch.autocast(NAME, HALF):
+                layer(x)
+                layer(x)
+    assert roofline.rows["other", "_to_copy"].kernels == 2
 
 
 def operators(call) -> set[str]:
     with Roofline(CARDS["h100"], NAME) as roofline:
         call()
-    return {name for _, _, name in roofline.rows}
+    return {name for _, name in roofline.rows}
 
 
 @pytest.mark.parametrize(
@@ -309,49 +308,13 @@ def test_attention_takes_the_kernel_of_a_gpu(gpu, dtype, masked, kernel):
 # Meters ------------------------------------------------------------------------------------------------------------
 
 
-def test_peak_memory_of_a_known_sequence(gpu):
-    with LiveMemory(NAME) as memory:
-        a = torch.empty(1000, device=gpu.device)  # 4000 bytes: 4096
-        b = a[:10]  # a view
-        c = a + 1
-        assert memory.now == memory.peak == 8192
-        del c
-        d = torch.empty(1, device=gpu.device)
-        assert memory.now == 4096 + 512 and memory.peak == 8192
-        memory.reset()
-        d.untyped_storage().resize_(2048)
-        assert memory.now == memory.peak == 4096 + 2048
-        d.untyped_storage().resize_(0)
-        del a
-        assert memory.now == 4096, "a view keeps its storage"
-        del b, d
-        torch.ones(5000)  # on the CPU
-        assert memory.now == 0
-
-
-def test_memory_of_training_adds_up(gpu):
-    model = random_sit().to(gpu.device)
-    optimizer = fused(model)
-    size = sum(-(-x.numel() * 4 // 512) * 512 for x in model.parameters())
-    buffers = sum(-(-x.numel() * 4 // 512) * 512 for x in model.buffers())
-    with LiveMemory(NAME) as memory:
-        memory.watch(model)
-        assert memory.now == size + buffers
-        update(gpu, model, optimizer)
-        steps = 512 * len(list(model.parameters()))
-        assert memory.now == 3 * size + buffers + steps  # weights, two moments, the optimizer's counts
-    again = LiveMemory(NAME)
-    again.watch(model, optimizer)
-    assert again.now == memory.now
-
-
 def test_roofline_of_a_known_product(gpu):
     card = Card(half=1e12, single=1e11, bandwidth=1e12)
     a = torch.empty(1024, 2048, device=gpu.device, dtype=HALF)
     b = torch.empty(2048, 512, device=gpu.device, dtype=HALF)
-    with Roofline(card, NAME) as roofline, roofline.phase("product"):
+    with Roofline(card, NAME) as roofline:
         a @ b
-    cost = roofline.total(phase="product", kind="matrix product")
+    cost = roofline.total(kind="matrix product")
     assert cost.kernels == 1 and cost.flop == 2 * 1024 * 2048 * 512
     assert cost.bytes == 2 * (1024 * 2048 + 2048 * 512 + 1024 * 512)
     assert cost.seconds == cost.flop / (0.72 * 1e12)
@@ -392,13 +355,6 @@ def test_flop_on_the_fake_device_are_those_of_the_cpu(gpu):
     assert on_cpu == count(model.to(gpu.device), gpu.device) > 1_000_000
 
 
-def test_cards():
-    assert card_of("h100").half == 989e12 and card_of("100,2") == Card(1e14, 1e14 / 16, 2e12)
-    for wrong in ("h1000", "", "1", "1,2,3", "0,1", "-1,1", "nan,1", "inf,1"):
-        with pytest.raises(InputError, match="no card"):
-            card_of(wrong)
-
-
 # Processes ---------------------------------------------------------------------------------------------------------
 
 
@@ -416,7 +372,6 @@ def test_accelerate_is_on_the_fake_device(gpu):
 @pytest.mark.parametrize("sharded", [False, True])
 def test_rank_0_of_eight(gpu, sharded):
     model = random_sit()
-    whole = 4 * sum(x.numel() for x in model.parameters())
     with fake_processes(8):
         accelerator = Accelerator(mixed_precision="bf16")
         assert accelerator.num_processes == 8
@@ -429,20 +384,9 @@ def test_rank_0_of_eight(gpu, sharded):
             model = accelerator.prepare_model(model)
         optimizer = fused(model)
         gpu.clear()
-        with LiveMemory(NAME) as memory, Traffic() as traffic:
-            memory.watch(model)
-            weights = memory.now
-            for _ in range(2):
-                update(gpu, model, optimizer)
+        for _ in range(2):
+            update(gpu, model, optimizer)
         assert gpu.waits == []
-        if sharded:
-            assert whole / 8 <= weights < whole / 4
-            # Gathered twice, blocks and root, forward and backward; scattered once: each 7/8 of the weights.
-            assert traffic.sent == pytest.approx(2 * 3 * 7 / 8 * whole, rel=0.25)
-        else:
-            assert weights >= whole
-            buffers = sum(x.nbytes for x in model.buffers())
-            assert traffic.sent == 2 * (2 * whole + buffers)
     assert not torch.distributed.is_initialized()
 
 

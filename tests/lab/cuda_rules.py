@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
-from train_cc.run.meters import device_type, tensors_in
+from train_cc.run.meters import tensors_in
 
 aten = torch.ops.aten
 
@@ -53,6 +54,10 @@ class AutocastCache:
         if held is None or held[0]() is not x:
             held = self._casts[id(x)] = (weakref.ref(x), x.to(dtype))
         return held[1]
+
+
+def device_type(x: Tensor) -> str:
+    return x.fake_device.type if isinstance(x, FakeTensor) else x.device.type
 
 
 def eligible(x: object, device: str) -> bool:
