@@ -164,30 +164,25 @@ def check_vae_config(config: Mapping, source: Path | str) -> dict:
     """The arguments of `AutoencoderKL` in ``config``, as far as diffusers does not check them. Raises `InputError`."""
     if (kind := kind_of(config, "AutoencoderKL")) != "AutoencoderKL":
         raise InputError(f"{source} is of a {kind}; {AUTOENCODER} is expected")
-    check(VAEConfig, config, source, others=True)
-    if names := [name for name in CHANNEL_STATISTICS if config.get(name) is not None]:
-        check_channel_statistics(config, names, source)
-    return {name: value for name, value in config.items() if name[:1] != "_"}
-
-
-def check_channel_statistics(config: Mapping, names: list[str], source: Path | str) -> None:
-    """Both of `CHANNEL_STATISTICS` are among ``names``, each a number per channel. Raises `InputError`."""
+    values = check(VAEConfig, config, source, others=True)
+    names = [name for name in CHANNEL_STATISTICS if values[name] is not None]
     if len(names) == 1:
         expected = " and ".join(CHANNEL_STATISTICS)
         raise InputError(f"{source}: {names[0]} is there alone; {expected} are expected, or neither")
-    channels = config.get("latent_channels", 4)
-    for name, allowed in CHANNEL_STATISTICS.items():
-        if len(config[name]) != channels:
-            raise InputError(f"{source}: {name} is {shown(config[name])}; a list of {channels} numbers is expected")
-        for value in config[name]:
-            check_numbers({name: value}, {name: allowed}, source)
-    if config.get("shift_factor"):
-        raise InputError(f"{source}: shift_factor is {config['shift_factor']} beside latents_mean; one is expected")
-    if "scaling_factor" not in config:  # diffusers' default would be multiplied in without a word
+    for name in names:
+        channels = values["latent_channels"]
+        if len(values[name]) != channels:
+            raise InputError(f"{source}: {name} is {shown(values[name])}; a list of {channels} numbers is expected")
+        for value in values[name]:
+            check_numbers({name: value}, {name: CHANNEL_STATISTICS[name]}, source)
+    if names and values["shift_factor"]:
+        raise InputError(f"{source}: shift_factor is {values['shift_factor']} beside latents_mean; one is expected")
+    if names and "scaling_factor" not in config:  # diffusers' default would be multiplied in without a word
         raise InputError(
             f"{source}: scaling_factor is missing beside latents_std; x0 = (z - mean) scaling_factor / std, so write "
             "1.0 if latents_std is the deviation of the VAE's own latents"
         )
+    return {name: value for name, value in config.items() if name[:1] != "_"}
 
 
 def vae_files(vae: str, download: bool = True) -> tuple[Path, Path] | None:
