@@ -106,6 +106,12 @@ for name in {COMMANDS}:
     assert done.stdout.count("usage:") == len(COMMANDS)
 
 
+def test_a_run_imports_nothing_of_the_plan():
+    code = "import train_cc.setup.stage, sys; assert not any('train_cc.planning' in name for name in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_who_samples_or_evaluates_imports_no_peft():
     """With what it brings it takes a second of every command."""
     code = "import evaluation.samples.sampling, evaluation.figures.spaces, sys; assert 'peft' not in sys.modules"
