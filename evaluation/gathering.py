@@ -13,8 +13,8 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from evaluation.images import FolderImages, Images, batches_of, choose_workers, open_images
 from evaluation.moments import merged, shard_moments
+from train_cc.images import FolderImages, Images, batches_of, choose_workers, open_images
 from train_cc.io.class_names import order_of
 from train_cc.io.errors import InputError
 from train_cc.io.products import (

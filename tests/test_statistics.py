@@ -17,15 +17,14 @@ import torch
 from PIL import Image
 
 from evaluation import gathering
-from evaluation.images import Images, batches_of, centre_crop, open_images
 from evaluation.moments import merged, shard_moments
 from evaluation.statistics import main
 from tests.conftest import refused
+from train_cc.images import Images, batches_of, centre_crop, load_dataset, open_images
 from train_cc.io.errors import InputError
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.features import load_space
 from train_cc.pretrain import data
-from train_cc.pretrain.data import load_dataset
 from train_cc.rewards.statistics import read_statistics
 
 ROOT = Path(__file__).resolve().parents[1]
