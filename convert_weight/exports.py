@@ -18,7 +18,7 @@ from train_cc.draws import Draws
 from train_cc.io.class_names import class_names
 from train_cc.io.errors import InputError
 from train_cc.io.figures import read_figures
-from train_cc.io.products import need_space, plain_mode, product, record_of, write_atomically
+from train_cc.io.products import need_space, product, record_of, write_atomically
 from train_cc.io.read import sha256
 from train_cc.models import network
 from train_cc.models.generator import generator_lora_rank, save_generator
@@ -70,8 +70,6 @@ def save_pipeline(
     save_folder(generator, sampling, provenance, folder / "generator")
     if vae is not None:
         vae.save_pretrained(folder / "vae")
-        for path in (folder / "vae").glob("*.safetensors"):
-            plain_mode(path)
     for name, module in CODE.items():
         shutil.copyfile(module.__file__, folder / name)
     index = {

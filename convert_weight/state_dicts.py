@@ -17,21 +17,20 @@ GUESS = "guessed: "
 
 
 # Keys under which training code nests a network's weights, the preferred ones first. No other key is followed.
-NESTS = (
-    *("generator", "gen", "gen_model", "model", "module", "state_dict", "model_state_dict", "model_state", "net"),
-    *(
-        "network",
-        "weights",
-        "model_weights",
-        "params",
-        "student",
-        "sit",
-        "dit",
-        "transformer",
-        "shadow",
-        "shadow_params",
-    ),
-)
+NESTS = [
+    "generator",
+    "gen",
+    "gen_model",
+    "model",
+    "module",
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "network",
+    "weights",
+]
+NESTS += ["model_weights", "params", "student", "sit", "dit", "transformer", "shadow", "shadow_params"]
 # Before names or inside them: DDP, torch.compile, FSDP, activation checkpointing.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
 ANCHOR = "x_embedder.proj.weight"

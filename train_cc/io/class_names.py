@@ -13,6 +13,7 @@ KNOWN = {
         *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
     ],
 }
+DATASETS = tuple(KNOWN)
 IMAGENET_CLASSES = 1000
 EXPECTED = "auto, none, digits, fashion-mnist, imagenet, or a text file with one class a line"
 

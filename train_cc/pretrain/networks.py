@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from train_cc.draws import Draws, rng_of
 from train_cc.flow import interpolate
+from train_cc.images import NUM_CLASSES, load_dataset
 from train_cc.io.errors import InputError
 from train_cc.io.read import parsing, require_folder
 from train_cc.models.classifier import ImageClassifier, accuracy
@@ -28,7 +29,7 @@ from train_cc.models.vae import (
     pixels_to_images,
 )
 from train_cc.objectives import velocity_matching_loss
-from train_cc.pretrain.data import NUM_CLASSES, PURPOSES, load_dataset
+from train_cc.pretrain.data import PURPOSES
 from train_cc.pretrain.resumable import Finish, Training, make_network, warmed_cosine
 from train_cc.run import devices
 from train_cc.run.ema import warmed_up_average
