@@ -16,16 +16,9 @@ from train_cc.io import flags
 from train_cc.io.class_names import EXPECTED as CLASS_NAMES
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.hub import check_hub_name, push_folder
+from train_cc.io.products import check_product, place_of, record
 from train_cc.io.read import require_file, sha256
 from train_cc.io.saying import saying
-from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
-from train_cc.io.whole import check_whole_folder, is_there, was_interrupted
-from train_cc.io.write import record
-
-WRITTEN = ("config.json", WEIGHTS_NAME, GENERATION_CONFIG)
-CARD = "README.md"
-PIPELINE_WRITTEN = ("model_index.json", "pipeline.py", "generator", "vae", CARD)
-ADAPTER_WRITTEN = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
 def build_parser() -> flags.Parser:
@@ -54,34 +47,22 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-def targets_of(args: argparse.Namespace) -> dict[str, tuple[Path, tuple[str, ...]]]:
-    """Flag -> the folder to write, and what will be in it. Raises `InputError` where there is none."""
-    targets = {"--output-dir": (args.output_dir, WRITTEN), "--pipeline": (args.pipeline, PIPELINE_WRITTEN)}
-    targets["--adapter"] = (args.adapter, ADAPTER_WRITTEN)
-    targets = {flag: target for flag, target in targets.items() if target[0] is not None}
+def targets_of(args: argparse.Namespace) -> dict[str, Path]:
+    """Flag -> the folder to write. Raises `InputError` without one, or if one holds another path of the command."""
+    targets = {"--output-dir": args.output_dir, "--pipeline": args.pipeline, "--adapter": args.adapter}
+    targets = {flag: folder for flag, folder in targets.items() if folder is not None}
     if not targets:
         raise InputError("nothing to write: give --output-dir, --pipeline or --adapter")
-    for flag, given in (("--results", args.results), ("--push-to-hub", args.push_to_hub)):
-        if given is not None and args.pipeline is None:
+    for flag, value in (("--results", args.results), ("--push-to-hub", args.push_to_hub)):
+        if value is not None and args.pipeline is None:
             raise InputError(f"{flag} is of a pipeline: give --pipeline FOLDER, too")
-    return targets
-
-
-def check_targets(args: argparse.Namespace, content: dict) -> bool:
-    """-> whether what is there may be replaced. Raises `InputError` where it is not ours, or among what is read.
-
-    ``content``: this command's record.
-    """
-    targets = targets_of(args)
-    overwrite = args.overwrite or was_interrupted(content, *(folder for folder, _ in targets.values()))
-    given = {"--checkpoint": args.checkpoint, "--teacher": args.teacher, "--vae": args.vae, "--results": args.results}
-    for flag, (folder, names) in targets.items():
-        others = given | {other: path for other, (path, _) in targets.items() if other != flag}
-        for name, value in others.items():
-            if value is not None and folder.resolve() in (Path(value).resolve(), *Path(value).resolve().parents):
+    inputs = {"--checkpoint": args.checkpoint, "--teacher": args.teacher, "--vae": args.vae, "--results": args.results}
+    for flag, folder in targets.items():
+        place_of(folder)
+        for name, value in (inputs | targets).items():
+            if name != flag and value is not None and Path(value).resolve().is_relative_to(folder.resolve()):
                 raise InputError(f"{flag} {folder} holds {name} {value}; choose another {flag}")
-        check_whole_folder(folder, names, overwrite, flag)
-    return overwrite
+    return targets
 
 
 @exits_on_input_error
@@ -100,14 +81,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.results is not None:
         inputs["results"] = sha256(require_file(args.results, "a results.json"))
     content = record("export_generator", vars(args), inputs=inputs)
-    folders = [folder for folder, _ in targets.values()]
-    if not args.overwrite and is_there(content, *folders):
-        print(f"there already, by the same command: {' and '.join(map(str, folders))}; --overwrite makes it anew")
+    if all([check_product(folder, content, args.overwrite, flag) for flag, folder in targets.items()]):
+        print(
+            f"there already, by the same command: {' and '.join(map(str, targets.values()))}; --overwrite makes it anew"
+        )
     else:
-        overwrite = check_targets(args, content)
         with saying("writing and verifying"):
-            step = export(args, targets, content, overwrite)
-        for flag, folder in zip(targets, folders, strict=True):
+            step = export(args, targets, content)
+        for flag, folder in targets.items():
             kind = "generator" if flag == "--output-dir" else flag.removeprefix("--")
             print(f"{kind} after {step} updates -> {folder}, outputs verified")
     if args.push_to_hub is not None:

@@ -18,9 +18,8 @@ from train_cc.draws import Draws
 from train_cc.io.class_names import class_names
 from train_cc.io.errors import InputError
 from train_cc.io.figures import read_figures
+from train_cc.io.products import need_space, plain_mode, product, record_of, write_atomically
 from train_cc.io.read import sha256
-from train_cc.io.whole import whole_folder
-from train_cc.io.write import copy_mode, need_space, record_of, write_atomically
 from train_cc.models import network
 from train_cc.models.generator import generator_lora_rank, save_generator
 from train_cc.models.lora import GENERATOR_TARGETS, save_adapter
@@ -72,7 +71,7 @@ def save_pipeline(
     if vae is not None:
         vae.save_pretrained(folder / "vae")
         for path in (folder / "vae").glob("*.safetensors"):
-            copy_mode(folder / "vae" / "config.json", path)
+            plain_mode(path)
     for name, module in CODE.items():
         shutil.copyfile(module.__file__, folder / name)
     index = {
@@ -89,8 +88,8 @@ def save_pipeline(
 # The command -----------------------------------------------------------------------------------------------------
 
 
-def export(args: argparse.Namespace, targets: dict, content: dict, overwrite: bool) -> int:
-    """Each of ``targets``, flag -> (folder, names of what is in it), with record ``content``. -> the checkpoint's step.
+def export(args: argparse.Namespace, targets: dict[str, Path], content: dict) -> int:
+    """Each of ``targets``, flag -> folder, with record ``content``. -> the checkpoint's step.
 
     All are renamed when all are written and verified. Raises `InputError`.
     """
@@ -113,9 +112,12 @@ def export(args: argparse.Namespace, targets: dict, content: dict, overwrite: bo
     generator = generator_from(checkpoint, args.weights, args.teacher)
     size = sum(value.nbytes for value in generator.state_dict().values())
     with contextlib.ExitStack() as whole:
-        for flag, (folder, written) in targets.items():
+        for flag, folder in targets.items():
             need_space(folder.parent, size)
-            fresh = whole.enter_context(whole_folder(folder, content, written, overwrite))
+            place = whole.enter_context(product(folder, content, args.overwrite, flag))
+            if place is None:
+                continue
+            fresh = place.new
             if flag == "--output-dir":
                 save_folder(generator, sampling, provenance, fresh)
             elif flag == "--adapter":

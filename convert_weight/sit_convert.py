@@ -20,11 +20,10 @@ from convert_weight.foreign import read_checkpoint
 from train_cc.io import flags
 from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.products import check_parent, check_product, need_space, product, record, write_atomically
 from train_cc.io.read import sha256
 from train_cc.io.saying import saying
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME, fit, load_weights
-from train_cc.io.whole import check_whole_folder, is_there, was_interrupted, whole_folder
-from train_cc.io.write import check_parent, need_space, record, write_atomically
 
 if TYPE_CHECKING:
     from train_cc.models.sit import SiT
@@ -36,7 +35,6 @@ REPA_URL = (
 
 
 REPA_BYTES = 4 * 683_242_512  # of its tensors alone
-WRITTEN = ("config.json", WEIGHTS_NAME, "source.json", GENERATION_CONFIG)
 UNSAID = "guessed: it predicts a velocity, as SiT's files do; a DiT's eps has the same names"
 FOLDED = "folded v(x, t) = -v_theirs(x, 1 - t) in"
 
@@ -170,23 +168,11 @@ def content_of(args: argparse.Namespace) -> dict:
     return record("sit_convert", vars(args), inputs=inputs)
 
 
-def is_made(args: argparse.Namespace, target: Path, content: dict) -> bool:
-    """Whether the same command has made ``target`` already; if so, it is told."""
-    if args.overwrite or not is_there(content, target):
-        return False
-    print(f"there already, by the same command: {target}; --overwrite makes it anew")
-    return True
-
-
-def check_target(args: argparse.Namespace, target: Path, content: dict) -> bool:
-    """-> whether ``target`` may be replaced. Raises `InputError` where it cannot be written, or is there to stay."""
-    overwrite = args.overwrite or was_interrupted(content, target)
-    if target.exists() and not overwrite:
-        raise InputError(f"{target} exists; choose another --name, or replace it with --overwrite")
+def is_there(args: argparse.Namespace, target: Path, content: dict) -> bool:
+    """True if the same command made ``target``. Raises `InputError` if it cannot be written."""
     if args.input is not None and target.resolve() in args.input.resolve().parents:
         raise InputError(f"{target} holds --input {args.input}, and would be replaced; choose another --name")
-    check_whole_folder(target, WRITTEN, overwrite, "--name")
-    return overwrite
+    return check_product(target, content, args.overwrite, "--name")
 
 
 def check(args: argparse.Namespace, model: "SiT", told: list[str]) -> None:
@@ -206,30 +192,27 @@ def check(args: argparse.Namespace, model: "SiT", told: list[str]) -> None:
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    content = content_of(args)
-    if args.name is not None:
-        if is_made(args, target_of(args), content):
-            return
-        check_target(args, target_of(args), content)
+    content, model = content_of(args), None
     check_parent(args.save_dir / "last.pt")
-    model, told, source = load_source(args)
-    content = content if content["inputs"] else content_of(args)  # it was downloaded
-    print("\n".join(told))
-    check(args, model, told)
-    target = target_of(args, model.config)
-    if is_made(args, target, content):
-        return
-    overwrite = check_target(args, target, content)
-    args.save_dir.mkdir(parents=True, exist_ok=True)
-    need_space(args.save_dir, sum(value.nbytes for value in model.state_dict().values()))
-    origin = {"source": str(args.input or REPA_URL), "notes": told}
-    if source.is_file():
-        origin |= {"bytes": source.stat().st_size, "sha256": content["inputs"]["source"]}
-    with saying(f"writing {target}"), whole_folder(target, content, WRITTEN, overwrite) as folder:
-        model.save_pretrained(folder)
-        if (source / GENERATION_CONFIG).is_file():  # a generator's steps, rewards and latent space
-            shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
-        write_atomically(folder / "source.json", json.dumps(origin, indent=2) + "\n")
+    if args.name is None or not is_there(args, target_of(args), content):
+        model, notes, source = load_source(args)
+        content = content if content["inputs"] else content_of(args)  # it was downloaded
+        print("\n".join(notes))
+        check(args, model, notes)
+    target = target_of(args, model and model.config)
+    if not is_there(args, target, content):
+        args.save_dir.mkdir(parents=True, exist_ok=True)
+        need_space(args.save_dir, sum(value.nbytes for value in model.state_dict().values()))
+    with saying(f"writing {target}"), product(target, content, args.overwrite, "--name") as place:
+        if place is None:
+            return
+        model.save_pretrained(place.new)
+        origin = {"source": str(args.input or REPA_URL), "notes": notes}
+        if source.is_file():
+            origin |= {"bytes": source.stat().st_size, "sha256": content["inputs"]["source"]}
+        elif (source / GENERATION_CONFIG).is_file():  # a generator's steps, rewards and latent space
+            shutil.copyfile(source / GENERATION_CONFIG, place.new / GENERATION_CONFIG)
+        write_atomically(place.new / "source.json", json.dumps(origin, indent=2) + "\n")
     print(f"model folder: {target}")
 
 

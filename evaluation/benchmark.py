@@ -43,8 +43,8 @@ from train_cc.distillation import loop
 from train_cc.distillation.run import Run
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.products import check_output_file, library_versions, write_atomically
 from train_cc.io.read import Number, check_numbers, printable, read_json
-from train_cc.io.write import check_output_file, library_versions, mark_of, write_atomically
 from train_cc.models import SIT_SIZES, SiT
 from train_cc.models.half import MARGIN, Seen, watched
 from train_cc.rewards.terms import rewards_at_x0
@@ -261,6 +261,7 @@ def benchmark_parser() -> flags.Parser:
     )
     parser.add_argument("--threads", type=flags.integer(1, 4096), help="CPU threads")
     parser.add_argument("--output", type=flags.output_file, help="JSON file")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     parser.add_argument(
         "--fp16-range", action="store_true", help="largest activations and gradients of a run, against fp16's range"
     )
@@ -287,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     card = card_of(own.roofline) if own.roofline else None
     if own.output:
-        check_output_file(own.output, kind="a benchmark")
+        check_output_file(own.output, own.overwrite)
     if own.threads:
         torch.set_num_threads(own.threads)
     shapes = ["--teacher", str(roofline.SHAPES), "--output-dir", "-", "--num-previews", "0"]
@@ -297,7 +298,6 @@ def main(argv: list[str] | None = None) -> None:
         print(fp16_range(asked))
         return
     record = {
-        "made_by": mark_of("a benchmark"),
         "command": ["python", "-m", "evaluation.benchmark", *(sys.argv[1:] if argv is None else argv)],
         "size": own.size,
         "arguments": {name: str(value) for name, value in vars(asked).items()},

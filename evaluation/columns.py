@@ -8,7 +8,7 @@ import torch
 
 from evaluation.sample import classes_of
 from evaluation.sampling import images_of_labels, load_sampler, open_source, resolve_sampling, say_decoded_again
-from train_cc.io.write import write_atomically
+from train_cc.io.products import write_atomically
 from train_cc.models.vae import require_decoder
 from train_cc.run import devices
 from train_cc.run.pictures import above, grid, png_bytes

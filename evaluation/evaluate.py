@@ -38,9 +38,9 @@ from evaluation.files import (
 )
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.products import check_output_file, library_versions
 from train_cc.io.read import printable
 from train_cc.io.saying import saying
-from train_cc.io.write import check_output_file, library_versions
 
 
 def row_name(text: str) -> str:
@@ -82,6 +82,7 @@ def build_parser() -> flags.Parser:
     )
     parser.add_argument("--output", type=flags.output_file, help="the JSON file to write")
     parser.add_argument("--picture", type=flags.output_file, help="the PNG to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     parser.add_argument("--picture-columns", type=flags.integer(1, 1000), default=20, help="images a row of --picture")
     parser.add_argument(
         "--check", action="store_true", help="check the reference, the features and the outputs; samples need not exist"
@@ -101,9 +102,9 @@ def check_arguments(args: argparse.Namespace) -> list[str]:
     if args.over_seeds:
         over_seeds({name: {} for name in names})
     check_spaces(args)
-    for flag, path, kind in (("--output", args.output, "figures"), ("--picture", args.picture, "a picture")):
+    for flag, path in (("--output", args.output), ("--picture", args.picture)):
         if path is not None:
-            check_output_file(path, flag=flag, kind=kind)
+            check_output_file(path, args.overwrite, flag)
     apart((("--output", args.output), ("--picture", args.picture)))
     real = reference_shape(args.reference)
     if real is None and (args.held_out or args.adm):

@@ -12,15 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.distances import LEAST_SUBSETS, equal_sets, kid, mean_over, sliced_wasserstein
 from evaluation.files import LEAST_IMAGES
 from evaluation.metrics import (
     CHUNK,
+    LEAST_SUBSETS,
     check_features,
     distance_of_checked,
+    equal_sets,
     inception_score,
+    kid,
+    mean_over,
     neighbours,
     root_of,
+    sliced_wasserstein,
     statistics,
 )
 from train_cc.draws import rng_of
@@ -121,7 +125,7 @@ class Sets:
         times = [torch.zeros(count) for count in counts]
         for pair in self.pairs:
             near = neighbours(reference.features[pair[1]], generated[pair[0]])
-            values = (near.found, near.inside > 0, near.inside / near.k, near.near)
+            values = (near.recalled, near.inside > 0, near.inside / near.k, near.near)
             for (side, total), value in zip(sums.values(), values, strict=True):
                 total[pair[side]] += value.double()
             for side, rows in enumerate(pair):

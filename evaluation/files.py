@@ -12,8 +12,8 @@ import numpy as np
 
 from train_cc.io.errors import InputError
 from train_cc.io.figures import columns_of, markdown_table
+from train_cc.io.products import record_of, write_atomically
 from train_cc.io.read import npz_headers, parsing, read_json, read_npz, require_plain, sha256
-from train_cc.io.write import mark_of, record_of, write_atomically
 
 HEADLINE = 50_000  # images of a figure that needs no suffix
 OF_SETS = ("Recall", "Precision", "Density", "Coverage", "SW")  # their count is that of a set, not of all samples
@@ -146,9 +146,9 @@ def provenance_of(content: Mapping[str, np.ndarray], path: Path) -> dict | None:
 # Figures ----------------------------------------------------------------------------------------------------------
 
 
-def write_figures(path: Path, rows: dict[str, dict], kind: str = "figures", **more: object) -> None:
+def write_figures(path: Path, rows: dict[str, dict], **more: object) -> None:
     """JSON of ``rows`` and what else belongs to them; `train_cc.io.figures.read_figures` reads it."""
-    content = {"made_by": mark_of(kind), "rows": rows} | more
+    content = {"rows": rows} | more
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=2, default=str, allow_nan=False) + "\n")
 

@@ -5,7 +5,6 @@ import contextlib
 import io
 import json
 import os
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,15 +17,12 @@ from evaluation.images import FolderImages, Images, batches_of, choose_workers, 
 from evaluation.moments import merged, shard_moments
 from train_cc.io.class_names import order_of
 from train_cc.io.errors import InputError
-from train_cc.io.read import read_npz
-from train_cc.io.write import (
+from train_cc.io.products import (
     LEFTOVER,
     check_output_file,
     flush,
-    is_ours,
     library_versions,
     locked,
-    mark_of,
     need_space,
     record,
     record_of,
@@ -34,6 +30,7 @@ from train_cc.io.write import (
     write_record,
     writing,
 )
+from train_cc.io.read import read_npz
 from train_cc.models.features import FeatureSpace, load_space, without_tf32
 from train_cc.rewards.statistics import read_space
 from train_cc.run.devices import SHARDS_TIMEOUT, open_processes
@@ -45,7 +42,7 @@ def open_shards(folder: Path, identity: dict, arguments: dict) -> None:
     """``folder`` is there for shards of ``identity`` alone. Those of another command of ours are removed."""
     identity = json.loads(json.dumps(identity))
     if not all(LEFTOVER.fullmatch(path.name) for path in folder.iterdir()):
-        if not is_ours(folder):
+        if not record_of(folder):
             raise InputError(f"{folder} is not empty, and no command of this project wrote it: choose another --output")
         if record_of(folder).get("identity") != identity:
             remove_shards(folder)
@@ -126,7 +123,7 @@ def one_thread() -> Iterator[None]:
 
 def about(space: FeatureSpace, images: Images) -> dict:
     told = space.describe() | {"images": len(images), "source": images.source}
-    return told | {"made_by": mark_of("statistics"), "versions": library_versions()}
+    return told | {"made_by": "made by DMDR: statistics", "versions": library_versions()}
 
 
 def finished(path: Path, told: dict) -> bool:
@@ -140,9 +137,6 @@ def finished(path: Path, told: dict) -> bool:
 def save(path: Path, moments: dict[str, np.ndarray], told: dict) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **moments, space=np.array(json.dumps(told)))
-    with zipfile.ZipFile(buffer, "a") as archive:
-        # numpy's text is UTF-32: the mark is looked for in plain bytes
-        archive.comment = mark_of("statistics").encode()
     write_atomically(path, buffer.getvalue())
 
 
@@ -181,7 +175,7 @@ def gather(args: argparse.Namespace) -> None:
     told = json.loads(json.dumps(about(space, images)))
     there = not args.overwrite and finished(args.output, told)
     if not there:
-        check_output_file(args.output, args.overwrite, kind="statistics")
+        check_output_file(args.output, args.overwrite)
     accelerator.wait_for_everyone()  # what is there is looked at before anything is written
     with locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
         if not there:
@@ -198,7 +192,7 @@ def gather(args: argparse.Namespace) -> None:
             if accelerator.is_main_process:
                 moments = merged((read_shard(folder / name) for name in shards), space.size, images.num_classes)
                 save(args.output, moments, told)
-        if accelerator.is_main_process and is_ours(folder):
+        if accelerator.is_main_process and record_of(folder):
             remove_shards(folder)
     if accelerator.is_main_process:
         (folder / ".lock").unlink(missing_ok=True)

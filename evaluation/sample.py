@@ -16,7 +16,7 @@ from evaluation.generate import add_sampling_arguments, check_sampling
 from train_cc.io import flags
 from train_cc.io.class_names import class_names
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.write import check_output_file, record_of
+from train_cc.io.products import check_output_file, record_of
 
 
 def build_parser() -> flags.Parser:
@@ -29,6 +29,7 @@ def build_parser() -> flags.Parser:
     )
     parser.add_argument("--classes", nargs="+", required=True, help="numbers or names")
     parser.add_argument("--grid", type=flags.output_file, required=True, help="the PNG to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     parser.add_argument("--per-class", type=flags.integer(1, 1000), default=4, help="images of each class")
     parser.add_argument("--names", type=flags.path, help="a file with the classes' names, a line each")
     add_sampling_arguments(parser)
@@ -83,7 +84,7 @@ def classes_of(args: argparse.Namespace, source) -> tuple[list[int], list[str] |
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     check_sampling(args)
-    check_output_file(args.grid, flag="--grid", kind="a picture")
+    check_output_file(args.grid, args.overwrite, "--grid")
     from evaluation.columns import sample  # networks take seconds to import: what is wrong has been said
 
     sample(args)

@@ -32,10 +32,10 @@ from evaluation.shards import (
 from train_cc.draws import Draws
 from train_cc.io.errors import InputError
 from train_cc.io.hub import model_folder, pinned
+from train_cc.io.products import check_output_file, library_versions, need_space, record
 from train_cc.io.read import check_numbers, read_npz, require_file, require_folder, sha256
 from train_cc.io.saying import note
 from train_cc.io.weights import WEIGHTS_NAME
-from train_cc.io.write import check_output_file, library_versions, mark_of, need_space, record
 from train_cc.models.generator import SAMPLING, GenerationConfig
 from train_cc.models.sit import SiT, choose_attention, read_sit_config
 from train_cc.models.vae import DECODED_AT_ONCE, images_to_uint8, require_decoder, vae_files
@@ -154,8 +154,8 @@ def open_source(path: Path) -> Source:
         raise InputError(f"{path} is a file; a model folder or a checkpoints/torch_units/step-N.pt is expected")
     path = model_folder(path)
     require_folder(path, f"a model folder, with config.json and {WEIGHTS_NAME},", "config.json", WEIGHTS_NAME)
-    own = GenerationConfig.read(path)
-    return Source(path, None, sha256(path / WEIGHTS_NAME), own.sampling, own.rewards_sha256, own.latent_space_sha256)
+    own, digest = GenerationConfig.read(path), sha256(path / WEIGHTS_NAME)
+    return Source(path, None, digest, own.sampling, list(own.rewards_sha256), own.latent_space_sha256)
 
 
 def recorded_sampling(checkpoint: Checkpoint) -> tuple[int, float]:
@@ -204,7 +204,7 @@ def resolve_classes(args: argparse.Namespace, source: Source) -> None:
 
 def check_outputs(args: argparse.Namespace) -> None:
     """What can be refused before anything is read: outputs that cannot be written, or that are not ours."""
-    check_output_file(args.output, kind="samples")
+    check_output_file(args.output, True)
     check_shards_folder(shards_of(args.output))
     if args.png_dir is not None:
         check_png_dir(args.png_dir, args.overwrite)
@@ -216,7 +216,7 @@ def check_outputs(args: argparse.Namespace) -> None:
 def provenance_of_run(args: argparse.Namespace, source: Source) -> dict:
     what = {name: str(value) for name, value in vars(args).items() if name not in FREE and value is not None}
     return {
-        "made_by": mark_of("samples"),
+        "made_by": "made by DMDR: samples",
         "arguments": what,
         "generator_sha256": source.sha256,
         "rewards_sha256": source.rewards_sha256,

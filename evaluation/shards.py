@@ -20,19 +20,17 @@ from PIL import Image
 
 from evaluation.files import provenance_of
 from train_cc.io.errors import InputError
-from train_cc.io.read import npz_headers, parsing, printable, read_npz
-from train_cc.io.write import (
+from train_cc.io.products import (
     UNFINISHED,
     check_output_dir,
     flush,
-    is_ours,
     locked,
-    mark_of,
     record_of,
     write_atomically,
     write_record,
     writing,
 )
+from train_cc.io.read import npz_headers, parsing, printable, read_npz
 from train_cc.run.pictures import png_bytes
 
 LOCK, NOTE, WHOLE = ".lock", "provenance.json", "whole.tmp"
@@ -58,8 +56,7 @@ def check_shards_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"{folder} is in the way: shards are kept there while images are made; move it")
     names = [path.name for path in folder.iterdir() if not LEFT.fullmatch(path.name)]
-    marked = (name for name in names if name == NOTE or SHARD.fullmatch(name))
-    if names and not any(is_ours(folder / name, "shards") for name in marked):
+    if names and NOTE not in names:
         raise InputError(f"{folder} holds files that this command did not write: move it, or choose another --output")
 
 
@@ -69,7 +66,7 @@ def open_shards(output: Path, provenance: dict) -> Iterator[Path]:
     folder = shards_of(output)
     check_shards_folder(folder)
     with locked(folder, LOCK):
-        write_atomically(folder / NOTE, json.dumps(provenance | {"made_by": mark_of("shards")}, indent=2) + "\n")
+        write_atomically(folder / NOTE, json.dumps(provenance, indent=2) + "\n")
         try:
             yield folder
         except BaseException:
@@ -88,12 +85,11 @@ def clear(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_npz(path: Path, kind: str, arrays: dict[str, np.ndarray], images: Iterable[np.ndarray], count: int) -> None:
-    """An .npz of ``count`` ``images`` (n, H, W, C), given a part at a time, and ``arrays``; its comment is our mark."""
+def write_npz(path: Path, arrays: dict[str, np.ndarray], images: Iterable[np.ndarray], count: int) -> None:
+    """An .npz of ``count`` ``images`` (n, H, W, C), given a part at a time, and ``arrays``."""
     parts = iter(images)
     first = next(parts)
     with writing(path), zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        archive.comment = mark_of(kind).encode()
         with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, *first.shape[1:])}
             npy.write_array_header_1_0(entry, header)
@@ -109,7 +105,7 @@ def write_shard(path: Path, images: np.ndarray, labels: np.ndarray, provenance: 
     """``again``: how many of the images fp16 could not decode."""
     temporary = path.with_name(path.name + ".tmp")
     arrays = {"arr_1": labels, "provenance": np.array(json.dumps(provenance)), "again": np.array(again)}
-    write_npz(temporary, "shards", arrays, [images], len(images))
+    write_npz(temporary, arrays, [images], len(images))
     os.replace(temporary, path)
 
 
@@ -138,7 +134,7 @@ def merge_shards(shards: list[Path], output: Path, provenance: dict) -> int:
     images = (read_npz(shard, "a shard of images")["arr_0"] for shard in shards)
     temporary = shards_of(output) / WHOLE
     arrays = {"arr_1": np.concatenate(labels), "provenance": np.array(json.dumps(provenance))}
-    write_npz(temporary, "samples", arrays, images, len(arrays["arr_1"]))
+    write_npz(temporary, arrays, images, len(arrays["arr_1"]))
     os.replace(temporary, output)
     return again
 
@@ -150,8 +146,11 @@ def same_but_for_the_decoder(found: object, asked: dict) -> bool:
 
 def difference(output: Path, asked: dict) -> str:
     """The settings, files and versions of ``asked`` in which ``output`` was made otherwise, in words."""
-    with parsing(output, "samples"), np.load(output) as file:
-        made = provenance_of(file, output) or {}
+    try:
+        with parsing(output, "samples"), np.load(output) as file:
+            made = provenance_of(file, output) or {}
+    except InputError:  # a file of something else
+        return ""
     changed = []
     for part in ("arguments", "versions"):
         old, new = made.get(part), asked[part]
@@ -163,7 +162,7 @@ def difference(output: Path, asked: dict) -> str:
 
 def finished(output: Path, provenance: dict) -> bool:
     """Whether ``output`` is there, whole, and what is asked for, whatever precision its decoder took."""
-    if not output.is_file() or not is_ours(output, "samples"):
+    if not output.is_file():
         return False
     try:
         npz_headers(output, "samples")
@@ -198,5 +197,5 @@ def write_pngs(parts: Iterable[np.ndarray], folder: Path, content: dict) -> None
             os.replace(temporary, folder / f"{number:06d}.png")
             number += 1
     for path in folder.glob("*.png"):  # of an earlier, larger set
-        if PICTURE.fullmatch(path.name) and int(path.stem) >= number and is_ours(path, "a picture"):
+        if PICTURE.fullmatch(path.name) and int(path.stem) >= number:
             path.unlink()

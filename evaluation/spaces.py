@@ -18,11 +18,10 @@ from evaluation.files import (
     read_reference,
     rewarded_by,
 )
-from evaluation.metrics import check_statistics
 from evaluation.split import HALVES, Held
 from train_cc.io.errors import InputError
 from train_cc.models.features import SPATIAL, FeatureSpace, load_space
-from train_cc.rewards.statistics import read_space
+from train_cc.rewards.statistics import check_statistics, read_space
 
 FD_AND_SW = ("FDr", "SWr")
 OF_INCEPTION = 2048  # its features' width

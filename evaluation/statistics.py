@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 from train_cc.io import flags
 from train_cc.io.errors import exits_on_input_error
+from train_cc.io.products import check_output_file
 from train_cc.io.saying import saying
-from train_cc.io.write import check_output_file
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", required=True, help="folder, .npz or data set")
     parser.add_argument("--space", required=True, help=flags.FEATURE_SPACES)
     parser.add_argument("--output", type=flags.output_file, required=True, help="the .npz to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output of this project")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     parser.add_argument("--image-size", type=flags.integer(1, 8192), help="of a folder's images: ADM's centre crop")
     parser.add_argument("--dinov2-backbone", help="official file or URL, for the space dinov2")
     parser.add_argument("--inception-weights", type=flags.path, help="torch-fidelity's file; without it, downloaded")
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 @exits_on_input_error
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    check_output_file(args.output, kind="statistics")
+    check_output_file(args.output, True)
     with saying("loading libraries"):
         from evaluation.gathering import gather  # networks take seconds to import: what is wrong has been said
 

@@ -4,27 +4,24 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Stands in an environment while we install into it: found later, the installation was interrupted.
-UNFINISHED=.dmdr-installing
+UNFINISHED=.dmdr-installing # is in an environment while we install into it: found later, that was interrupted
 
 satisfied() { # PREFIX: does `python` have everything that requirements.txt asks for, installed to the end?
     [ ! -e "$1/$UNFINISHED" ] && python - <<'PYTHON' 2>/dev/null
-import re, sys
 from importlib.metadata import version
 from packaging.requirements import Requirement  # of several libraries; where it is missing, they are
 for line in open("requirements.txt"):
-    line = re.sub("#.*", "", line).strip()
-    if line:
+    if line := line.partition("#")[0].strip():
         wanted = Requirement(line)
         needed = wanted.marker is None or wanted.marker.evaluate()
         if needed and not wanted.specifier.contains(version(wanted.name), prereleases=True):
-            sys.exit(1)
+            raise SystemExit(1)
 PYTHON
 }
 
 fill() { # PREFIX: install requirements.txt for `python`; after an interruption all of it, even what looks installed
     local again=""
-    [ -e "$1/$UNFINISHED" ] && again=yes
+    [ ! -e "$1/$UNFINISHED" ] || again=yes
     touch "$1/$UNFINISHED"
     echo "installing requirements.txt into $1 (once, some minutes)" >&2
     if python -m pip --version >/dev/null 2>&1; then
@@ -54,7 +51,7 @@ make_venv() { # venv writes bin/activate last: without it .venv is what an inter
 }
 
 active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
-if [ -z "$active" ] || ! satisfied "$active"; then
+if [ -z "${SHOW_LAUNCH:-}" ] && { [ -z "$active" ] || ! satisfied "$active"; }; then
     # uv's environments have no pip inside: there nobody else installs
     if [ -n "$active" ] && grep -qs '^uv *=' "$active/pyvenv.cfg" && command -v uv >/dev/null; then
         fill "$active"
@@ -68,8 +65,10 @@ fi
 unset active
 
 # launch MODULE FLAGS...: one process a visible GPU, or one CPU process; scripts/launch.py has the variables that override.
+# SHOW_LAUNCH in the environment: only print NUM_PROCESSES, module and flags, each ended by a zero byte.
 # `exec`: a signal to the script reaches the run itself. A script that goes on afterwards says `run launch`.
 launch() {
+    [ -z "${SHOW_LAUNCH:-}" ] || { printf '%s\0' "${NUM_PROCESSES:-}" "$@"; exit; }
     export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}" # of CUDA: fragments less
     exec python -m scripts.launch "$@"
 }

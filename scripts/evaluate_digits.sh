@@ -8,4 +8,4 @@ GENERATOR="$1" OUTPUT="$2"
 run python -m evaluation.generate --generator "$GENERATOR" --output "$OUTPUT/samples.npz" --overwrite --num-images 1800 "${@:3}"
 run python -m evaluation.evaluate "$OUTPUT/samples.npz" "$DIGITS/reference.npz" \
     --classifier "$DIGITS/classifier_evaluation" \
-    --output "$OUTPUT/figures.json"
+    --output "$OUTPUT/figures.json" --overwrite

@@ -9,4 +9,4 @@ run python -m evaluation.generate --generator "$GENERATOR" --output "$OUTPUT/sam
     --vae "${VAE:-$FASHION/vae}" "${@:3}"
 run python -m evaluation.evaluate "$OUTPUT/samples.npz" "$FASHION/reference.npz" \
     --space "classifier:$FASHION/classifier_evaluation" "classifier:$FASHION/classifier_evaluation_vit" \
-    --output "$OUTPUT/figures.json"
+    --output "$OUTPUT/figures.json" --overwrite

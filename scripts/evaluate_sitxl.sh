@@ -18,7 +18,7 @@ evaluate() {
         ${INCEPTION:+--inception-weights "$INCEPTION"} \
         --held-out halves \
         --adm \
-        --output "$OUTPUT/figures.json" "$@"
+        --output "$OUTPUT/figures.json" --overwrite "$@"
 }
 evaluate --check # a wrong reference shows before 50 000 images are sampled
 

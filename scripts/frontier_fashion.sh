@@ -3,15 +3,11 @@
 # Finished ones are kept. Hours a seed on two cores; fewer rows: --seeds 30 --rows ROW ROW
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 one_process_unless_asked
-export FASHION="${FASHION:-runs/fashion}"
+export FASHION="${FASHION:-runs/fashion}" SEED="${SEED:-30}" DATA="${DATA_DIR:+--data-dir=$DATA_DIR}"
 began=$SECONDS
 
-run bash scripts/pretrain_fashion.sh # DATA_DIR: the folder of the idx files, where they cannot be downloaded
-# Of the real training images, in the features of the classifier that rewards: what the rows Frechet draw towards.
-[ -f "$FASHION/statistics.npz" ] || run python -m evaluation.statistics \
-    --images fashion-mnist ${DATA_DIR:+--data-dir "$DATA_DIR"} \
-    --space "classifier:$FASHION/classifier_reward" \
-    --output "$FASHION/statistics.npz"
+run python -m scripts.jobs scripts/recipes/fashion.toml \
+    vae reward evaluation teacher decoder evaluation_vit statistics
 cores=$(getconf _NPROCESSORS_ONLN)
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" run python -m evaluation.frontier \
     --recipe fashion \

@@ -74,7 +74,7 @@ COMMANDS = {  # name -> its share of all kills, and its command
     "generate": (20, f"{GENERATE} --png-dir OUT/png"),
     "generate, two processes": (8, GENERATE),
     "evaluate": (15, "evaluation.evaluate IN/s.npz IN/reference.npz --classifier IN/classifier --bootstrap 9 "
-                     "--output OUT/r.json --picture OUT/r.png"),
+                     "--output OUT/r.json --picture OUT/r.png --overwrite"),
     "statistics": (20, STATISTICS),
     "statistics, two processes": (8, STATISTICS),
     "export_generator": (15, f"{EXPORT}run/checkpoints/torch_units/step-3.pt"),

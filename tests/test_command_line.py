@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,51 +14,11 @@ from safetensors.torch import load_file
 
 from convert_weight import export_generator
 from tests.conftest import flags, random_sit, refused, run_cold_start
-from train_cc import cold_start, dmdr_refl
+from train_cc import cold_start
 from train_cc.models import SiT
 from train_cc.setup.arguments import validate
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = {"train_cc.cold_start": cold_start, "train_cc.dmdr_refl": dmdr_refl}
-
-
-def shell_words(text: str) -> list[str]:
-    """The words of a command with ${NAME:-default} replaced by its default and other variables by x."""
-    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text).replace("\\\n", " ")
-    return [re.sub(r"\$\{?\w+\}?", "x", word) for word in shlex.split(text) if word != "$@"]
-
-
-def commands(starting: str) -> list[tuple[str, list[str]]]:
-    found = []
-    for script in sorted((ROOT / "scripts").glob("*.sh")):
-        text = script.read_text()
-        for match in re.finditer(rf"{starting} ((?:.|\\\n)*?)(?<!\\)\n", text):
-            if script.name != "env.sh":
-                found.append((script.name, shell_words(match[1])))
-    return found
-
-
-@pytest.mark.parametrize(
-    "script,words", [c for c in commands("launch") if c[1][0] in STAGES], ids=lambda v: str(v)[:30]
-)
-def test_flags_of_the_launchers_parse(script, words):
-    args = STAGES[words[0]].stage_parser().parse_args(words[1:])
-    validate(args)
-    assert args.auto_resume
-
-
-@pytest.mark.parametrize("script,words", commands("python -m"), ids=lambda v: str(v)[:30])
-def test_flags_of_the_other_commands_exist(script, words):
-    if words[0] == "pytest":
-        return
-    words = words[1:] if words[0] == "scripts.in_turn" else words
-    module = ROOT / words[0].replace(".", "/")
-    files = list(module.glob("*.py")) if module.is_dir() else [module.with_suffix(".py")]
-    files += [ROOT / "train_cc/pretrain" / name for name in ("data.py", "resumable.py")]
-    source = "".join(file.read_text() for file in files)
-    for word in words[1:]:
-        if word.startswith("--") and " " not in word:
-            assert f'"{word}"' in source, f"{script}: {word}"
 
 
 def test_every_default_is_legal():
@@ -69,14 +27,6 @@ def test_every_default_is_legal():
     for action in parser._actions:
         if action.type is not None and action.nargs is None and action.default is not None:
             assert action.type(str(action.default)) == action.default, action.dest
-
-
-def test_sitxl_launcher_is_the_recipe_of_the_defaults():
-    ((_, words),) = [c for c in commands("launch") if c[0] == "cold_start_sitxl.sh"]
-    listed = vars(cold_start.stage_parser().parse_args(words[1:]))
-    defaults = vars(cold_start.stage_parser().parse_args(["--teacher", "t", "--output-dir", "o"]))
-    for name in listed.keys() - {"teacher", "output_dir", "auto_resume"}:
-        assert listed[name] == defaults[name], name
 
 
 BAD_VALUES = [

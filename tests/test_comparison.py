@@ -1,11 +1,10 @@
-"""What is said and drawn of a frontier's rows: evaluation/comparison.py and evaluation/scatter.py."""
+"""What is said and drawn of a frontier's rows: evaluation/study/comparison.py and scatter.py."""
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pytest
 
-from evaluation import comparison, scatter
 from evaluation.files import HELD_OUT, named_space
+from evaluation.study import comparison, scatter
+from evaluation.study.rows import Row
 
 
 def row(fid, recall, precision, spread=0.01, seeds=3):
@@ -46,51 +45,18 @@ def test_means_over_seeds():
     assert found["held-out real"]["seeds"] == 1 and found["held-out real"]["standard_deviations"] == {}
 
 
-def test_the_picture_shows_every_row(tmp_path):
-    rows = {f"row {k}": row(1, 0.1 * k, 0.5 + 0.01 * k) for k in range(9)} | {"held-out real": row(0, 1, 1)}
-    spaces = [{"features": "a", "rows": rows}, {"features": "b", "rows": rows}]
-    colours = {name: "tab:blue" for name in rows if name != "held-out real"}
-    scatter.picture(spaces, colours, {"row 1": "row 0"}, tmp_path / "p.png")
+def test_the_picture_shows_every_row_by_a_mark_of_its_own(tmp_path):
+    """Also of names with dollar signs, which are no formulas."""
+    names = ["$\\frac{", "b $ c $", *(f"row {k}" for k in range(9))]
+    rows = [Row("teacher", [], "teacher"), *(Row(name, []) for name in names)]
+    rows += [Row("row 1 + control", [], "dmdr", "row 1"), Row("row 1 + reward", [], "dmdr", "row 1", "row 1 + control")]
+    means = {each.name: row(1, 0.02 * k, 0.5 + 0.01 * k) for k, each in enumerate(rows)} | {HELD_OUT: row(0, 1, 1)}
+    spaces = [{"features": "timm:$\\frac{$", "rows": means}, {"features": "b", "rows": means}]
+    scatter.picture(spaces, rows, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
-
-
-def test_the_legend_names_what_is_shown():
-    spaces = [{"rows": {"teacher": {}, "base": {}, "control": {}}}]
-    colours = {
-        "teacher": scatter.TEACHER,
-        "guided": scatter.TEACHER,
-        "base": scatter.COLD_START,
-        "reward": scatter.REWARD,
-    }
-    assert scatter.shown(spaces, colours, {"reward": "control"}) == []
-    spaces[0]["rows"] |= {"guided": {}, "reward": {}, HELD_OUT: {}}
-    labels = [handle.get_label() for handle in scatter.shown(spaces, colours, {"reward": "control"})]
-    assert [label.split()[0] for label in labels] == ["real", "the", "from"]
-
-
-def test_names_with_dollar_signs_are_no_formulas(tmp_path):
-    rows = {"$\\frac{": row(1, 0.5, 0.5), "b $ c $": row(1, 0.6, 0.6)}
-    spaces = [{"features": "timm:$\\frac{$", "rows": rows}]
-    scatter.picture(spaces, dict.fromkeys(rows, "tab:blue"), {}, tmp_path / "p.png")
-
-
-def test_a_collapsed_row_does_not_press_the_others_together():
-    points = {"a": (0.5, 0.8), "b": (0.6, 0.6), "c": (0.7, 0.45)}
-    assert scatter.low_of(points) == 0.45
-    assert scatter.low_of(points | {"d": (0.7, 0.01)}) == 0.45
-    rewarded = {"a": (0.5, 0.78), "b": (0.6, 0.75), "c": (0.7, 0.72), "reward": (0.9, 0.49)}
-    assert scatter.low_of(rewarded) == 0.49
-    assert scatter.low_of({"a": (0.5, 0.8)}) == 0.8 and scatter.low_of({"a": (0.5, 0.8), "b": (0.5, 0.1)}) == 0.1
-
-
-def test_what_is_told_of_a_collapsed_row_stays_within_the_axes(tmp_path):
-    figure, axes = plt.subplots()
-    rows = {"a": row(1, 0.8, 0.5), "b": row(1, 0.75, 0.6), "c": row(1, 0.7, 0.7), "d": row(1, 0.02, 0.98)}
-    scatter.panel(axes, rows, dict.fromkeys(rows, "tab:blue"), {})
-    (told,) = (text for text in axes.texts if text.get_text() == "recall 0.02")
-    figure.canvas.draw()
-    assert told.get_window_extent().x1 < axes.get_window_extent().x1
-    plt.close(figure)
+    marks = scatter.marks_of(rows)
+    assert len({tuple(mark.values()) for mark in marks.values()}) == len(rows)
+    assert [marks[f"row 1 + {name}"]["color"] for name in ("control", "reward")] == ["tab:gray", "tab:red"]
 
 
 def test_a_classifiers_space_is_called_by_its_architecture(tmp_path):
@@ -105,18 +71,3 @@ def test_a_bar_in_a_rows_name_stays_in_its_cell():
     row = {"figures": {"FID": 1.0}, "standard_deviations": {"FID": 0.1}, "seeds": 2}
     text = comparison.against_controls({"a|b": row, "c": row}, {"a|b": "c"})
     assert text.splitlines() == ["|  | against | FID |", "|---|---|---|", r"| a\|b | c | +0.00 (0.0 s.e.) |"]
-
-
-def test_a_number_is_nearest_to_its_own_point():
-    drawn = np.random.default_rng(2).uniform(size=(12, 2)).tolist()
-    points = {
-        str(k): point for k, point in enumerate([*drawn, (0, 0), (3, 3)])
-    }  # the last two press the others together
-    figure, axes = plt.subplots()
-    axes.scatter(*zip(*points.values(), strict=True))
-    scatter.number_points(axes, points, {name: k for k, name in enumerate(points)}, dict.fromkeys(points, "tab:red"))
-    marks = axes.transData.transform(list(points.values()))
-    for k, text in enumerate(axes.texts):
-        at = marks[k] + np.array(text.xyann) * figure.dpi / 72
-        assert np.linalg.norm(marks - at, axis=1).argmin() == k
-    plt.close(figure)

@@ -30,7 +30,7 @@ from evaluation.standins import authors_state, repa_state, sit_shapes, write_din
 from tests.conftest import random_sit, refused, run_cold_start, tree
 from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError
-from train_cc.io.write import record, write_record
+from train_cc.io.products import record, write_record
 from train_cc.models import DINOv2Classifier, SiT
 from train_cc.models.generator import GenerationConfig, save_generator
 from train_cc.models.vae import load_vae
@@ -251,7 +251,7 @@ def test_the_command_writes_a_model_folder_with_its_source(tmp_path, capsys):
     convert_file(state, tmp_path)  # as after a kill when all was done
     assert "there already" in capsys.readouterr().out
     message = refused(convert_file, repa_state(seed=1, **SMALL), tmp_path, capsys=capsys)
-    assert "exists" in message
+    assert "another source" in message and "--overwrite" in message
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     again = ["--input", str(folder), "--save-dir", str(tmp_path / "out"), "--name", "again"]
     sit_convert.main(again)
@@ -582,7 +582,7 @@ def killed_at(moment, call, monkeypatch):
         if moment == "save_pretrained":
             patched.setattr(SiT, "save_pretrained", die)
         elif moment == "write_record":
-            patched.setattr("train_cc.io.whole.write_record", die)
+            patched.setattr("train_cc.io.products.write_record", die)
         with pytest.raises(Killed):
             call()
         for place, name, function in alive:

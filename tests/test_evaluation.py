@@ -15,15 +15,14 @@ import torch
 from PIL import Image
 
 from evaluation import decoding, evaluate, figures, files, generate, sampling
-from evaluation.distances import equal_sets, sliced_wasserstein
-from evaluation.metrics import neighbours, precision_recall, statistics
+from evaluation.metrics import equal_sets, neighbours, precision_recall, sliced_wasserstein, statistics
 from evaluation.spaces import stored_by_space
 from evaluation.split import hold_out
 from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, run_cold_start, save_unchecked, words
 from train_cc.io.errors import InputError
 from train_cc.io.figures import METRICS, read_figures
-from train_cc.io.write import record, write_record
+from train_cc.io.products import record, write_record
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.features import load_space
 from train_cc.models.vae import VAEDecoder
@@ -246,7 +245,7 @@ def test_a_folder_of_png_has_the_figures_of_its_npz(digits, classifier, teacher,
     assert of_flat["FID"] == pytest.approx(of_npz["FID"]) and "accuracy" not in of_flat
     # A folder of evaluation.generate has its provenance; a folder is a reference too.
     samples(teacher, tmp_path / "g.npz", "--png-dir", tmp_path / "png")
-    pair = words(tmp_path / "png", classes, "--classifier", classifier, "--output", tmp_path / "p.json")
+    pair = words(tmp_path / "png", classes, "--classifier", classifier, "--output", tmp_path / "p.json", "--overwrite")
     evaluate.main([*pair, "--picture", str(tmp_path / "p.png")])
     record = read_figures(tmp_path / "p.json")
     assert len(record["rows"]["png"]["generation"]["generator_sha256"]) == len(record["reference_sha256"]) == 64

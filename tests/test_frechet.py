@@ -10,12 +10,14 @@ from train_cc.rewards.build import window_note
 from train_cc.rewards.frechet import (
     Frechet,
     decayed,
-    frechet_distance,
     moments,
     square_root,
     sums_of,
     transport,
     transport_matrix,
+)
+from train_cc.rewards.frechet import (
+    distance_by_class as frechet_distance,
 )
 from train_cc.rewards.statistics import Statistics
 from train_cc.rewards.terms import Reward, Term, reward_terms

@@ -235,7 +235,7 @@ def test_a_teacher_records_its_latents_and_a_student_inherits_them(stage_0, path
 
 
 def test_a_killed_teacher_goes_on_with_the_latents_that_it_had(folder, stage_0, tmp_path, monkeypatch, capsys):
-    run, more = tmp_path / "run", ["--max-train-steps", 3, "--checkpoint-steps", 1]
+    run, parts, more = tmp_path / "run", tmp_path / "run.tmp", ["--max-train-steps", 3, "--checkpoint-steps", 1]
 
     class Dying(Draws):
         def __init__(self, *key, **options):
@@ -246,16 +246,16 @@ def test_a_killed_teacher_goes_on_with_the_latents_that_it_had(folder, stage_0, 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr("train_cc.draws.Draws", Dying)
         train_teacher(folder, stage_0 / "vae_first", run, *more)
-    assert (run / "latents.safetensors").exists()
+    assert (parts / "latents.safetensors").exists()
     other = train_vae(folder, tmp_path / "other", "--seed", 5)
     (tmp_path / "swapped").symlink_to(other)
-    record = json.loads((run / "args.json").read_text())
+    record = json.loads((parts / "args.json").read_text())
     record["arguments"]["vae"] = str(tmp_path / "swapped")
-    (run / "args.json").write_text(json.dumps(record))  # as if the VAE of this name had changed meanwhile
+    (parts / "args.json").write_text(json.dumps(record))  # as if the VAE of this name had changed meanwhile
     flags = [*of(folder), *SMALL_TEACHER, *words("--vae", tmp_path / "swapped", "--output-dir", run, *more)]
     assert "of another VAE" in refused(teacher.main, flags, capsys=capsys)
     record["arguments"]["vae"] = str(stage_0 / "vae_first")
-    (run / "args.json").write_text(json.dumps(record))
+    (parts / "args.json").write_text(json.dumps(record))
 
     def held_out_alone(vae, images):
         assert len(images) == 30  # those of the training were computed before the kill

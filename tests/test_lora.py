@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import random_sit
-from train_cc.models import ScoreEstimator, lora
+from train_cc.models import ScoreEstimator
 from train_cc.models.lora import ADAPTER, hold_frozen_in, lora_layers
 
 
@@ -43,23 +43,9 @@ def test_the_seed_is_the_argument():
     assert torch.equal(first_a(), first_a(lora_init_spread=1.0, seed=0))
     assert torch.equal(first_a(seed=3), first_a(seed=3)) and not torch.equal(first_a(seed=3), first_a(seed=4))
     default = first_a(lora_init_spread=None, seed=3)
+    assert default.std().item() == pytest.approx(1 / (3 * 32) ** 0.5, rel=0.1)  # peft's own
     assert torch.equal(default, first_a(lora_init_spread=None, seed=3))
     assert not torch.equal(default, first_a(lora_init_spread=None, seed=4))
-
-
-@pytest.mark.parametrize("how", ["nothing is adapted", "something else is trained"])
-def test_a_library_that_does_otherwise_is_noticed(monkeypatch, how):
-    """peft decides by names what is adapted and trained: its count is checked, not believed."""
-    inject = lora.inject_adapter_in_model
-
-    def other(config, model, adapter):
-        if how == "something else is trained":
-            inject(config, model, adapter)
-            model.final_layer.requires_grad_(True)
-
-    monkeypatch.setattr(lora, "inject_adapter_in_model", other)
-    with pytest.raises(AssertionError, match="should train"):
-        ScoreEstimator(random_sit(), 4)
 
 
 def test_making_a_lora_leaves_the_global_draws_alone():

@@ -16,11 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evaluation.files import write_figures
 from tests.conftest import refused
 from train_cc.draws import Draws
-from train_cc.io.figures import read_figures
-from train_cc.io.write import is_ours
 from train_cc.models import SiT
 from train_cc.models.classifier import ImageClassifier
 from train_cc.pretrain import classifier, data, resumable, teacher
@@ -83,31 +80,14 @@ def test_killed_and_continued_equals_never_stopped(straight, tmp_path, monkeypat
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         stop_at(patch, name, 3)
         train(name, tmp_path / "run", "--checkpoint-steps", "2")
-    assert not list((tmp_path / "run").glob("*.safetensors")) and not (tmp_path / "run" / "config.json").exists()
-    assert "finished" not in json.loads((tmp_path / "run" / "args.json").read_text())
+    assert {path.name for path in (tmp_path / "run.tmp").iterdir()} == {".lock", "args.json", "checkpoint.pt", "new"}
+    assert not (tmp_path / "run").exists()
     seen = []
     monkeypatch.setattr("train_cc.draws.Draws", lambda *key, **more: seen.append(key[-1]) or Draws(*key, **more))
     train(name, tmp_path / "run", "--checkpoint-steps", "2")
     assert [step for step in seen if step < 5] == list(range(2, 5))  # the loss at the end has a key of its own
     assert same(trained(straight[name]), trained(tmp_path / "run"))
-    assert not (tmp_path / "run" / "checkpoint.pt").exists() and not list((tmp_path / "run").rglob("*.tmp"))
-
-
-@BOTH
-def test_killed_between_its_end_and_the_removal_of_its_checkpoint(straight, tmp_path, monkeypatch, name):
-    unlink = Path.unlink
-
-    def dies(path, **options):
-        if path.name == "checkpoint.pt" and not options:
-            raise RuntimeError("killed")
-        unlink(path, **options)
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(Path, "unlink", dies)
-        train(name, tmp_path / "run")
-    assert (tmp_path / "run" / "checkpoint.pt").exists()
-    train(name, tmp_path / "run")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in straight[name].iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"] and not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=str)
@@ -118,15 +98,15 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     process = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
     )
-    while not (run / "checkpoint.pt").exists():
+    while not (tmp_path / "run.tmp" / "checkpoint.pt").exists():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 0, told[-2000:]
     assert "Traceback" not in told and "the same command continues" in told
-    step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
-    assert f"stopped at step {step} as asked" in told and not (run / "config.json").exists()
+    step = torch.load(tmp_path / "run.tmp" / "checkpoint.pt", weights_only=True)["step"]
+    assert f"stopped at step {step} as asked" in told and not run.exists()
 
 
 @pytest.mark.parametrize("how", ["torn", "flipped", "another", "other shapes", "nan"])
@@ -135,7 +115,7 @@ def test_a_damaged_checkpoint_is_told_and_training_starts_anew(straight, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         stop_at(patch, name, 3)
         train(name, run, "--checkpoint-steps", "2")
-    file = run / "checkpoint.pt"
+    file = tmp_path / "run.tmp" / "checkpoint.pt"
     content = file.read_bytes()
     if how == "torn":
         file.write_bytes(content[: len(content) // 2])
@@ -166,34 +146,25 @@ def test_what_is_written_is_read_by_the_rest(straight):
 def test_a_finished_command_changes_nothing(straight, capsys, name):
     before = {path: path.stat().st_mtime_ns for path in straight[name].iterdir()}
     train(name, straight[name])
-    assert "nothing is left to train" in capsys.readouterr().out
+    assert "there already" in capsys.readouterr().out
     words = ["--output-dir", str(straight[name]), *SMALL[name], "--learning-rate", "0.5"]
     message = refused(COMMANDS[name].main, words, capsys=capsys)
     assert "--learning-rate 0.002 (asked for: 0.5)" in message and "--overwrite" in message
     other = COMMANDS["teacher" if name == "classifier" else "classifier"]
     assert f"pretrain.{name}" in refused(other.main, [*words[:2], "--overwrite"], capsys=capsys)
-    assert {path: path.stat().st_mtime_ns for path in straight[name].iterdir() if path.name != ".lock"} == {
-        path: when for path, when in before.items() if path.name != ".lock"
-    }
+    assert {path: path.stat().st_mtime_ns for path in straight[name].iterdir()} == before
 
 
 @BOTH
-def test_overwrite_replaces_what_is_ours_alone(tmp_path, capsys, monkeypatch, name):
+def test_an_older_network_stays_until_the_new_one_is_whole(tmp_path, monkeypatch, name):
     run = train(name, tmp_path / "run")
     before = trained(run)
-    (run / "notes.txt").write_text("mine")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        stop_at(patch, name, 0)
-        train(name, run, "--overwrite", "--seed", "7")
-    assert not list(run.glob("*.safetensors"))
+        stop_at(patch, name, 3)
+        train(name, run, "--overwrite", "--seed", "7", "--checkpoint-steps", "2")
+    assert same(before, trained(run))  # until the new one is whole
     train(name, run, "--overwrite", "--seed", "7")
-    assert not same(before, trained(run)) and (run / "notes.txt").read_text() == "mine"
-    strange = tmp_path / "strange"
-    strange.mkdir()
-    (strange / "config.json").write_text("{}")
-    words = ["--output-dir", str(strange), *SMALL[name], "--overwrite"]
-    assert "no command of this project wrote it" in refused(COMMANDS[name].main, words, capsys=capsys)
-    assert [path.name for path in strange.iterdir()] == ["config.json"]
+    assert not same(before, trained(run)) and [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 BAD_FLAGS = {
@@ -284,28 +255,19 @@ def test_nothing_shares_random_numbers_at_one_seed(straight, tmp_path, monkeypat
 # Data ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_reference_is_ours_whole_and_replaced_only_where_ours(tmp_path, capsys, monkeypatch):
+def test_a_reference_is_whole_and_made_once(tmp_path, capsys, monkeypatch):
     file = tmp_path / "deep" / "reference.npz"
     data.main(["--output", str(file)])
     with np.load(file) as content:
         assert content["arr_0"].shape == (1797, 8, 8, 1) and content["arr_1"].shape == (1797,)
         assert json.loads(str(content["provenance"]))["stage"] == "pretrain.data"
-    assert is_ours(file)
-    data.main(["--output", str(file)])
     whole = file.read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "full")))
-        refused(data.main, ["--output", str(file)], capsys=capsys)
-    assert file.read_bytes() == whole
-    mine = tmp_path / "mine.npz"
-    np.savez(mine, arr_0=np.zeros(3))
-    before = mine.read_bytes()
-    assert "not a file of this project" in refused(data.main, ["--output", str(mine)], capsys=capsys)
-    assert mine.read_bytes() == before
-    figures = tmp_path / "figures.json"
-    write_figures(figures, {"a": {"figures": {}}})
-    assert "that holds real images" in refused(data.main, ["--output", str(figures)], capsys=capsys)
-    assert read_figures(figures)
+    data.main(["--output", str(file)])
+    assert "there already" in capsys.readouterr().out
+    few = ["--output", str(file), "--num-images", "9"]
+    assert "exists" in refused(data.main, few, capsys=capsys) and file.read_bytes() == whole
+    data.main([*few, "--overwrite"])
+    assert file.read_bytes() != whole and [path.name for path in file.parent.iterdir()] == ["reference.npz"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "below a file", "dangling link", "too long", "empty"])

@@ -20,7 +20,7 @@ from tests.conftest import flags, refused, run_cold_start
 from tests.test_rules import HEALTHY
 from train_cc import dmdr_refl
 from train_cc.io.figures import METRICS
-from train_cc.io.write import commit
+from train_cc.io.products import commit
 from train_cc.run.pictures import save_grid
 
 
@@ -32,7 +32,7 @@ def run(teacher, tmp_path_factory, reward_folder):
 
 def made(tmp_path, *runs):
     target = tmp_path / "report.html"
-    report.main([*map(str, runs), "--output", str(target)])
+    report.main([*map(str, runs), "--output", str(target), "--overwrite"])
     return target.read_text()
 
 

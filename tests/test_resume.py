@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import flags, logged, random_sit, refused, run_cold_start
 from train_cc import cold_start, dmdr_refl
-from train_cc.io.write import record, write_record
+from train_cc.io.products import record, write_record
 from train_cc.run import checkpoint as checkpoints
 from train_cc.run.folder import exported_step
 
@@ -432,7 +432,7 @@ def test_auto_resume_deletes_no_folder_that_is_not_a_killed_run(teacher, tmp_pat
 
 
 def test_two_runs_do_not_write_one_folder(teacher, tmp_path, capsys):
-    from train_cc.io.write import locked
+    from train_cc.io.products import locked
 
     run = run_cold_start(teacher, tmp_path / "run")
     arguments = flags(teacher, run, "--auto-resume", "--max-train-steps", 4)

@@ -252,7 +252,7 @@ NOTE = "does not record for how many steps it was distilled"
 
 def test_one_step_of_what_was_not_distilled_is_noted(teacher, tmp_path, capfd):
     save_generator(random_sit(), tmp_path / "distilled", 1, 1.0)
-    grid = ("--classes", 1, "--per-class", 1, "--grid", tmp_path / "g.png")
+    grid = ("--classes", 1, "--per-class", 1, "--grid", tmp_path / "g.png", "--overwrite")
     for number, (call, source, more, notes) in enumerate([
         (generate.main, teacher, (), 1),
         (generate.main, teacher, ("--num-steps", 1), 0),

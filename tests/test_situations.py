@@ -28,8 +28,8 @@ from evaluation import statistics as gather
 from evaluation.standins import write_vae
 from tests.conftest import HOOK, PLANS, ldm_names, random_sit
 from train_cc.io.class_names import KNOWN
+from train_cc.io.products import record, write_record
 from train_cc.io.weights import WEIGHTS_NAME
-from train_cc.io.write import record, write_record
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.generator import save_generator
 
@@ -236,7 +236,7 @@ PATHS = [
         "a pipe in place of a file",
         a_pipe,
         "evaluation.sample --generator teacher --classes 1 --grid pipe",
-        ("--grid pipe exists and is not a file of this project",),
+        ("--grid pipe is a device or a pipe; a file is expected",),
     ),
     Situation(
         "an adapter over the current folder",

@@ -69,7 +69,7 @@ def test_before_the_time_limit_it_saves_and_is_queued_again(job):
 def test_sigterm_to_the_whole_job_is_one_request_and_no_new_job(job):
     """The launcher's processes are told by Slurm, and by the job's script."""
     code, noted = job("one_node.sbatch", "trains", send=[signal.SIGTERM, signal.SIGTERM], to_all=True)
-    assert code == 0 and noted[-1] == "saved" and noted.count("saved") == 1
+    assert code == 0 and noted.count("saved") == 1  # a late signal may be noted after it
     assert not any("requeue" in line for line in noted)
 
 

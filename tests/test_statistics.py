@@ -22,12 +22,11 @@ from evaluation.moments import merged, shard_moments
 from evaluation.statistics import main
 from tests.conftest import refused
 from train_cc.io.errors import InputError
-from train_cc.io.write import is_ours
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.features import load_space
 from train_cc.pretrain import data
 from train_cc.pretrain.data import load_dataset
-from train_cc.rewards.statistics import read_statistics
+from train_cc.rewards.statistics import read_statistics, require_space
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,9 +79,9 @@ def test_the_file_holds_what_numpy_says(npz, space, tmp_path):
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6 * np.abs(value).max(), err_msg=name)
     about = json.loads(str(found["space"]))
     assert about["images"] == 60 and about["source"]["images"] == str(npz)
-    read = read_statistics(tmp_path / "s.npz", load_space(space).describe())
+    read = read_statistics(tmp_path / "s.npz")
+    require_space(read.space, load_space(space).describe(), tmp_path)
     assert np.array_equal(read.sigma.numpy(), found["sigma"]) and read.num_classes == 10 and read.size == f.shape[1]
-    assert is_ours(tmp_path / "s.npz")
     assert not (tmp_path / "s.npz.shards").exists()
 
 
@@ -370,8 +369,7 @@ def test_commands_that_cannot_work_are_refused_before_anything_is_written(npz, s
     assert "--batch-size is 0" in told(npz, space, output, "--batch-size", 0)
     assert "--shard-size is 0" in told(npz, space, output, "--shard-size", 0)
     assert "--image-size is for folders" in told(npz, space, output, "--image-size", 32)
-    assert "not a file of this project" in told(npz, space, tmp_path / "mine.npz", "--overwrite")
-    assert "that holds statistics" in told(npz, space, tmp_path / "digits.npz", "--overwrite")
+    assert "replace it with --overwrite" in told(npz, space, tmp_path / "mine.npz")
     assert sorted(tmp_path.iterdir()) == before
     assert "has no arr_0" in with_arrays(images=pixels)
     assert "arr_0 float64" in with_arrays(arr_0=pixels.astype(float))
@@ -459,14 +457,13 @@ def test_a_data_set_is_taken_whole(good):
 
 
 def test_another_space_is_refused_by_both_hashes(good, tmp_path):
-    np.savez(tmp_path / "s.npz", **good)
     own = json.loads(str(good["space"]))
     about = {name: own[name] for name in ("name", "sha256", "preprocessing")}
-    read_statistics(tmp_path / "s.npz", about | {"name": "classifier:elsewhere"})
+    require_space(own, about | {"name": "classifier:elsewhere"}, tmp_path)
     with pytest.raises(InputError, match=f"{own['sha256']}.*{'f' * 64}"):
-        read_statistics(tmp_path / "s.npz", about | {"sha256": "f" * 64})
+        require_space(own, about | {"sha256": "f" * 64}, tmp_path)
     with pytest.raises(InputError, match="preprocessing"):
-        read_statistics(tmp_path / "s.npz", about | {"preprocessing": about["preprocessing"] | {"image_size": 64}})
+        require_space(own, about | {"preprocessing": about["preprocessing"] | {"image_size": 64}}, tmp_path)
     with pytest.raises(InputError, match=r"no\.npz does not exist"):
         read_statistics(tmp_path / "no.npz")
 

@@ -26,8 +26,8 @@ from train_cc import cold_start, dmdr_refl
 from train_cc.distillation import loop
 from train_cc.distillation.state import restore
 from train_cc.io.errors import InputError, message_of
+from train_cc.io.products import check_output_dir, check_parent, record, write_atomically, write_record
 from train_cc.io.read import sha256
-from train_cc.io.write import check_output_dir, check_parent, record, write_atomically, write_record
 from train_cc.models.generator import GenerationConfig
 from train_cc.run import checkpoint as checkpoints
 from train_cc.run import states
@@ -630,7 +630,7 @@ def test_a_moved_run_continues(teacher, run, tmp_path):
 
 
 def test_the_search_happens_behind_the_lock(teacher, run, capsys, monkeypatch):
-    from train_cc.io.write import locked
+    from train_cc.io.products import locked
     from train_cc.setup import start
 
     def searched(*args):

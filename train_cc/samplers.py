@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -50,34 +49,21 @@ def guide(
     if scale <= 1:
         return model
 
-    return Guided(model, null_class, scale, interval, channels)
+    def guided(x: Tensor, t: Tensor, y: Tensor, t_cpu: Tensor | None = None) -> Tensor:
+        rows = guided_rows(t if t_cpu is None else t_cpu, scale, interval).to(x.device, non_blocking=True)
+        v, v_null = model(*with_null_rows(x, t, y, rows, null_class)).split([len(x), len(rows)])
+        w = apply_guidance(v, v_null, rows, scale)
+        return w if channels is None else torch.cat([w[:, :channels], v[:, channels:]], 1)
 
-
-@dataclass(frozen=True)
-class Guided:
-    """A model under classifier-free guidance, see `guide`: again a model (x, t, y) -> v."""
-
-    model: VelocityModel
-    null_class: int
-    scale: float
-    interval: tuple[float, float]
-    channels: int | None = None
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, t_cpu: Tensor | None = None) -> Tensor:
-        """``t_cpu``: the same times on the CPU, if known; without them the host waits for those on the device."""
-        rows = guided_rows(t if t_cpu is None else t_cpu, self.scale, self.interval).to(x.device, non_blocking=True)
-        v = self.model(*with_null_rows(x, t, y, rows, self.null_class))
-        v, v_null = v.split([len(x), len(rows)])
-        guided = apply_guidance(v, v_null, rows, self.scale)
-        return guided if self.channels is None else torch.cat([guided[:, : self.channels], v[:, self.channels :]], 1)
+    guided.takes_times_on_cpu = True  # without them the host waits for those on the device
+    return guided
 
 
 def velocity_at(model: VelocityModel, x: Tensor, time: float, y: Tensor) -> Tensor:
     """v of the whole batch at one time, which is known without asking the device."""
     t = x.new_full((len(x),), time)
-    if isinstance(model, Guided):
-        return model(x, t, y, torch.full((len(x),), time, dtype=x.dtype))
-    return model(x, t, y)
+    on_cpu = [torch.full((len(x),), time, dtype=x.dtype)] if hasattr(model, "takes_times_on_cpu") else []
+    return model(x, t, y, *on_cpu)
 
 
 def few_step_sample(

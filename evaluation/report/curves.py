@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from evaluation.report.charts import Chart, words_of
 from evaluation.report.runs import RunLog
-from train_cc.io.write import mark_of
 
 STYLES = ("-", "--", ":", "-.")  # of the columns of one panel
 POINTS = 400  # of a curve: more rows are averaged
@@ -95,7 +94,7 @@ def draw_together(chart: Chart, runs: list[RunLog]) -> str:
 def svg_of(figure: Figure) -> str:
     figure.tight_layout()
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": mark_of("a curve")})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]

@@ -23,8 +23,8 @@ from evaluation.report.verdict import Verdict, verdict
 from train_cc.io import flags
 from train_cc.io.errors import exits_on_input_error
 from train_cc.io.figures import columns_of, with_arrow
+from train_cc.io.products import check_output_file, check_parent, write_atomically
 from train_cc.io.read import printable, require_folder
-from train_cc.io.write import check_output_file, check_parent, mark_of, write_atomically
 
 
 def pictures_beside(runs: list[RunLog]) -> list:
@@ -67,7 +67,6 @@ def page(
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     groups = [(group, list(each)) for group, each in groupby(charts.items(), lambda item: item[0].group)]
     return templates.get_template("page.html.j2").render(
-        mark=mark_of("a report"),
         names=[run.name for run in runs],
         colours=[colour_of(number) for number in range(len(runs))],
         verdict=said,
@@ -91,15 +90,18 @@ def lines_of(said: Verdict) -> Iterator[str]:
         yield from (f"  {run.name}: {sentence}" for sentence in run.sentences)
 
 
-def check_outputs(target: Path, curves: Path | None) -> None:
-    """The page and every curve can be written, and replace only what this command wrote. Raises `InputError`."""
-    check_output_file(target, kind="a report")
+def check_outputs(target: Path, curves: Path | None, own: bool, overwrite: bool) -> None:
+    """The page and every curve can be written, and replace files only if ``overwrite``. Raises `InputError`.
+
+    ``own``: the page has its own name in a run's folder, and is always replaced.
+    """
+    check_output_file(target, own or overwrite)
     if curves is None:
         return
     apart((("--output", target), ("--curves", curves)))
     check_parent(curves / "x.svg")
     for chart in CHARTS:
-        check_output_file(curve_path(curves, chart), flag="--curves:", kind="a curve")
+        check_output_file(curve_path(curves, chart), overwrite, "--curves:")
 
 
 @exits_on_input_error
@@ -108,11 +110,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", type=flags.path, nargs="+", metavar="RUN", help="a run's --output-dir")
     parser.add_argument("--output", type=flags.output_file, help="default: report.html in the first run's folder")
     parser.add_argument("--curves", type=flags.path, metavar="FOLDER", help="also write every chart there, as SVG")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     args = parser.parse_args(argv)
     for folder in args.runs:
         require_folder(folder, "a run's --output-dir")
     target = args.output or args.runs[0] / "report.html"
-    check_outputs(target, args.curves)
+    check_outputs(target, args.curves, args.output is None, args.overwrite)
     runs = [read_run(folder) for folder in args.runs]
     name_apart(runs)
     tables, problems = find_tables(runs)

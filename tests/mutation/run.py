@@ -122,8 +122,7 @@ MODULES = {
     ],
     "train_cc/run/session.py": ["test_distill", "test_processes"],
     "train_cc/pretrain/teacher.py": ["test_teacher", "test_pretrain"],
-    "evaluation/metrics.py": ["test_metrics", "test_distances"],
-    "evaluation/distances.py": ["test_distances"],
+    "evaluation/metrics.py": ["test_metrics"],
     "convert_weight/pipeline.py": [
         "test_sampling",
         "test_sharing",

@@ -10,9 +10,9 @@ from train_cc.distillation.parts import AVERAGE
 from train_cc.distillation.run import Run, trainable
 from train_cc.io.errors import InputError, message_of
 from train_cc.io.hub import model_folder
+from train_cc.io.products import flush, need_space, plain_mode
 from train_cc.io.read import sha256
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
-from train_cc.io.write import flush, need_space, plain_mode
 from train_cc.models.generator import assemble_generator, generator_lora_rank, save_generator
 from train_cc.models.sit import SiT
 from train_cc.run import checkpoint as checkpoints

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from train_cc.io.errors import InputError
+from train_cc.io.products import record_of
 from train_cc.io.read import parsing, printable, require_file
-from train_cc.io.write import record_of
 
 KNOWN = {
     "digits": [str(digit) for digit in range(10)],

@@ -13,7 +13,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from train_cc.io.errors import InputError
-from train_cc.io.write import check_parent, need_space
+from train_cc.io.products import check_parent, need_space
 
 LOCAL = "give a local file by --input"
 

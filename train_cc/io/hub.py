@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train_cc.io.errors import OF_THE_DISK, InputError
+from train_cc.io.products import RECORD
 from train_cc.io.read import first_line
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
-from train_cc.io.write import RECORD
 
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")  # org/name or org/name@revision
 # What begins a path of ours, or the name of a size: never an organisation.

@@ -49,5 +49,6 @@ def share_cores(processes: int = 1) -> None:
             os.environ[name] = _ours[name] = value
 
 
-if __name__ == "__main__":
-    print(usable_cores())
+def without_ours() -> dict[str, str]:
+    """The environment without what `share_cores` has set: a command that gets it settles its own threads."""
+    return {name: value for name, value in os.environ.items() if _ours.get(name) != value}

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from train_cc.io.errors import InputError
 from train_cc.io.hub import hub_file
+from train_cc.io.products import plain_mode
 from train_cc.io.read import (
     Number,
     check_numbers,
@@ -22,7 +23,6 @@ from train_cc.io.read import (
     require_keys,
 )
 from train_cc.io.weights import load_weights, require_finite, require_tensors
-from train_cc.io.write import copy_mode
 
 TIMM_WEIGHTS = "model.safetensors"  # as timm's repositories name theirs
 CLASSIFIER_FOLDER = "a folder of train_cc/pretrain/classifier.py"
@@ -138,7 +138,7 @@ class ImageClassifier(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.network.state_dict(), folder / TIMM_WEIGHTS)
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-        copy_mode(folder / "config.json", folder / TIMM_WEIGHTS)
+        plain_mode(folder / TIMM_WEIGHTS)
 
     @classmethod
     def untrained(cls, name: str) -> "ImageClassifier":

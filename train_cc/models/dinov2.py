@@ -39,8 +39,8 @@ def official_file(source: str | Path, download_it: bool = True) -> Path | None:
 def load_official(source: str | Path) -> tuple[dict[str, Tensor], Path]:
     """A state dict from a file or URL, never running code from it. -> it, and the file. Raises `InputError`."""
     file = official_file(source)
-    told = f"; delete it, and the same command downloads {source} again" if is_url(source) else ""
-    expected = f"a bare state dict, as DINOv2's official files are{told}"
+    hint = f"; delete it, and the same command downloads {source} again" if is_url(source) else ""
+    expected = f"a bare state dict, as DINOv2's official files are{hint}"
     return require_tensors(read_torch(file, expected), file, expected), file
 
 

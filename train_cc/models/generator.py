@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from train_cc.io.errors import InputError
+from train_cc.io.products import write_atomically
 from train_cc.io.read import Number, check_numbers, read_json, shown
 from train_cc.io.weights import GENERATION_CONFIG, fit, load_weights, require_finite
-from train_cc.io.write import write_atomically
 from train_cc.models.sit import SiT, check_sit_config
 
 SAMPLING = {"num_inference_steps": Number(int, 1, 1000), "timestep_shift": Number(float, 1e-3, 1e3)}
@@ -63,9 +63,9 @@ class GenerationConfig:
 
     num_inference_steps: int | None = None  # K that a generator was trained for; None: it is no generator
     timestep_shift: float | None = None
-    rewards_sha256: list[str] = field(default_factory=list)  # of the networks that rewarded it
-    latent_space_sha256: str | None = None  # of the latents that it was trained on, see `LatentSpace`
     provenance: Mapping[str, object] = field(default_factory=dict)  # run, step, weights, teacher: for people to read
+    rewards_sha256: Sequence[str] = ()  # of the networks that rewarded it
+    latent_space_sha256: str | None = None  # of the latents that it was trained on, see `LatentSpace`
 
     @property
     def sampling(self) -> tuple[int, float] | None:
@@ -82,39 +82,34 @@ class GenerationConfig:
         check_numbers(content, SAMPLING, path)
         if (missing := sorted(SAMPLING.keys() - content.keys())) and content.keys() != {"latent_space_sha256"}:
             raise InputError(f"{path} lacks {missing}")
-        rewards, latents = content.pop("rewards_sha256", []), content.pop("latent_space_sha256", None)
-        if not isinstance(rewards, list) or not all(map(is_sha256, rewards)):
+        rewards, latents = content.get("rewards_sha256", []), content.get("latent_space_sha256")
+        if not isinstance(rewards, list) or not all(isinstance(each, str) and len(each) == 64 for each in rewards):
             raise InputError(f"{path}: rewards_sha256 is {shown(rewards)}; a list of SHA-256 is expected")
-        if latents is not None and not is_sha256(latents):
+        if latents is not None and not (isinstance(latents, str) and len(latents) == 64):
             raise InputError(f"{path}: latent_space_sha256 is {shown(latents)}; a SHA-256 is expected")
-        return cls(*(content.pop(name, None) for name in SAMPLING), rewards, latents, content)
+        return cls.of(content)
+
+    @classmethod
+    def of(cls, content: Mapping) -> "GenerationConfig":
+        """Its fields from the file's ``content``; other names are provenance."""
+        names = (*SAMPLING, "rewards_sha256", "latent_space_sha256")
+        own = {name: content[name] for name in names if name in content}
+        return cls(provenance={name: value for name, value in content.items() if name not in own}, **own)
 
     def write(self, folder: str | Path) -> None:
         """Write the file into a model folder."""
         content: dict[str, object] = {"latent_space_sha256": self.latent_space_sha256}
         if self.sampling is not None:
             sampling = {name: getattr(self, name) for name in SAMPLING}
-            content = {**sampling, **self.provenance, "rewards_sha256": self.rewards_sha256, **content}
+            content = {**sampling, **self.provenance, "rewards_sha256": list(self.rewards_sha256), **content}
         write_atomically(Path(folder) / GENERATION_CONFIG, json.dumps(content, indent=2) + "\n")
 
 
-def is_sha256(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64
-
-
-def save_generator(
-    generator: SiT,
-    folder: str | Path,
-    num_steps: int,
-    shift: float,
-    rewards_sha256: Sequence[str] = (),
-    latent_space_sha256: str | None = None,
-    **provenance: object,
-) -> None:
-    """Write a generator folder: architecture, weights, and its `GenerationConfig`.
+def save_generator(generator: SiT, folder: str | Path, num_steps: int, shift: float, **more: object) -> None:
+    """Write a generator folder: architecture, weights, and its `GenerationConfig`, with the fields ``more``.
 
     Raises `InputError` for weights that are not finite.
     """
     require_finite(generator.state_dict(), f"what was to be written to {folder}")
     generator.save_pretrained(folder)
-    GenerationConfig(num_steps, shift, list(rewards_sha256), latent_space_sha256, provenance).write(folder)
+    GenerationConfig.of({"num_inference_steps": num_steps, "timestep_shift": shift, **more}).write(folder)

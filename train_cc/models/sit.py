@@ -11,9 +11,9 @@ from torch import nn
 from train_cc.io.errors import InputError
 from train_cc.io.fields import check, setting
 from train_cc.io.hub import model_folder
+from train_cc.io.products import plain_mode
 from train_cc.io.read import kind_of, read_json, read_safetensors, safetensors_shapes
 from train_cc.io.weights import WEIGHTS_NAME, block_count, fit_shapes, load_weights
-from train_cc.io.write import copy_mode
 from train_cc.models import network
 
 # name -> the arguments of `SiT` that it stands for; inputs are 4 x 32 x 32 latents, 1000 classes, by default.
@@ -56,15 +56,15 @@ def check_sit_config(config: Mapping, source: Path | str) -> dict:
 
 
 def sit_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Of every tensor of `SiT(**config)`; nothing is allocated."""
+    """The shape of every tensor of `SiT(**config)`; nothing is allocated."""
     with torch.device("meta"):
         return {name: tuple(value.shape) for name, value in SiT(**config).state_dict().items()}
 
 
 def read_sit_config(folder: Path) -> dict:
-    """Of a model folder, a path or a name on the hub. Raises `InputError`.
+    """The config of a model folder, a path or a name on the hub. Raises `InputError`.
 
-    Its weights, where there are any yet, have the shapes that it names. Shapes are read off the header, before anything
+    Its weights, if there are any yet, have the shapes that it names. Shapes are read off the header, before anything
     is allocated.
     """
     if folder.is_file() and folder.parent.name == "torch_units":
@@ -96,7 +96,7 @@ class SiT(network.SiT):
         """`config.json` and one safetensors file, with the same mode."""
         super().save_pretrained(folder, **options | {"max_shard_size": "1000TB", "safe_serialization": True})
         if (Path(folder) / WEIGHTS_NAME).exists():
-            copy_mode(Path(folder) / "config.json", Path(folder) / WEIGHTS_NAME)
+            plain_mode(Path(folder) / WEIGHTS_NAME)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **options) -> "SiT":
@@ -107,8 +107,8 @@ class SiT(network.SiT):
         Raises `InputError` where the folder or a file is missing, truncated, or holds other keys, shapes or kinds.
         """
         folder = Path(folder)
-        if given := sorted(name for name in DIFFUSERS_OPTIONS & options.keys() if options[name] is not None):
-            raise InputError(f"a SiT is not loaded with {', '.join(given)}: move it or cast it afterwards")
+        if names := sorted(name for name in DIFFUSERS_OPTIONS & options.keys() if options[name] is not None):
+            raise InputError(f"a SiT is not loaded with {', '.join(names)}: move it or cast it afterwards")
         config = read_sit_config(folder)
         weights = model_folder(folder) / WEIGHTS_NAME
         state = read_safetensors(weights, EXPECTED)

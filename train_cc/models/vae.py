@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from train_cc.io.errors import InputError
 from train_cc.io.hub import cached_hub_file, hub_file, models_inside
+from train_cc.io.products import write_atomically
 from train_cc.io.read import (
     Number,
     check_numbers,
@@ -32,7 +33,6 @@ from train_cc.io.read import (
     shown,
 )
 from train_cc.io.weights import load_weights, require_tensors
-from train_cc.io.write import write_atomically
 
 # A hub name stands for one state of its files.
 PINNED_REVISIONS = {"stabilityai/sd-vae-ft-ema": "f04b2c4b98319346dad8c65879f680b1997b204a"}
@@ -169,8 +169,8 @@ def check_vae_config(config: Mapping, source: Path | str) -> dict:
 def check_channel_statistics(config: Mapping, names: list[str], source: Path | str) -> None:
     """Both of `CHANNEL_STATISTICS` are among ``names``, each a number per channel. Raises `InputError`."""
     if len(names) == 1:
-        told = f"{' and '.join(CHANNEL_STATISTICS)} are expected, or neither"
-        raise InputError(f"{source}: {names[0]} is there alone; {told}")
+        expected = " and ".join(CHANNEL_STATISTICS)
+        raise InputError(f"{source}: {names[0]} is there alone; {expected} are expected, or neither")
     channels = config.get("latent_channels", 4)
     for name, number in CHANNEL_STATISTICS.items():
         values = config[name]
@@ -262,8 +262,8 @@ def load_vae(vae: str) -> nn.Module:
     read = read_safetensors if weights.suffix == ".safetensors" else read_torch
     state = require_tensors(read(weights, AUTOENCODER), weights, f"the weights of {AUTOENCODER}")
     if (kind := layout(state)).startswith("LDM"):
-        told = conversion(weights, str(weights.parent))
-        raise InputError(f"{weights} has {kind}; {AUTOENCODER} folder is expected{told}")
+        command = conversion(weights, str(weights.parent))
+        raise InputError(f"{weights} has {kind}; {AUTOENCODER} folder is expected{command}")
     load_weights(model, {of_today(name): value for name, value in state.items()}, weights)
     model.files = [weights]
     return model.eval()

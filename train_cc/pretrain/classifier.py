@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.flags import Parser, integer, number
+from train_cc.io.products import product, record
 from train_cc.pretrain.data import NUM_CLASSES, add_data_arguments, add_training_arguments, load_dataset
 
 if TYPE_CHECKING:
@@ -101,18 +102,20 @@ def main(argv: list[str] | None = None) -> None:
     import torch  # what is wrong with the command line has been said
 
     from train_cc.models.classifier import accuracy
-    from train_cc.pretrain.resumable import output_folder, run_training
+    from train_cc.pretrain.resumable import train
     from train_cc.run import devices
 
     device = devices.device()
-    with output_folder("pretrain.classifier", args) as something_is_left:
-        if not something_is_left:
+    content = record("pretrain.classifier", vars(args))
+    with product(args.output_dir, content, args.overwrite, keep=True) as place:
+        if place is None:
             return
         began = time.monotonic()
         model = build(args, images).to(device)
         training = classifier_training(model, images, labels, args)
-        if not run_training(training, "pretrain.classifier", args, model.save_pretrained):
+        if not train(training, place.parts, args, "pretrain.classifier"):
             return
+        model.save_pretrained(place.new)
         model.eval()
         held_out = args.dataset != "digits"
         if held_out:

@@ -5,10 +5,8 @@
 
 import gzip
 import hashlib
-import io
 import json
 import math
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +15,8 @@ import numpy as np
 from train_cc.io.class_names import KNOWN
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.flags import COUNT, LEARNING_RATE, SEED, Parser, integer, output_file, path
+from train_cc.io.products import need_space, product, record
 from train_cc.io.read import parsing, require_folder
-from train_cc.io.write import check_output_file, mark_of, need_space, record, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,29 +159,37 @@ def main(argv: list[str] | None = None) -> None:
         required=True,
         help="the .npz: arr_0 images (N, H, W, C), arr_1 labels, provenance",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     parser.add_argument("--split", choices=SPLITS, default="train", help="test: the 10 000 that nothing is trained on")
     parser.add_argument("--num-images", type=COUNT, help="the first of them alone; without it all")
     parser.add_argument(
         "--vae", default="none", help="folder of a VAE that encodes and decodes each image; none: as it is"
     )
     args = parser.parse_args(argv)
-    check_output_file(args.output, kind="real images")
-    images, labels = load_dataset(args.dataset, args.data_dir, args.split)
-    images, labels = images[: args.num_images], labels[: args.num_images]
-    if args.num_images is not None and len(images) < args.num_images:
-        raise InputError(f"--num-images is {args.num_images}; {args.dataset}, {args.split} has {len(images)}")
-    if args.vae != "none":
-        images = through_vae(args.vae, images)
-    content = io.BytesIO()
-    provenance = np.array(json.dumps(record("pretrain.data", vars(args))))
-    np.savez(content, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy(), provenance=provenance)
-    with zipfile.ZipFile(content, "a") as archive:
-        # numpy's text has four bytes a letter: there the mark would not be found
-        archive.comment = mark_of("real images").encode()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    need_space(args.output.parent, content.tell())
-    write_atomically(args.output, content.getvalue())
+    content = record("pretrain.data", vars(args))
+    with product(args.output, content, args.overwrite, "--output", file=True, read=provenance_of) as place:
+        if place is None:
+            return
+        images, labels = load_dataset(args.dataset, args.data_dir, args.split)
+        images, labels = images[: args.num_images], labels[: args.num_images]
+        if args.num_images is not None and len(images) < args.num_images:
+            raise InputError(f"--num-images is {args.num_images}; {args.dataset}, {args.split} has {len(images)}")
+        if args.vae != "none":
+            images = through_vae(args.vae, images)
+        need_space(place.parts, images.nbytes)
+        pixels, provenance = images.permute(0, 2, 3, 1).numpy(), np.array(json.dumps(content))
+        with place.new.open("wb") as file:
+            np.savez(file, arr_0=pixels, arr_1=labels.numpy(), provenance=provenance)
     print(f"{len(images)} images of {args.dataset}, {args.split} -> {args.output}")
+
+
+def provenance_of(file: Path) -> dict:
+    """The record in a reference; {} for any other file."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return json.loads(str(arrays["provenance"]))
+    except Exception:  # whatever numpy raises: the file is not one of these
+        return {}
 
 
 if __name__ == "__main__":

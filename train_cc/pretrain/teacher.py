@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.flags import COUNT_OR_0, DECAY, Parser, integer, number
-from train_cc.io.write import record, record_of, write_record
+from train_cc.io.products import product, record
 from train_cc.pretrain.data import NUM_CLASSES, add_data_arguments, add_training_arguments, load_dataset
 
 if TYPE_CHECKING:
@@ -86,10 +86,12 @@ def held_out_loss(model: "SiT", x: "Tensor", labels: "Tensor", seed: int) -> flo
         return flow_matching_loss(model, x.to(device), labels.to(device), draws, torch.float32).item()
 
 
-def training_data(args: argparse.Namespace, split: str, number: int | None = None) -> "tuple[Tensor, Tensor]":
+def training_data(
+    args: argparse.Namespace, split: str, number: int | None = None, parts: "Path | None" = None
+) -> "tuple[Tensor, Tensor]":
     """-> pixels in [-1, 1], or with --vae the scaled latents (N, C, H, W), of the first ``number`` images; labels (N,).
 
-    Latents of all training images are computed once, and kept beside the checkpoint until the teacher is finished.
+    Latents are computed once if they can be kept in folder ``parts``, beside the checkpoint.
     """
     from train_cc.models.vae import cached_latents, encode_images, load_vae
 
@@ -102,11 +104,7 @@ def training_data(args: argparse.Namespace, split: str, number: int | None = Non
             f"--vae is {args.vae}, but --dataset {args.dataset} has {images.shape[1]} channel; three are needed"
         )
     vae = load_vae(args.vae)
-    if number is not None:
-        return encode_images(vae, images), labels
-    if not record_of(args.output_dir):  # first of all files: a folder of ours stays ours whenever this is killed
-        write_record(args.output_dir, record("pretrain.teacher", vars(args)))
-    return cached_latents(args.output_dir / LATENTS, vae, images, anew=args.overwrite), labels
+    return (encode_images(vae, images) if parts is None else cached_latents(parts / LATENTS, vae, images)), labels
 
 
 def save(teacher: "SiT", args: argparse.Namespace, folder: "Path") -> None:
@@ -167,12 +165,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from train_cc.draws import rng_of
     from train_cc.models.sit import SiT
-    from train_cc.pretrain.resumable import TEACHER, output_folder, run_training
+    from train_cc.pretrain.resumable import TEACHER, train
     from train_cc.run import devices
 
     device = devices.device()
-    with output_folder("pretrain.teacher", args) as something_is_left:
-        if not something_is_left:
+    content = record("pretrain.teacher", vars(args))
+    with product(args.output_dir, content, args.overwrite, keep=True) as place:
+        if place is None:
             return
         torch.manual_seed(rng_of(args.seed, TEACHER).initial_seed())
         model = SiT(
@@ -186,11 +185,11 @@ def main(argv: list[str] | None = None) -> None:
         )
         began = time.monotonic()
         model.to(device)
-        training = teacher_training(model, *training_data(args, "train"), args)
+        training = teacher_training(model, *training_data(args, "train", parts=place.parts), args)
         teacher = training.average.module
-        if not run_training(training, "pretrain.teacher", args, lambda folder: save(teacher, args, folder)):
+        if not train(training, place.parts, args, "pretrain.teacher"):
             return
-        (args.output_dir / LATENTS).unlink(missing_ok=True)
+        save(teacher, args, place.new)
         told = f"loss {held_out_loss(teacher, x, labels, args.seed):.4f} on {HELD_OUT} {held_out} images"
         print(f"teacher of {args.dataset}: {told}, {time.monotonic() - began:.0f} s -> {args.output_dir}")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.flags import DECAY, Parser, integer, number, path
+from train_cc.io.products import product, record
 from train_cc.io.read import require_folder
 from train_cc.pretrain.data import DATASETS, add_data_arguments, add_training_arguments, load_dataset
 
@@ -172,12 +173,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from train_cc.draws import rng_of
     from train_cc.models.vae import load_vae, new_vae
-    from train_cc.pretrain.resumable import VAE, output_folder, run_training
+    from train_cc.pretrain.resumable import VAE, train
     from train_cc.run import devices
 
     device = devices.device()
-    with output_folder("pretrain.vae", args) as something_is_left:
-        if not something_is_left:
+    content = record("pretrain.vae", vars(args))
+    with product(args.output_dir, content, args.overwrite, keep=True) as place:
+        if place is None:
             return
         torch.manual_seed(rng_of(args.seed, VAE).initial_seed())
         began, fresh = time.monotonic(), args.decoder_of is None
@@ -186,8 +188,9 @@ def main(argv: list[str] | None = None) -> None:
         vae = vae.to(memory_format=torch.channels_last)
         training = vae_training(vae, images, args)
         average = training.average.module
-        if not run_training(training, "pretrain.vae", args, lambda folder: save(average, images, folder, fresh)):
+        if not train(training, place.parts, args, "pretrain.vae"):
             return
+        save(average, images, place.new, fresh)
         held_out, _ = load_dataset(args.dataset, args.data_dir, "test")
         print(
             f"VAE of {args.dataset}: PSNR {psnr(average, held_out[:JUDGED_ON]):.2f} dB on test images, scaling factor "

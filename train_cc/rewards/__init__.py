@@ -1,1 +1,1 @@
-"""What pulls the generator beside distribution matching: terms at its own samples x0 (docs/method.md)."""
+"""Rewards: terms beside distribution matching, at the generator's own samples x0 (docs/method.md)."""

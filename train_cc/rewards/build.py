@@ -14,7 +14,7 @@ from train_cc.models.sit import choose_attention
 from train_cc.rewards.frechet import Frechet
 from train_cc.rewards.networks import Networks
 from train_cc.rewards.spec import RewardSpec, named_apart
-from train_cc.rewards.statistics import Statistics, read_statistics
+from train_cc.rewards.statistics import Statistics, read_statistics, require_space
 from train_cc.rewards.terms import Reward, Scorer, Tilt, classifier_losses
 
 SAMPLES_A_CLASS = 10  # fewer in the window, and the class means are noise
@@ -38,11 +38,11 @@ class Fit:
     networks: Networks
 
 
-def fitted(judge: nn.Module, name: str, fit: Fit) -> nn.Module:
+def place_judge(judge: nn.Module, name: str, fit: Fit) -> nn.Module:
     """The classifier ``judge``, frozen, on its device. Raises `InputError` for other classes or channels."""
     if judge.num_classes != fit.num_classes:
-        told = f"{judge.num_classes} classes, the generator {fit.num_classes}"
-        raise InputError(f"the {name} classifier has {told}")
+        classes = f"{judge.num_classes} classes, the generator {fit.num_classes}"
+        raise InputError(f"the {name} classifier has {classes}")
     if judge.in_channels != fit.channels:
         raise InputError(f"the {name} classifier takes {judge.in_channels} channels, the images have {fit.channels}")
     choose_attention(judge, fit.device, fit.dtype)
@@ -57,7 +57,7 @@ def judge_of(spec: RewardSpec, name: str, fit: Fit) -> dict:
     else:
         judge = fit.networks.classifier(spec.source)
         files = {f"reward_{name}": judge.files}
-    judge = fitted(judge, "reward", fit)
+    judge = place_judge(judge, "reward", fit)
     if fit.checkpointing:
         judge.enable_gradient_checkpointing()
     return {"judge": judge, "files": files}
@@ -71,9 +71,9 @@ def classifier_reward(spec: RewardSpec, name: str, fit: Fit) -> Reward:
 def frechet_reward(spec: RewardSpec, name: str, fit: Fit) -> Reward:
     """The space is the one that the statistics name, and must still be it: both hashes are compared."""
     path = Path(spec.source)
-    space_name = str(read_statistics(path).space["name"])
-    space = fit.networks.space(space_name, fit.device, fit.dinov2_backbone, fit.dtype)
-    statistics = read_statistics(path, space.describe())
+    statistics = read_statistics(path)
+    space = fit.networks.space(str(statistics.space["name"]), fit.device, fit.dinov2_backbone, fit.dtype)
+    require_space(statistics.space, space.describe(), path)
     space.require_channels(fit.channels)
     if fit.checkpointing:
         space.enable_gradient_checkpointing()

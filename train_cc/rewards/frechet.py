@@ -60,7 +60,7 @@ def transport_matrix(sigma: Tensor, sigma_real: Tensor) -> Tensor:
 
 
 class Sums(NamedTuple):
-    """Of features f with labels y, float64."""
+    """Sums of features f with labels y, float64."""
 
     n: Tensor  # (K,), samples of a class
     s: Tensor  # (K, D), sum of f over a class
@@ -90,7 +90,7 @@ def moments(sums: Sums, mu_real: Tensor) -> tuple[Tensor, Tensor]:
     return mu, sums.m / sums.n.sum() - (mu * share[:, None]).T @ mu
 
 
-def frechet_distance(
+def distance_by_class(
     mu: Tensor, sigma: Tensor, mu_real: Tensor, sigma_real: Tensor, trace_root: Tensor, share: Tensor
 ) -> Tensor:
     """sum_y share[y] |mu[y] - mu_r[y]|^2 + tr S + tr S_r - 2 tr (R S R)^(1/2). One class: FD as FID has it."""
@@ -132,7 +132,7 @@ class Frechet:
         self.device = torch.device(device)
         self.per_class = statistics.class_mu is not None and not unconditional
         if self.per_class:
-            require_classes(statistics, num_classes)
+            require_class_means(statistics, num_classes)
         mu_real, sigma_real = (
             (statistics.class_mu, statistics.within)
             if self.per_class
@@ -194,12 +194,14 @@ class Frechet:
         if not self.observed:
             raise RuntimeError("the Frechet reward has observed no sample: fill its window first")
         if (~torch.isfinite(self.sums.m / self.sums.n.sum())).any():  # no sample may be left, where all overflowed
-            told = "the features of generated images hold NaN or infinity: the Frechet reward cannot go on"
-            raise InputError(told + (". Take --mixed-precision bf16" if self.half else ""))
+            hint = ". Take --mixed-precision bf16" if self.half else ""
+            raise InputError(
+                f"the features of generated images hold NaN or infinity: the Frechet reward cannot go on{hint}"
+            )
         mu, sigma = moments(self.sums, self.mu_real)
         a, trace_root = transport(sigma, self.root, LARGEST_GAIN)
         share = self.sums.n / self.sums.n.sum()
-        distance = frechet_distance(mu, sigma, self.mu_real, self.sigma_real, trace_root, share)
+        distance = distance_by_class(mu, sigma, self.mu_real, self.sigma_real, trace_root, share)
         self.solved = a, mu, distance
         return distance
 
@@ -277,13 +279,11 @@ class Frechet:
 
     def load_state_dict(self, state: dict[str, Tensor], source: object = "the checkpoint") -> None:
         """Raises `InputError` for another statistics file or mode, and for what `state_dict` cannot have written."""
-        shapes = {name: part.shape for name, part in self._no_sums()._asdict().items()}
-        turns = len(state["norms"]) if "norms" in state and state["norms"].ndim == 2 else 0
-        hint = "the Frechet reward's statistics"
-        fit(shapes | {"norms": (min(turns, SCALE_TURNS), 2), "digest": (len(self.digest),)}, state, source, hint)
+        shapes = {name: part.shape for name, part in self.sums._asdict().items()}
+        turns, hint = min(len(state.get("norms", ())), SCALE_TURNS), "the Frechet reward's statistics"
+        fit(shapes | {"norms": (turns, 2), "digest": (len(self.digest),)}, state, source, hint)
         require_finite(state, source)
-        wrong = [name for name in (*shapes, "norms") if state[name].dtype != torch.float64]
-        if wrong:
+        if wrong := [name for name in (*shapes, "norms") if state[name].dtype != torch.float64]:
             raise InputError(f"{source}: {', '.join(wrong)} of {hint} must be float64")
         if bytes(state["digest"].tolist()) != self.digest:
             raise InputError(
@@ -299,7 +299,7 @@ class Frechet:
         self.squares.zero_()
 
 
-def require_classes(statistics: Statistics, num_classes: int) -> None:
+def require_class_means(statistics: Statistics, num_classes: int) -> None:
     """Every class of the generator has a real mean. Raises `InputError`."""
     hint = "give statistics of the generator's classes, or --frechet-unconditional"
     if statistics.num_classes != num_classes:

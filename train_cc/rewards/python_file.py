@@ -21,7 +21,7 @@ from train_cc.io.errors import InputError
 from train_cc.io.read import first_line
 from train_cc.models.vae import images_to_uint8
 
-EXPECTED = "FILE.py:FUNCTION with FUNCTION(images, labels) -> (B,), larger is better"
+USERS_FUNCTION = "FILE.py:FUNCTION with FUNCTION(images, labels) -> (B,), larger is better"
 
 
 def load_module(source: str) -> tuple[ModuleType, str]:
@@ -29,17 +29,17 @@ def load_module(source: str) -> tuple[ModuleType, str]:
     file, _, name = source.rpartition(":")
     path = Path(file)
     if not name.isidentifier() or not path.is_file():
-        raise InputError(f"the reward {source!r} is not there; {EXPECTED} is expected")
+        raise InputError(f"the reward {source!r} is not there; {USERS_FUNCTION} is expected")
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}_{abs(hash(path.resolve()))}", path)
     if spec is None or spec.loader is None:
-        raise InputError(f"{path} is no Python file; {EXPECTED} is expected")
+        raise InputError(f"{path} is no Python file; {USERS_FUNCTION} is expected")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for themselves there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the user's code, whatever it does
         raise InputError(f"{path} cannot be imported ({first_line(error)})") from error
     if not callable(getattr(module, name, None)):
-        raise InputError(f"{path} has no function {name}; {EXPECTED} is expected")
+        raise InputError(f"{path} has no function {name}; {USERS_FUNCTION} is expected")
     return module, name
 
 
@@ -63,15 +63,15 @@ class PythonReward:
     def rewards(self, images: Tensor, y: Tensor) -> Tensor:
         """images (B, C, H, W) in [0, 1], y (B,) -> rewards (B,), fp32. Raises `InputError`."""
         if self._takes_uint8:
-            found = self._guarded(self._function, images_to_uint8(images).numpy(), y.cpu().numpy())
+            values = self._guarded(self._function, images_to_uint8(images).numpy(), y.cpu().numpy())
         else:
-            found = self._guarded(self._function, images, y)
-        if isinstance(found, np.ndarray | list | tuple):
-            found = self._guarded(lambda: torch.as_tensor(np.asarray(found)))
-        if not isinstance(found, Tensor) or found.shape != (len(images),):
-            told = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-            raise InputError(f"the reward {self.source} returned {told}; ({len(images)},) is expected, one an image")
-        return found.to(images.device).float()
+            values = self._guarded(self._function, images, y)
+        if isinstance(values, np.ndarray | list | tuple):
+            values = self._guarded(lambda: torch.as_tensor(np.asarray(values)))
+        if not isinstance(values, Tensor) or values.shape != (len(images),):
+            kind = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+            raise InputError(f"the reward {self.source} returned {kind}; ({len(images)},) is expected, one per image")
+        return values.to(images.device).float()
 
     def losses(self, images: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return -self.rewards(images, y), {}
@@ -80,12 +80,12 @@ class PythonReward:
         """One batch before anything is written: shape, finiteness, and that the gradient reaches the images."""
         images = images.detach().requires_grad_(with_gradient)
         with torch.set_grad_enabled(with_gradient):
-            found = self.rewards(images, y)
-        if (~torch.isfinite(found)).any():
+            values = self.rewards(images, y)
+        if (~torch.isfinite(values)).any():
             raise InputError(f"the reward {self.source} returned values that are not finite on a first batch")
         if with_gradient:
-            reached = found.requires_grad and torch.autograd.grad(found.sum(), images, allow_unused=True)[0] is not None
-            if not reached:
+            gradients = torch.autograd.grad(values.sum(), images, allow_unused=True) if values.requires_grad else [None]
+            if gradients[0] is None:
                 raise InputError(
                     f"no gradient of the reward {self.source} reaches the images: use it without one, by --tilt"
                 )

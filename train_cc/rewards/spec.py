@@ -30,7 +30,7 @@ class RewardSpec(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As in the columns of the log: the function's own name, or the kind."""
+        """The name in the log's columns: the function's own, or the kind."""
         return self.source.rpartition(":")[2] if self.kind == "python" else self.kind
 
 
@@ -71,7 +71,7 @@ class RewardFlag(argparse.Action):
 
 @dataclass(frozen=True)
 class Rewards:
-    """What rewards, and how it is computed."""
+    """The rewards, and how they are computed."""
 
     encoder_type: str = setting(
         "none",

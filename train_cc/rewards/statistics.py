@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import first_line, read_npz, sha256
+from train_cc.io.read import parsing, read_npz, sha256
 
-EXPECTED = "a statistics file of evaluation/statistics.py"
-SYMMETRY = 1e-8  # largest |S - S^T|, relative to the largest |S|
-NEGATIVE = 1e-8  # most negative eigenvalue, relative to the largest
+STATISTICS_FILE = "a statistics file of evaluation/statistics.py"
+# Of a covariance, against its largest entry or eigenvalue: what rounding in fp32 leaves, with room.
+ASYMMETRY, NEGATIVE = 1e-5, 1e-4
+BEYOND = 1e100  # no feature is that large, and its square would overflow
 CLASS_ARRAYS = ("class_mu", "class_count", "within")
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of N images in D dimensions, float64; the class arrays are None where labels were not known."""
+    """Moments of N images in D dimensions, float64; the class arrays are None if labels were not known."""
 
     mu: Tensor  # (D,)
     sigma: Tensor  # (D, D)
@@ -40,59 +41,42 @@ class Statistics:
     @property
     def classes(self) -> list[str] | None:
         """The names of the class folders, in the order of their numbers; None for a file that does not record them."""
-        return classes_of(self.space, self.num_classes)
+        source = self.space.get("source")
+        names = source.get("classes") if isinstance(source, dict) else None
+        fits = isinstance(names, list) and len(names) == self.num_classes
+        return names if fits and all(isinstance(name, str) for name in names) else None
 
 
-def read_statistics(path: Path, space: dict | None = None) -> Statistics:
-    """``space``: what `FeatureSpace.describe` says of the space in use; None: any. Raises `InputError`."""
-    content = read_npz(path, EXPECTED)
+def read_statistics(path: Path) -> Statistics:
+    """Read a file of evaluation/statistics.py. Raises `InputError`."""
+    content = read_npz(path, STATISTICS_FILE)
     missing = [name for name in ("mu", "sigma", "space") if name not in content]
     missing += [name for name in CLASS_ARRAYS if name not in content and content.keys() & set(CLASS_ARRAYS)]
     if missing:
-        raise InputError(f"{path} lacks {', '.join(missing)}; {EXPECTED} is expected")
-    of_space = read_space(content["space"], path)
-    if space is not None:
-        require_space(of_space, space, path)
-    size = content["mu"].shape[0] if content["mu"].ndim == 1 else 0
-    if not size:
-        raise InputError(f"{path}: mu has shape {content['mu'].shape}; (D,) is expected")
-    classes = len(content["class_mu"]) if content.get("class_mu", np.empty(0)).ndim == 2 else 0
-    shapes = {"mu": (size,), "sigma": (size, size)}
+        raise InputError(f"{path} lacks {', '.join(missing)}; {STATISTICS_FILE} is expected")
+    space = read_space(content["space"], path)
+    mu, sigma = check_statistics(content["mu"], content["sigma"], path)
+    arrays = [mu, sigma, None, None, None]
     if "class_mu" in content:
-        if not classes:
-            raise InputError(f"{path}: class_mu has shape {content['class_mu'].shape}; (K, {size}) is expected")
-        shapes |= {"class_mu": (classes, size), "class_count": (classes,), "within": (size, size)}
-    arrays = {name: array_of(content[name], shape, name, path) for name, shape in shapes.items()}
-    for name in ("sigma", "within"):
-        if name in arrays:
-            require_covariance(arrays[name], name, path)
-    if "class_count" in arrays:
-        count = arrays["class_count"]
+        classes, size = content["class_mu"].shape[:1], len(mu)
+        class_mu = real_array(content["class_mu"], (*classes, size), "class_mu", path)
+        count = real_array(content["class_count"], classes, "class_count", path)
         if (count < 0).any() or (count != count.round()).any() or not count.sum() > 0:
             raise InputError(f"{path}: class_count holds {count.tolist()[:8]}...; whole numbers from 0 are expected")
-    parts = (arrays.get(name) for name in ("mu", "sigma", *CLASS_ARRAYS))
-    return Statistics(*parts, of_space, sha256(path))
+        arrays = [mu, sigma, class_mu, count, covariance(content["within"], size, "within", path)]
+    tensors = (None if array is None else torch.from_numpy(array) for array in arrays)
+    return Statistics(*tensors, space, sha256(path))
 
 
 def read_space(array: np.ndarray, path: Path) -> dict:
     """The JSON text ``space``: at least name, sha256 and preprocessing."""
-    try:
+    with parsing(f"{path}: space", STATISTICS_FILE, "is no JSON text"):
         content = json.loads(str(array))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: space is no JSON text ({first_line(error)}); {EXPECTED} is expected") from error
     needed = ("name", "sha256", "preprocessing")
     missing = [name for name in needed if not (isinstance(content, dict) and name in content)]
     if missing:
-        raise InputError(f"{path}: space lacks {', '.join(missing)}; {EXPECTED} is expected")
+        raise InputError(f"{path}: space lacks {', '.join(missing)}; {STATISTICS_FILE} is expected")
     return content
-
-
-def classes_of(space: dict, num_classes: int | None = None) -> list[str] | None:
-    """The class folders that a statistics file's ``space`` records; ``num_classes``: how many they must be."""
-    source = space.get("source")
-    names = source.get("classes") if isinstance(source, dict) else None
-    fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names if fits and num_classes in (None, len(names)) else None
 
 
 def require_space(of_file: dict, in_use: dict, path: Path) -> None:
@@ -109,25 +93,34 @@ def require_space(of_file: dict, in_use: dict, path: Path) -> None:
         )
 
 
-def array_of(array: np.ndarray, shape: tuple[int, ...], name: str, path: Path) -> Tensor:
-    """``array`` as a float64 tensor: real, of ``shape``, finite."""
+def check_statistics(mu: np.ndarray, sigma: np.ndarray, source: object) -> tuple[np.ndarray, np.ndarray]:
+    """mu (D,) and sigma (D, D) in float64. Raises `InputError` unless they can be those of features."""
+    mu, sigma = np.asarray(mu), np.asarray(sigma)
+    if mu.ndim != 1 or not len(mu):
+        raise InputError(f"{source}: mu has shape {mu.shape}; (D,) is expected")
+    return real_array(mu, mu.shape, "mu", source), covariance(sigma, len(mu), "sigma", source)
+
+
+def real_array(array: np.ndarray, shape: tuple[int, ...], name: str, source: object) -> np.ndarray:
+    """``array`` in float64. Raises `InputError` unless it is real, of ``shape``, and finite."""
     if array.shape != shape:
-        raise InputError(f"{path}: {name} has shape {array.shape}; {shape} is expected")
+        raise InputError(f"{source}: {name} has shape {array.shape}; {shape} is expected")
     if array.dtype.kind not in "fiu":
-        raise InputError(f"{path}: {name} is {array.dtype}; float64 is expected")
-    if not np.isfinite(array).all():
-        raise InputError(f"{path}: {name} holds NaN or infinity; make the file anew by evaluation/statistics.py")
-    return torch.from_numpy(array.astype(np.float64))
+        raise InputError(f"{source}: {name} is {array.dtype}; float64 is expected")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float64)
+    if not (np.abs(array) < BEYOND).all():
+        raise InputError(f"{source}: {name} holds NaN or infinity, or numbers beyond {BEYOND:g}")
+    return array
 
 
-def require_covariance(matrix: Tensor, name: str, path: Path) -> None:
-    """Symmetric, and no eigenvalue below 0 by more than rounding. Raises `InputError`."""
-    largest = matrix.abs().max().item()
-    if (matrix - matrix.T).abs().max().item() > SYMMETRY * largest:
-        raise InputError(f"{path}: {name} is not symmetric; make the file anew by evaluation/statistics.py")
-    values = torch.linalg.eigvalsh(matrix)
-    if values[0] < -NEGATIVE * values[-1].abs():
-        raise InputError(
-            f"{path}: {name} has an eigenvalue {values[0]:.3g} below 0 (the largest is {values[-1]:.3g}), "
-            "so it is no covariance; make the file anew by evaluation/statistics.py"
-        )
+def covariance(array: np.ndarray, size: int, name: str, source: object) -> np.ndarray:
+    """``array`` (D, D) in float64, symmetric to the bit. Raises `InputError` unless it can be a covariance."""
+    sigma = real_array(array, (size, size), name, source)
+    if np.abs(sigma - sigma.T).max() > ASYMMETRY * np.abs(sigma).max():
+        raise InputError(f"{source}: {name} is not symmetric; a covariance is expected")
+    sigma = (sigma + sigma.T) / 2
+    values = np.linalg.eigvalsh(sigma)
+    if values[0] < -NEGATIVE * np.abs(values).max():
+        raise InputError(f"{source}: {name} has an eigenvalue {values[0]:.3g}; a covariance has none below 0")
+    return sigma

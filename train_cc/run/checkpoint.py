@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from train_cc.io.errors import InputError
 from train_cc.io.fields import check, setting
+from train_cc.io.products import flush, plain_mode
 from train_cc.io.read import read_safetensors, read_torch, require_file, sha256, shown
-from train_cc.io.write import flush, plain_mode
 from train_cc.run.folder import CHECKPOINT_STEP, FILE_OF_A_STEP, OF_A_STEP, delete_ours, put_in_place
 from train_cc.settings import Method, Models, Optimisation
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train_cc.io.errors import InputError
+from train_cc.io.products import LEFTOVER, RECORD, UNFINISHED, check_parent, flush, record_of
 from train_cc.io.read import read_json
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
-from train_cc.io.write import LEFTOVER, RECORD, UNFINISHED, check_parent, flush, record_of
 
 STAGES = ("cold_start", "dmdr_refl")
 CHECKPOINT_STEP = r"step-(0|[1-9][0-9]{0,9})"  # as it is written: ASCII digits, no leading zeros

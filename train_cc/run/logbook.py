@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from train_cc.io.write import write_atomically
+from train_cc.io.products import write_atomically
 
 logger = logging.getLogger("train_cc")
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
-from train_cc.io.write import mark_of, write_atomically
+from train_cc.io.products import write_atomically
 
 CELL, GAP = 64, 4  # pixels of an image and between images
 
@@ -46,10 +45,8 @@ def grid(rows: list[np.ndarray]) -> Image.Image:
 
 
 def png_bytes(picture: Image.Image) -> bytes:
-    """The PNG file of a picture, which says that it is ours."""
-    told, buffer = PngInfo(), io.BytesIO()
-    told.add_text("Software", mark_of("a picture"))
-    picture.save(buffer, "PNG", pnginfo=told)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -24,7 +24,7 @@ from train_cc.models.half import MARGIN, overflowing
 from train_cc.models.lora import hold_frozen_in
 from train_cc.models.sit import SiT, choose_attention
 from train_cc.models.vae import require_decoder
-from train_cc.rewards.build import Fit, build_rewards, fitted, judges_sha256
+from train_cc.rewards.build import Fit, build_rewards, judges_sha256, place_judge
 from train_cc.rewards.networks import Networks
 from train_cc.rewards.spec import rewards_of
 from train_cc.rewards.terms import Reward, Scorer
@@ -219,15 +219,15 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     judges = {f"reward_{scorer.name}": scorer.judge for scorer in scorers if scorer.judge is not None}
     files = {"teacher": teacher.files} | {name: paths for each in scorers for name, paths in each.files.items()}
     if args.holdout_classifier:  # rewards nothing, and shows reward hacking
-        judges["holdout"] = fitted(networks.classifier(args.holdout_classifier), "holdout", fit)
+        judges["holdout"] = place_judge(networks.classifier(args.holdout_classifier), "holdout", fit)
         files["holdout_classifier"] = judges["holdout"].files
     sample_shape = teacher.sample_shape
     estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
     # Before the generator is loaded: never two copies in fp32.
     prepare_scores(estimator, args.teacher, session, fit.dtype)
-    recorded = GenerationConfig.read(folder_of_teacher(args))
+    generation = GenerationConfig.read(folder_of_teacher(args))
     session.notes += [note for scorer in scorers for note in scorer.notes]
-    decode = load_decode(args, session, fit, bool(rewards), recorded.latent_space_sha256)
+    decode = load_decode(args, session, fit, bool(rewards), generation.latent_space_sha256)
     files |= {"vae": decode.files} if isinstance(decode, nn.Module) else {}
     require_range(args, estimator, judges, rewards, decode, fit)
     if session.sharded:
@@ -253,7 +253,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         decode=decode,
         model_config=config,
         teacher=args.teacher,
-        latent_space=recorded.latent_space_sha256,
+        latent_space=generation.latent_space_sha256,
         rewards=rewards,
         tilts=tilts,
         reward_micro_batch=args.reward_micro_batch,
@@ -261,7 +261,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         lora_rank_generator=rank,
         arguments=json.loads(json.dumps(vars(args), default=str)),
         # Of a teacher that is a rewarded generator, those too.
-        rewards_sha256={*recorded.rewards_sha256, *judges_sha256(scorers, hashes)},
+        rewards_sha256={*generation.rewards_sha256, *judges_sha256(scorers, hashes)},
         hashes=hashes,
     )
     run.parts = parts_of(run)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from train_cc.io.errors import InputError
 from train_cc.io.fields import flag_of, marked
-from train_cc.io.read import shown
-from train_cc.io.write import (
+from train_cc.io.products import (
     RECORD,
     check_output_dir,
     check_parent,
@@ -21,6 +20,7 @@ from train_cc.io.write import (
     record_of,
     write_record,
 )
+from train_cc.io.read import shown
 from train_cc.run.checkpoint import (
     Checkpoint,
     complete_steps,

@@ -1,4 +1,4 @@
-"""Rows over seeds: means and spreads, the difference from a control, and what lies beyond the published rows."""
+"""Rows over seeds: means and spreads, differences from controls, and rows beyond the published ones."""
 
 import math
 import statistics
@@ -11,22 +11,22 @@ LARGE = 3.0  # standard errors that a difference must have to count
 
 
 def means_of(rows: dict[str, dict]) -> dict[str, dict]:
-    """Rows named "NAME, seed N" -> NAME -> means, standard deviations of a seed where there are several, and seeds."""
-    found = {}
+    """Rows named "NAME, seed N", by NAME: means, the standard deviations of one seed, and the number of seeds."""
+    means = {}
     for name, group in over_seeds(rows).items():
         values = {metric: [row["figures"][metric] for row in group if metric in row["figures"]] for metric in METRICS}
         values = {metric: each for metric, each in values.items() if each}
-        found[name] = {
+        means[name] = {
             "figures": {metric: statistics.mean(each) for metric, each in values.items()},
             "standard_deviations": {m: statistics.stdev(each) for m, each in values.items() if len(each) > 1},
             "seeds": len(group),
             "images": group[0]["images"],
         }
-    return found
+    return means
 
 
 def difference(row: dict, other: dict, metric: str) -> tuple[float, float | None]:
-    """-> row - other, and its standard error: None where a row has one seed."""
+    """``row`` - ``other``, and its standard error; None if a row has one seed."""
     value = row["figures"][metric] - other["figures"][metric]
     spreads = [each["standard_deviations"].get(metric) for each in (row, other)]
     if None in spreads:
@@ -34,26 +34,27 @@ def difference(row: dict, other: dict, metric: str) -> tuple[float, float | None
     return value, math.sqrt(sum(s**2 / each["seeds"] for s, each in zip(spreads, (row, other), strict=True)))
 
 
-def told(row: dict, other: dict, metric: str) -> str:
+def cell(row: dict, other: dict, metric: str) -> str:
     value, error = difference(row, other, metric)
     text = ("+" if value >= 0 else "") + shown(metric, value)
     return text + (f" ({abs(value) / error:.1f} s.e.)" if error else "")
 
 
 def against_controls(means: dict[str, dict], against: dict[str, str]) -> str:
-    """A Markdown table, a line a row that has a control: its difference, and that in standard errors."""
+    """A Markdown table with a line per row that has a control: the difference, also in standard errors."""
     pairs = [(name, control) for name, control in against.items() if name in means and control in means]
     if not pairs:
         return ""
     columns = [metric for metric in COMPARED if all(metric in means[n]["figures"] for pair in pairs for n in pair)]
-    lines = [[name, other, *(told(means[name], means[other], each) for each in columns)] for name, other in pairs]
+    lines = [[name, other, *(cell(means[name], means[other], each) for each in columns)] for name, other in pairs]
     return markdown_table(["", "against", *columns], lines)
 
 
 def beyond(row: dict, other: dict) -> str | None:
-    """How ``row`` dominates ``other``: a lower FID, and of precision and recall one larger, the other not smaller.
+    """The figures by which ``row`` dominates ``other``; None if it does not, or if a figure is missing.
 
-    Larger and lower by `LARGE` standard errors; not smaller: by no more than one. None: it does not, or nobody knows.
+    Dominates: FID is lower, precision or recall larger, both by `LARGE` standard errors, and the third at most one
+    standard error smaller.
     """
     errors, metrics = {}, ("FID", "Recall", "Precision")
     if not all(metric in each["figures"] for metric in metrics for each in (row, other)):
@@ -70,10 +71,10 @@ def beyond(row: dict, other: dict) -> str | None:
 
 
 def domination(means: dict[str, dict], published: list[str]) -> list[str]:
-    """A line a pair: which of our rows dominates which published one."""
+    """A line for each pair of a row that dominates a published one."""
     lines = []
     for name, row in means.items():
         for other in published if name not in published else ():
-            if other in means and (found := beyond(row, means[other])):
-                lines.append(f"{name} dominates {other}: {found}")
+            if other in means and (how := beyond(row, means[other])):
+                lines.append(f"{name} dominates {other}: {how}")
     return lines

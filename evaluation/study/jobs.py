@@ -1,0 +1,193 @@
+"""The jobs of a frontier: every row trained, sampled and evaluated. What the same settings and files made is kept."""
+
+import argparse
+import functools
+import hashlib
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from evaluation import evaluate, generate
+from evaluation.study.rows import JUDGING, SAMPLING, Row, Table
+from scripts.jobs import ROOT, Command, Job, finished
+from scripts.processes import make_plan
+from train_cc.io.errors import InputError
+from train_cc.io.fields import flag_of, marked
+from train_cc.io.products import write_atomically
+from train_cc.io.read import read_json, require_plain, sha256
+from train_cc.settings import Output
+
+LAUNCHERS = {"cold_start": "scripts/cold_start_{}.sh", "dmdr": "scripts/dmdr_{}_refl.sh"}
+# Settings that change nothing of what is made; teacher and samples are compared by their contents alone.
+ASIDE = {*marked("start", Output), "teacher", "holdout_classifier", "generator", "output", "samples", "reference"}
+
+
+class Frontier:
+    """Every product has its place under the output folder; it is made once."""
+
+    def __init__(self, args: argparse.Namespace, table: Table):
+        self.args, self.table, self.folder = args, table, args.output_dir.resolve()
+        self.teacher = Path(os.path.abspath(args.teacher))
+        self.teacher_sha256 = content_sha256(self.teacher)
+        self.launched = {stage: self.launch(stage) for stage in {row.stage for row in table.rows} & LAUNCHERS.keys()}
+
+    def launch(self, stage: str) -> tuple[dict[str, str], str, list[str]]:
+        """The processes that a stage's launcher would start here, their module and its flags: it prints them."""
+        environment = os.environ | {"SHOW_LAUNCH": "yes"}
+        command = ["bash", ROOT / LAUNCHERS[stage].format(self.args.recipe)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        processes, module, *words = done.stdout.split("\0")[:-1]
+        plan = make_plan(os.environ | ({"NUM_PROCESSES": processes} if processes else {}), dry=True)
+        return plan.environment, module, words
+
+    def jobs(self) -> list[Job]:
+        jobs = []
+        for row in self.table.rows:
+            for seed in self.table.seeds:
+                needs = [self.table.row(row.cold_start).named(seed)] if row.cold_start else []
+                log = self.folder / "logs" / f"seed-{seed}" / f"{row.folder}.txt"
+                jobs.append(Job(row.named(seed), self.make(row, seed), log, needs))
+        for row in self.table.rows:
+            log = self.folder / "logs" / "figures" / f"{row.folder}.txt"
+            needs = [row.named(seed) for seed in self.table.seeds]
+            jobs.append(Job(f"figures of {row.name}", self.evaluate(row), log, needs))
+        return jobs
+
+    def place(self, kind: str, row: Row, seed: int | None = None, suffix: str = "") -> Path:
+        return self.folder / (kind if seed is None else f"{kind}/seed-{seed}") / f"{row.folder}{suffix}"
+
+    # What is made ---------------------------------------------------------------------------------------------------
+
+    def make(self, row: Row, seed: int) -> Iterator[Command]:
+        """The row's generator, where it has one of its own, and its samples."""
+        generator = self.teacher
+        if row.stage != "teacher":
+            yield from self.train(row, seed)
+            generator = self.place("runs", row, seed) / "generator"
+        output = self.place("samples", row, seed, ".npz")
+        words = [*(row.flags if row.stage == "teacher" else self.table.generate), "--seed", str(seed)]
+        settings = settings_of(generate.build_parser().parse_args(SAMPLING + words))
+        if not self.kept(output, settings | {"generator": content_sha256(generator)}):
+            command = [sys.executable, "-m", "scripts.launch", "evaluation.generate", *words]
+            yield Command([*command, "--generator", str(generator), "--output", str(output)])
+
+    def train(self, row: Row, seed: int) -> Iterator[Command]:
+        run, steps = self.place("runs", row, seed), self.table.base_steps
+        environment, module, launched = self.launched[row.stage]
+        variables, more = {"OUTPUT_DIR": str(run), "TEACHER": str(self.teacher)}, {"teacher": self.teacher_sha256}
+        if row.cold_start is not None:
+            cold = self.place("runs", self.table.row(row.cold_start), seed)
+            more["cold start"] = content_sha256(cold / "generator")
+            variables["RESUME_CKPT"] = str(cold / "checkpoints" / "torch_units" / f"step-{steps}.pt")
+            steps += self.table.extra_steps
+        words = [*row.flags, "--keep-checkpoints", "1", *self.args.train_flags]
+        words += ["--max-train-steps", str(steps), "--seed", str(seed)]
+        settings = settings_of(importlib.import_module(module).stage_parser().parse_args([*launched, *words]))
+        if not self.kept(run, settings | environment | more) or not finished(run):
+            yield Command(["bash", LAUNCHERS[row.stage].format(self.args.recipe), *words], variables)
+            if not finished(run):
+                raise InputError(f"{run} is not finished: its training was stopped; the same command continues")
+
+    def judge(self, samples: list[Path], *more: str) -> Command:
+        command = [sys.executable, "-m", "evaluation.evaluate", *map(str, samples), str(self.table.reference)]
+        return Command([*command, *self.table.evaluate, *self.args.evaluate_flags, *more])
+
+    @functools.cached_property
+    def judging(self) -> dict[str, str]:
+        """All that decides a row's figures, but for its samples."""
+        words = [*JUDGING, *self.table.evaluate, *self.args.evaluate_flags]
+        return settings_of(evaluate.build_parser().parse_args(words)) | {"reference": sha256(self.table.reference)}
+
+    def check(self) -> Iterator[Command]:
+        """Spaces and reference are what evaluation can use, before anything is trained for it."""
+        judging, places = self.judging.items(), [self.place("rows", row) for row in self.table.rows]
+        if not all(
+            (at / "figures.json").exists() and judging <= recorded_in(self.note_of(at)).items() for at in places
+        ):
+            yield self.judge([Path("none.npz")], "--check")
+
+    def evaluate(self, row: Row) -> Iterator[Command]:
+        folder, names = self.place("rows", row), [row.named(seed) for seed in self.table.seeds]
+        samples = [self.place("samples", row, seed, ".npz") for seed in self.table.seeds]
+        made_of = {f"samples of {name}": sha256(path) for name, path in zip(names, samples, strict=True)}
+        if not self.kept(folder, self.judging | made_of) or not (folder / "figures.json").exists():
+            yield self.judge(samples, "--names", *names, "--output", str(folder / "figures.json"))
+
+    # What is kept ---------------------------------------------------------------------------------------------------
+
+    def note_of(self, product: Path) -> Path:
+        return self.folder / "settings" / product.relative_to(self.folder).with_name(f"{product.name}.json")
+
+    def kept(self, product: Path, settings: dict[str, str]) -> bool:
+        """True if ``product`` is there, made with ``settings``, which are noted. A stale one is moved, never deleted.
+
+        Raises `InputError` for a product without a note: nobody knows whose it is.
+        """
+        note = self.note_of(product)
+        if product.exists() and (product.is_file() or any(product.iterdir())):
+            if not note.is_file():
+                raise InputError(f"{product} is there, but {note}, which says how it was made, is not: move it away")
+            before = recorded_in(note)
+            differing = [
+                f"{name} {before.get(name, 'not given'):.80}, asked {settings.get(name, 'not given'):.80}"
+                for name in sorted(settings.keys() | before.keys())
+                if settings.get(name) != before.get(name)
+            ]
+            if not differing:
+                return True
+            aside = self.folder / "stale" / f"{note.stem}-"
+            aside.parent.mkdir(exist_ok=True)
+            aside = next(path for k in range(1, 10**6) if not (path := Path(f"{aside}{k}")).exists())
+            os.replace(product, aside)
+            print(f"stale: {product} was made with {'; '.join(differing[:6])}; now in stale/{aside.name}", flush=True)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(note, json.dumps({"settings": settings}, indent=2) + "\n")
+        return False
+
+
+def recorded_in(note: Path) -> dict[str, str]:
+    """The settings in a note; {} if it is damaged."""
+    try:
+        content = read_json(note, "the settings of a product")
+        require_plain(content, note)
+    except InputError:
+        return {}
+    return content["settings"] if isinstance(content.get("settings"), dict) else {}
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, str]:
+    """The flags that decide what a command makes, paths in full, and the contents of the files among them."""
+    settings = {}
+    for name, value in vars(args).items():
+        words = [] if name in ASIDE else list(words_in(value))
+        settings |= {flag_of(name): " ".join(words)} if words else {}
+        for word in words:
+            for part in word.rpartition(":"):
+                if os.path.isabs(part) and os.path.exists(part):
+                    settings[f"content of {word}"] = content_sha256(Path(part))
+    return settings
+
+
+def words_in(value: object) -> Iterator[str]:
+    """The words of a flag's value. A path, also of SPACE:PATH or FILE:FUNCTION, is in full if it exists."""
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from words_in(each)
+    elif isinstance(value, str | Path):
+        parts = re.split("(:)", str(value))
+        yield "".join(os.path.realpath(part) if part.strip(":.") and os.path.exists(part) else part for part in parts)
+    elif value is not None:
+        yield str(value)
+
+
+def content_sha256(path: Path) -> str:
+    """The hash of a file, or of the names and contents of a model folder's files."""
+    if not path.is_dir():
+        return sha256(path)
+    lines = "".join(f"{file.name} {sha256(file)}\n" for file in sorted(path.iterdir()) if file.is_file())
+    return hashlib.sha256(lines.encode()).hexdigest()
