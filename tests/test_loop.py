@@ -118,18 +118,18 @@ def test_an_update_clips_steps_and_clears():
 def test_a_cycle_is_its_estimator_turns_and_a_generator_turn(monkeypatch, observe, seen):
     """A Frechet reward observes the first turns' samples (0: all); the bands of all turns are the generator's row's."""
     observed, bands = [], torch.tensor([[1.0, 2, 3, 4], [1, 1, 1, 0]])
-    run = SimpleNamespace(method=SimpleNamespace(frechet_observe=observe, ratio_update=3), session="session")
+    session = SimpleNamespace(estimator_accelerator="estimator", generator_accelerator="generator")
+    method = SimpleNamespace(frechet_observe=observe, ratio_update=3)
+    run = SimpleNamespace(method=method, session=session, ema=None)
     monkeypatch.setattr(loop, "estimator_batches", lambda run, step: [f"{step}.{i}" for i in range(3)])
     monkeypatch.setattr(loop, "observe_batches", lambda run, batches: observed.append(batches))
     monkeypatch.setattr(
         loop, "estimator_turn", lambda run, step, batches: {"turn": batches, "loss_fake_by_band": bands.clone()}
     )
-    monkeypatch.setattr(loop, "update_estimator", lambda run: {"update": "estimator"})
     monkeypatch.setattr(loop, "generator_turn", lambda run, step: {"loss_dmd": step})
-    monkeypatch.setattr(loop, "update_generator", lambda run: {"update": "generator"})
+    monkeypatch.setattr(loop, "update", lambda run, accelerator: {"update": accelerator})
 
-    def fetch(session, figures, stopping):
-        assert session == "session"
+    def fetch(_, figures, stopping):
         rows = [{name: getattr(value, "tolist", lambda v=value: v)() for name, value in row.items()} for row in figures]
         return [*rows, (not stopping,)]
 

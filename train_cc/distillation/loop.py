@@ -95,8 +95,10 @@ def cycle(run: Run, step: int, stopping: bool = False) -> tuple[list[Row], Row, 
     for number, batches in enumerate(estimator_batches(run, step)):
         if number < observed:
             observe_batches(run, batches)
-        estimator_figures.append(estimator_turn(run, step, batches) | update_estimator(run))
-    figures = generator_turn(run, step) | update_generator(run)
+        estimator_figures.append(estimator_turn(run, step, batches) | update(run, run.session.estimator_accelerator))
+    figures = generator_turn(run, step) | update(run, run.session.generator_accelerator)
+    if run.ema is not None:
+        run.ema.update(trainable(run.plain_generator))
     of_band = f"loss_fake{BY_BAND}"  # the bands of all estimator turns together are one line's
     bands = [each.pop(of_band) for each in estimator_figures]
     figures[of_band] = sum(torch.where(finite(each), each, 0.0) for each in bands)  # a turn that overflowed is left out
@@ -125,18 +127,6 @@ def with_overflows(row: Row) -> Row:
 def norms(columns: Iterable[str]) -> set[str]:
     """The gradient norms of networks among ``columns``: where one is not finite, the network's update was skipped."""
     return {name for name in columns if name.startswith("grad_norm_") and not name.endswith("_x0")}
-
-
-def update_estimator(run: Run) -> Figures:
-    return update(run, run.session.estimator_accelerator)
-
-
-def update_generator(run: Run) -> Figures:
-    """With its average, where there is one."""
-    figures = update(run, run.session.generator_accelerator)
-    if run.ema is not None:
-        run.ema.update(trainable(run.plain_generator))
-    return figures
 
 
 def update(run: Run, accelerator: Accelerator) -> Figures:

@@ -37,7 +37,7 @@ class Part:
 
 
 def parts_of(run: Run) -> list[Part]:
-    """All parts of ``run``: both networks with their moments, the EMA, the statistics of rewards, what fp16 counts."""
+    """All parts of ``run``: networks in training, their moments, the EMA, statistics of rewards, what fp16 counts."""
     parts = [
         *(part for name, learner in run.learners.items() for part in learner_parts(run, name, learner)),
         *([average_part(run)] if run.ema else []),
