@@ -104,13 +104,13 @@ def test_estimator_turn_trains_lora_alone_and_generator_turn_the_generator_alone
 
     generator, estimator = snapshot(run.generator), snapshot(run.estimator)
     turns.estimator_turn(run, 0, turns.estimator_batches(run, 0)[0])
-    loop.update_estimator(run)
+    loop.update(run, run.session.estimator_accelerator)
     assert not changed(run.generator, generator)
     moved = changed(run.estimator, estimator)
     assert moved and all("lora_" in name for name in moved)
     estimator = snapshot(run.estimator)
     turns.generator_turn(run, 0)
-    loop.update_generator(run)
+    loop.update(run, run.session.generator_accelerator)
     assert not changed(run.estimator, estimator)
     assert len(changed(run.generator, generator)) > 20
 

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests.conftest import run_cold_start
 from train_cc.distillation import loop
 from train_cc.run.checkpoint import complete_steps
+from train_cc.run.session import Learner
 from train_cc.schedules import annealing
 
 
@@ -98,13 +100,17 @@ def test_where_a_run_is_cut_short_its_previews_are_not_logged(monkeypatch):
 def test_an_update_clips_steps_and_clears():
     """A gradient of norm 5, clipped to 0.5, by plain descent at rate 1: the weights move by 0.5 of their norm of 10."""
     model = torch.nn.Linear(2, 1, bias=False)
-    blocks = torch.nn.ModuleList([model])
+    model.blocks = [model]
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[6.0, 8.0]]))
     model.weight.grad = torch.tensor([[3.0, 4.0]])
-    clip = SimpleNamespace(clip_grad_norm_=torch.nn.utils.clip_grad_norm_)
-    norm, ratio = loop.update(clip, model, blocks, torch.optim.SGD(model.parameters(), 1.0), 0.5)
-    assert norm.item() == pytest.approx(5) and ratio.item() == pytest.approx(0.05, rel=1e-4)
+    accelerator = Accelerator(cpu=True)
+    optimizer = accelerator.prepare_optimizer(torch.optim.SGD(model.parameters(), 1.0))
+    learners = {"model": Learner(accelerator, model, optimizer)}
+    run = SimpleNamespace(learners_of=lambda _: learners, optimisation=SimpleNamespace(max_grad_norm=0.5))
+    figures = loop.update(run, accelerator)
+    assert figures["grad_norm_model"].item() == pytest.approx(5)
+    assert figures["update_ratio_model"].item() == pytest.approx(0.05, rel=1e-4)
     assert model.weight.grad is None
 
 
@@ -112,18 +118,18 @@ def test_an_update_clips_steps_and_clears():
 def test_a_cycle_is_its_estimator_turns_and_a_generator_turn(monkeypatch, observe, seen):
     """A Frechet reward observes the first turns' samples (0: all); the bands of all turns are the generator's row's."""
     observed, bands = [], torch.tensor([[1.0, 2, 3, 4], [1, 1, 1, 0]])
-    run = SimpleNamespace(method=SimpleNamespace(frechet_observe=observe, ratio_update=3), session="session")
+    session = SimpleNamespace(estimator_accelerator="estimator", generator_accelerator="generator")
+    method = SimpleNamespace(frechet_observe=observe, ratio_update=3)
+    run = SimpleNamespace(method=method, session=session, ema=None)
     monkeypatch.setattr(loop, "estimator_batches", lambda run, step: [f"{step}.{i}" for i in range(3)])
     monkeypatch.setattr(loop, "observe_batches", lambda run, batches: observed.append(batches))
     monkeypatch.setattr(
         loop, "estimator_turn", lambda run, step, batches: {"turn": batches, "loss_fake_by_band": bands.clone()}
     )
-    monkeypatch.setattr(loop, "update_estimator", lambda run: {"update": "estimator"})
     monkeypatch.setattr(loop, "generator_turn", lambda run, step: {"loss_dmd": step})
-    monkeypatch.setattr(loop, "update_generator", lambda run: {"update": "generator"})
+    monkeypatch.setattr(loop, "update", lambda run, accelerator: {"update": accelerator})
 
-    def fetch(session, figures, stopping):
-        assert session == "session"
+    def fetch(_, figures, stopping):
         rows = [{name: getattr(value, "tolist", lambda v=value: v)() for name, value in row.items()} for row in figures]
         return [*rows, (not stopping,)]
 

@@ -1,12 +1,12 @@
 """The loop over both turns: cycle, record, show, save. One line of either log is one turn."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from train_cc.distillation.panel import picture_path, preview
@@ -32,7 +32,6 @@ from train_cc.schedules import annealing, dynamic_guidance_scale
 Row = dict[str, float | None]
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} gone, {remaining} left{postfix}"
 MOST_OVERFLOWS = 50  # in a row: a scaler that starts at 2^16 has been halved to 2^-34
-NORMS = {"grad_norm_generator", "grad_norm_estimator"}  # not finite: that network's update was skipped
 
 
 def train(run: Run) -> None:
@@ -96,8 +95,10 @@ def cycle(run: Run, step: int, stopping: bool = False) -> tuple[list[Row], Row, 
     for number, batches in enumerate(estimator_batches(run, step)):
         if number < observed:
             observe_batches(run, batches)
-        estimator_figures.append(estimator_turn(run, step, batches) | update_estimator(run))
-    figures = generator_turn(run, step) | update_generator(run)
+        estimator_figures.append(estimator_turn(run, step, batches) | update(run, run.session.estimator_accelerator))
+    figures = generator_turn(run, step) | update(run, run.session.generator_accelerator)
+    if run.ema is not None:
+        run.ema.update(trainable(run.plain_generator))
     of_band = f"loss_fake{BY_BAND}"  # the bands of all estimator turns together are one line's
     bands = [each.pop(of_band) for each in estimator_figures]
     figures[of_band] = sum(torch.where(finite(each), each, 0.0) for each in bands)  # a turn that overflowed is left out
@@ -118,57 +119,40 @@ def with_overflows(row: Row) -> Row:
     """``row`` without the counts that are 0; an update that was skipped counts as its network's overflow."""
     scaled, bad = f"{OVERFLOW}generator" in row, set(not_finite(row))
     row = {name: value for name, value in row.items() if value != 0 or not name.startswith(OVERFLOW)}
-    if overflows(row) or (scaled and bad <= NORMS):
-        row |= {norm.replace("grad_norm_", OVERFLOW): 1.0 for norm in bad & NORMS}
+    if overflows(row) or (scaled and bad == norms(bad)):
+        row |= {norm.replace("grad_norm_", OVERFLOW): 1.0 for norm in norms(bad)}
     return row
 
 
-def update_estimator(run: Run) -> Figures:
-    blocks = run.plain_estimator.blocks
-    accelerator, optimizer = run.session.estimator_accelerator, run.estimator_optimizer
-    norm, ratio = update(accelerator, run.estimator, blocks, optimizer, run.optimisation.max_grad_norm)
-    return {"grad_norm_estimator": norm, "update_ratio_estimator": ratio}
+def norms(columns: Iterable[str]) -> set[str]:
+    """The gradient norms of networks among ``columns``: where one is not finite, the network's update was skipped."""
+    return {name for name in columns if name.startswith("grad_norm_") and not name.endswith("_x0")}
 
 
-def update_generator(run: Run) -> Figures:
-    """With its average, where there is one."""
-    blocks = run.plain_generator.blocks
-    accelerator, optimizer = run.session.generator_accelerator, run.generator_optimizer
-    norm, ratio = update(accelerator, run.generator, blocks, optimizer, run.optimisation.max_grad_norm)
-    if run.ema is not None:
-        run.ema.update(trainable(run.plain_generator))
-    return {"grad_norm_generator": norm, "update_ratio_generator": ratio}
-
-
-def update(
-    accelerator: Accelerator,
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    optimizer: torch.optim.Optimizer,
-    max_grad_norm: float,
-) -> tuple[Tensor, Tensor]:
-    """Clip, step, clear. -> the gradients' norm before clipping, and the update's size in the middle of ``blocks``.
+def update(run: Run, accelerator: Accelerator) -> Figures:
+    """Clip, step, clear every network of ``accelerator``: norms of gradients before clipping, sizes of the updates.
 
     Gradients that are not finite change neither weights nor moments.
     """
-    norm = gathered(accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm))
-    size = UpdateSize(blocks)
-    step_if_finite(optimizer, norm)
-    optimizer.zero_grad(set_to_none=True)
-    return norm, size.ratio()
-
-
-def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-    """A scaler skips by itself, a fused optimizer by a flag on the device, so that the host waits for no answer."""
-    plain = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
-    if getattr(optimizer, "scaler", None) is not None:
-        optimizer.step()
-    elif getattr(plain, "_step_supports_amp_scaling", False):
-        plain.found_inf = (~norm.isfinite()).float()
-        optimizer.step()
-        del plain.found_inf
-    elif norm.isfinite():
-        optimizer.step()
+    figures: Figures = {}
+    accelerator.unscale_gradients()  # once, those of all its networks
+    for name, learner in run.learners_of(accelerator).items():
+        weights, optimizer = trainable(learner.network).values(), learner.optimizer.optimizer
+        norm = gathered(nn.utils.clip_grad_norm_(weights, run.optimisation.max_grad_norm))
+        size = UpdateSize(learner.plain.blocks)
+        if accelerator.scaler is not None:
+            accelerator.scaler.step(optimizer)  # skips by itself
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = (~norm.isfinite()).float()  # skips on the device: the host waits for no answer
+            optimizer.step()
+            del optimizer.found_inf
+        elif norm.isfinite():
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        figures |= {f"grad_norm_{name}": norm, f"update_ratio_{name}": size.ratio()}
+    if accelerator.scaler is not None:
+        accelerator.scaler.update()
+    return figures
 
 
 def fetch(session: Session, figures: list[Figures], stopping: bool) -> list[dict | tuple[bool]]:
@@ -248,10 +232,10 @@ def stop_unless_finite(run: Run, rows: list[Row]) -> None:
     """Raise `InputError` for NaN or infinity that is no overflow in fp16, and for overflows that do not end."""
     for row in rows:
         bad = not_finite(row)
-        skipped = NORMS & set(bad) if run.scaled or overflows(row) else set()
+        skipped = norms(bad) if run.scaled or overflows(row) else set()
         if not overflows(row) and (other := [name for name in bad if name not in skipped]):
             message = ", ".join(f"{name} is {row[name]}" for name in other)
-            of_rewards = all("_reward_" in name for name in other if name not in NORMS)
+            of_rewards = all("_reward_" in name for name in other if name not in norms(other))
             advice = "Is the reward finite for every image?" if of_rewards else "Lower the learning rates?"
             raise InputError(f"step {run.step}: {message}. {advice}")
         count_in_a_row(run, row, skipped)
@@ -259,9 +243,10 @@ def stop_unless_finite(run: Run, rows: list[Row]) -> None:
 
 def count_in_a_row(run: Run, row: Row, skipped: set[str]) -> None:
     """Count overflows that follow one another, of ``row``'s turn. Raises `InputError` at the last that is allowed."""
-    own, now = {"grad_norm_estimator"}, skipped
+    own, now = norms(row), skipped
     if "grad_norm_generator" in row:  # here one drops the term of a reward
-        own, now = run.overflows.keys() - own, skipped | set(overflows(row)) - {f"{OVERFLOW}generator"}
+        own |= run.overflows.keys() - norms(run.overflows)
+        now = skipped | set(overflows(row)) - {f"{OVERFLOW}generator"}
     for name in sorted(own | now, reverse=True):
         run.overflows[name] = run.overflows.get(name, 0) + 1 if name in now else 0
         if run.overflows[name] == MOST_OVERFLOWS:
@@ -291,4 +276,4 @@ def stop_with(run: Run, error: InputError, rows: list[Row]) -> None:
 def trusted(row: Row) -> bool:
     """False if a loss was not finite, and its gradient was: the update was made."""
     bad = set(not_finite(row))
-    return not bad or bool(bad & NORMS) or bool(overflows(row))
+    return not bad or bool(norms(bad)) or bool(overflows(row))

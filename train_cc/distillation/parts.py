@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from train_cc.distillation.run import Run, trainable
 from train_cc.run import states
 from train_cc.run.checkpoint import Checkpoint
+from train_cc.run.session import Learner
 
 AVERAGE = "accelerator_1/ema.safetensors"
 MEMORIES = "accelerator_1/rewards.safetensors"
@@ -35,45 +37,45 @@ class Part:
 
 
 def parts_of(run: Run) -> list[Part]:
-    """All parts of ``run``: both networks with their moments, the EMA, the statistics of rewards, what fp16 counts."""
-    generator, estimator = run.plain_generator, run.plain_estimator
-    weights, of_estimator = "accelerator_1/generator.safetensors", f"estimator_{estimator.trained.lower()}.safetensors"
+    """All parts of ``run``: networks in training, their moments, the EMA, statistics of rewards, what fp16 counts."""
     parts = [
-        weights_part("generator's weights", weights, generator, buffers=True),
-        moments_part("generator's moments", "accelerator_1/optimizer.pt", generator, run.generator_optimizer),
-        weights_part(f"estimator's {estimator.trained}", f"accelerator_2/{of_estimator}", estimator, buffers=False),
-        moments_part("estimator's moments", "accelerator_2/optimizer.pt", estimator, run.estimator_optimizer),
+        *(part for name, learner in run.learners.items() for part in learner_parts(run, name, learner)),
         *([average_part(run)] if run.ema else []),
         *([memories_part(run)] if run.memories else []),
     ]
     return [*parts, average_updates_part(run), scalers_part(run), overflows_part(run), reward_scales_part(run)]
 
 
-def weights_part(name: str, file: str, network: nn.Module, buffers: bool) -> Part:
-    """The trained weights of ``network``; ``buffers``: the file holds these too."""
+def learner_parts(run: Run, name: str, learner: Learner) -> list[Part]:
+    """The weights and the moments of ``learner``; a further loss's network begins anew if a checkpoint lacks it."""
+    network, optimizer = learner.plain, learner.optimizer.optimizer
+    folder = f"accelerator_{1 if learner.accelerator is run.session.generator_accelerator else 2}"
+    what = getattr(network, "trained", "weights")
+    weights = f"{folder}/{name if what == 'weights' else f'{name}_{what.lower()}'}.safetensors"
+    moments, anew = f"{folder}/optimizer.pt", None
+    if name not in ("generator", "estimator"):
+        moments, anew = f"{folder}/{name}_optimizer.pt", lambda checkpoint: None
     trained = trainable(network)
+    own = trained | dict(network.named_buffers()) if name == "generator" else trained
 
     def state() -> dict[str, Tensor]:
-        return {name: value for name, value in states.trained_state(network).items() if buffers or name in trained}
+        return {key: value for key, value in states.trained_state(network).items() if key in own}
 
     def load(content: dict, checkpoint: Checkpoint) -> None:
-        states.restore_trained(network, content | ({} if buffers else dict(network.named_buffers())), checkpoint.path)
+        states.copy_into(own, content, checkpoint.path)
 
-    return Part(name, file, state, load, None, trained.values, network)
+    def moment_tensors() -> list[Tensor]:
+        values = [value for state in optimizer.state.values() for value in state.values()]
+        return [value.dequantize() if hasattr(value, "codes") else value for value in values]
 
+    def load_moments(content: dict, checkpoint: Checkpoint) -> None:
+        states.restore_optimizer(network, optimizer, content, checkpoint.file(moments))
 
-def moments_part(name: str, file: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> Part:
-    """``optimizer``: of the trained weights of ``network``, as its accelerator prepared it."""
-    plain = optimizer.optimizer
-
-    def tensors() -> list[Tensor]:
-        moments = [value for state in plain.state.values() for value in state.values()]
-        return [value.dequantize() if hasattr(value, "codes") else value for value in moments]
-
-    def load(content: dict, checkpoint: Checkpoint) -> None:
-        states.restore_optimizer(network, plain, content, checkpoint.file(file))
-
-    return Part(name, file, lambda: states.optimizer_state(network, plain), load, None, tensors, network, plain)
+    moment_state = partial(states.optimizer_state, network, optimizer)
+    return [
+        Part(f"{name}'s {what}", weights, state, load, anew, trained.values, network),
+        Part(f"{name}'s moments", moments, moment_state, load_moments, anew, moment_tensors, network, optimizer),
+    ]
 
 
 def average_part(run: Run) -> Part:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from train_cc.distillation.scores import LoraScores
@@ -14,22 +15,19 @@ from train_cc.models.sit import SiT
 from train_cc.rewards.frechet import Frechet
 from train_cc.rewards.terms import Reward, Tilt
 from train_cc.run.ema import Average
-from train_cc.run.session import Session
+from train_cc.run.session import Learner, Session
 from train_cc.settings import Method, Optimisation, Output
 
 
 @dataclass
 class Run:
-    """Everything that the two turns need. ``generator`` and ``estimator`` are prepared by their accelerators."""
+    """Everything that the two turns need. Networks in training are as their accelerators prepared them."""
 
     session: Session
     method: Method
     optimisation: Optimisation
     output: Output
-    generator: nn.Module
-    estimator: nn.Module
-    generator_optimizer: torch.optim.Optimizer
-    estimator_optimizer: torch.optim.Optimizer
+    learners: dict[str, Learner]  # "generator", "estimator", and those of further losses
     decode: Callable[[Tensor], Tensor]  # x0 -> images in [0, 1]
     model_config: dict
     teacher: Path
@@ -62,13 +60,33 @@ class Run:
         """Fake score, real score and teacher: calls of the estimator."""
         return self.roles(self.estimator, self.method, self.num_classes)
 
+    def learners_of(self, accelerator: Accelerator) -> dict[str, Learner]:
+        """The networks that one turn trains."""
+        return {name: learner for name, learner in self.learners.items() if learner.accelerator is accelerator}
+
+    @property
+    def generator(self) -> nn.Module:
+        return self.learners["generator"].network
+
+    @property
+    def estimator(self) -> nn.Module:
+        return self.learners["estimator"].network
+
     @property
     def plain_generator(self) -> SiT:
-        return self.session.generator_accelerator.unwrap_model(self.generator)
+        return self.learners["generator"].plain
 
     @property
     def plain_estimator(self) -> ScoreEstimator:
-        return self.session.estimator_accelerator.unwrap_model(self.estimator)
+        return self.learners["estimator"].plain
+
+    @property
+    def generator_optimizer(self) -> torch.optim.Optimizer:
+        return self.learners["generator"].optimizer
+
+    @property
+    def estimator_optimizer(self) -> torch.optim.Optimizer:
+        return self.learners["estimator"].optimizer
 
     @property
     def memories(self) -> dict[str, Frechet]:

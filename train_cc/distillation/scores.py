@@ -31,7 +31,7 @@ class LoraScores:
 
     @torch.no_grad()
     def both(self, x_t: Tensor, t_cpu: Tensor, t: Tensor, y: Tensor, c: float) -> tuple[Tensor, Tensor]:
-        """(v_fake, v_real) by one network call, each row at its own LoRA scale; the real one at the annealing c(k).
+        """(v_fake, v_real) by one network call; the real one at the annealing c(k).
 
         ``t_cpu`` and ``t`` are the same times on the CPU and on the device. Guidance applies to the real score only,
         and finds its rows in ``t_cpu`` without asking the device.
@@ -41,8 +41,11 @@ class LoraScores:
         rows = rows.to(x_t.device, non_blocking=True)
         x_t, t, y = (torch.cat([each, each]) for each in (x_t, t, y))
         x_t, t, y = with_null_rows(x_t, t, y, rows + batch, self.num_classes)
-        real = dynamic_guidance_scale(method.lora_scale_real, c)
-        lora_scale = torch.cat([t.new_full((batch,), method.lora_scale_fake), t.new_full((len(t) - batch,), real)])
-        v = self.estimator(x_t, t, y, lora_scale=lora_scale)
-        v_fake, v_real, v_null = v.split([batch, batch, len(rows)])
+        v_fake, v_real, v_null = self.read(x_t, t, y, batch, c).split([batch, batch, len(rows)])
         return v_fake, apply_guidance(v_real, v_null, rows, method.real_guidance_scale)
+
+    def read(self, x_t: Tensor, t: Tensor, y: Tensor, fakes: int, c: float) -> Tensor:
+        """The fake score of the first ``fakes`` rows, the real one of the others, each row at its own LoRA scale."""
+        real = dynamic_guidance_scale(self.method.lora_scale_real, c)
+        scales = [t.new_full((fakes,), self.method.lora_scale_fake), t.new_full((len(t) - fakes,), real)]
+        return self.estimator(x_t, t, y, lora_scale=torch.cat(scales))

@@ -96,7 +96,7 @@ def estimator_turn(run: Run, step: int, batches: list[tuple[Draws, Tensor, Tenso
     c = annealing(step, run.method.dynamic_steps)
     totals: Figures = {}
     weights, figures = tilt_batches(run, batches)
-    for chunk in synchronised(accelerator, run.estimator, chunks):
+    for chunk in synchronised(run.learners_of(accelerator).values(), chunks):
         draws, y, x0 = batches[chunk]
         terms = [term(run, draws, x0, y, c, weights and weights[chunk]) for term in run.estimator_terms]
         accelerator.backward(sum_of(term.loss for term in terms) / chunks)
@@ -224,7 +224,7 @@ def generator_turn(run: Run, step: int) -> Figures:
     totals: Figures = {}
     for memory in run.memories.values():
         memory.solve()
-    for chunk in synchronised(accelerator, run.generator, chunks):
+    for chunk in synchronised(run.learners_of(accelerator).values(), chunks):
         draws = chunk_draws(run, GENERATOR_TURN, step, chunk)
         y = draw_labels(run, draws)
         x0 = generate(run, draws, y)

@@ -5,7 +5,7 @@ import contextlib
 import gc
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +26,19 @@ from train_cc.run.devices import mesh_of, open_processes
 T = TypeVar("T")
 GPU_PRECISION = "fp16"  # what --mixed-precision auto is on a GPU (docs/benchmarks.md: precision by role)
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # what autocast computes in
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A network in training and the optimizer of its trained weights, as ``accelerator`` prepared both."""
+
+    accelerator: Accelerator
+    network: nn.Module  # has ``blocks``
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def plain(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.network)
 
 
 @dataclass
@@ -82,7 +95,7 @@ class Session:
         """Whether all processes hold the same ``number``."""
         return len(set(self.generator_accelerator.gather(torch.tensor([number], device=self.device)).tolist())) == 1
 
-    def place(self, accelerator: Accelerator, network: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
+    def place(self, accelerator: Accelerator, network: nn.Module) -> nn.Module:
         """``network`` on the device, under autocast, and over the processes: replicated (DDP) or sharded (FSDP2).
 
         Sharded, every block is a unit of its own and every parameter a DTensor, frozen ones too: who shards is short of
@@ -98,7 +111,7 @@ class Session:
         options = {"mp_policy": policy, "reshard_after_forward": True}
         names = ("replicate", "shard")[-len(self.mesh_shape) :]
         options["mesh"] = mesh_of(self.device.type, self.mesh_shape, names)
-        for block in blocks:
+        for block in network.blocks:
             fully_shard(block, **options)
         return fully_shard(network, **options)
 
@@ -212,19 +225,20 @@ def make_session(precision: str, sharded: bool, report_to: str = "none", folder:
     return session
 
 
-def synchronised(accelerator: Accelerator, model: nn.Module, chunks: int) -> Iterable[int]:
+def synchronised(learners: Collection[Learner], chunks: int) -> Iterable[int]:
     """Number the ``chunks`` of an accumulated batch; gradients are reduced over processes in the last one alone.
 
     Not `accelerator.accumulate`: two accelerators share one gradient state, and one would flip the other's.
     """
     for chunk in range(chunks):
         last = chunk + 1 == chunks
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
+        with contextlib.ExitStack() as unsynchronised:
+            for each in learners:
+                if isinstance(each.network, FSDPModule):
+                    each.network.set_requires_gradient_sync(last)
+                elif not last:
+                    unsynchronised.enter_context(each.accelerator.no_sync(each.network))
             yield chunk
-        else:
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                yield chunk
 
 
 def on_main(session: Session, work: Callable[[], T]) -> T:

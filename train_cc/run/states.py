@@ -62,12 +62,6 @@ def put_moments(optimizer: torch.optim.Optimizer, p: Tensor, moments: Mapping[st
     optimizer.state[p] = own
 
 
-def restore_trained(model: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
-    """Copy ``state`` into the trainable parameters and buffers of ``model``; names and shapes must fit exactly."""
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
-    copy_into(own, state, source)
-
-
 def copy_into(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: object) -> None:
     """Copy ``state`` into ``own``. Raises `InputError` where names, shapes or dtypes differ, or it is not finite."""
     hint = "another size, class count, LoRA rank or --use-lora-gen?"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from train_cc.distillation import turns
@@ -28,7 +29,7 @@ from train_cc.rewards.networks import Networks
 from train_cc.rewards.spec import rewards_of
 from train_cc.rewards.terms import Reward, Scorer
 from train_cc.run.ema import Average
-from train_cc.run.session import COMPUTE_DTYPES, Session
+from train_cc.run.session import COMPUTE_DTYPES, Learner, Session
 from train_cc.samplers import euler_sample
 from train_cc.settings import Method, Optimisation, Output
 from train_cc.setup.compiler import compiler_works
@@ -171,22 +172,14 @@ def check_functions(
             check(images, y)
 
 
-def placed(session: Session, generator: SiT, estimator: ScoreEstimator, how: Optimisation, ema_decay: float) -> dict:
-    """Both networks on their device and over the processes, with optimizers and average: fields of a `Run`."""
-    # Placed first: sharding replaces the parameters, and EMA and optimizers belong to those that are trained.
-    of_generator, of_estimator = session.generator_accelerator, session.estimator_accelerator
-    generator = session.place(of_generator, generator, generator.blocks)
-    estimator = session.place(of_estimator, estimator, estimator.blocks)
-    weights = trainable(of_generator.unwrap_model(generator))
-    generator_optimizer = build_optimizer(generator, how.learning_rate_generator, how.weight_decay_generator, how)
-    estimator_optimizer = build_optimizer(estimator, how.learning_rate_estimator, how.weight_decay_estimator, how)
-    return {
-        "generator": generator,
-        "estimator": estimator,
-        "generator_optimizer": of_generator.prepare_optimizer(generator_optimizer),
-        "estimator_optimizer": of_estimator.prepare_optimizer(estimator_optimizer),
-        "ema": Average.of(weights, ema_decay) if ema_decay else None,
-    }
+def learner_of(
+    session: Session, accelerator: Accelerator, network: nn.Module, rate: float, decay: float, how: Optimisation
+) -> Learner:
+    """``network`` on its device and over the processes, with its optimizer."""
+    # Placed first: sharding replaces the parameters, and the optimizer belongs to those that are trained.
+    network = session.place(accelerator, network)
+    optimizer = build_optimizer(network, rate, decay, how)
+    return Learner(accelerator, network, accelerator.prepare_optimizer(optimizer))
 
 
 def fit_of(args: argparse.Namespace, session: Session, networks: Networks, num_classes: int, channels: int) -> Fit:
@@ -246,12 +239,18 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     generator = build_generator(networks.sit(args.teacher), rank, args.seed)
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
     hashes = networks.hashes(files)
+    one, two = session.generator_accelerator, session.estimator_accelerator
+    learners = {
+        "generator": learner_of(session, one, generator, how.learning_rate_generator, how.weight_decay_generator, how),
+        "estimator": learner_of(session, two, estimator, how.learning_rate_estimator, how.weight_decay_estimator, how),
+    }
     run = Run(
         session=session,
         method=of(Method, args),
         optimisation=how,
         output=of(Output, args),
-        **placed(session, generator, estimator, how, args.ema_decay),
+        learners=learners,
+        ema=Average.of(trainable(learners["generator"].plain), args.ema_decay) if args.ema_decay else None,
         decode=decode,
         model_config=config,
         teacher=args.teacher,

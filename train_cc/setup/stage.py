@@ -97,9 +97,10 @@ def begin(name: str, args: argparse.Namespace, run: Run, start: Start, notes: li
 def describe(run: Run, args: argparse.Namespace, name: str, start: Start) -> None:
     session, checkpoint = run.session, start.checkpoint
     batch = run.optimisation.effective_batch(session.world_size)
-    for role, model in (("generator", run.plain_generator), ("estimator", run.plain_estimator)):
-        trained = sum(p.numel() for p in trainable(model).values())
-        logger.info("%s: %d parameters trained of %d", role, trained, sum(p.numel() for p in model.parameters()))
+    for role, learner in run.learners.items():
+        trained = sum(p.numel() for p in trainable(learner.plain).values())
+        whole = sum(p.numel() for p in learner.plain.parameters())
+        logger.info("%s: %d parameters trained of %d", role, trained, whole)
     logger.info(
         "%s on %d x %s%s, precision %s; effective batch %d = %d a process x %d accumulated x %d process(es)",
         name,
