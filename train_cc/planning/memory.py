@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from train_cc.distillation import turns
-from train_cc.distillation.loop import update_estimator, update_generator
+from train_cc.distillation.loop import update
 from train_cc.distillation.panel import ESTIMATE_TIME, preview_inputs
 from train_cc.distillation.run import Run, trainable
 from train_cc.distillation.state import averaged
@@ -300,12 +300,14 @@ def cycle(run: Run, args: argparse.Namespace, costs: Costs, cost: Cost, buckets:
     begin_turns(args.ratio_update, run.plain_estimator)
     turns.observe_batches(run, batches[0])
     turns.estimator_turn(run, 0, batches[0])
-    update_estimator(run)
+    update(run, run.session.estimator_accelerator)
     cost.peaks["training, estimator turns"] = costs.lap()
     del batches, absent
     begin_turns(1, run.plain_generator)
     turns.generator_turn(run, 0)
-    update_generator(run)
+    update(run, run.session.generator_accelerator)
+    if run.ema is not None:
+        run.ema.update(trainable(run.plain_generator))
     cost.peaks["training, generator turn"] = costs.lap()
     cost.flop = round(costs.flop * chunks / gone)
     cost.sent += round(costs.sent * chunks / gone)
