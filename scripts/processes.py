@@ -6,7 +6,7 @@ from pathlib import Path
 
 from train_cc.io.errors import InputError
 from train_cc.io.processes import devices_listed, gpus_shown, number
-from train_cc.io.read import parsing, require_file
+from train_cc.io.read import parsing
 
 MOST_ON_A_NODE = 256
 CONFIG = "an accelerate config, such as those in scripts/accelerate/,"
@@ -38,7 +38,10 @@ def read_config(path: Path) -> tuple[dict, dict[str, str]]:
     """
     import yaml
 
-    with parsing(require_file(path, CONFIG), CONFIG):
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"ACCELERATE_CONFIG is {path}, which {kind}; {CONFIG} is expected")
+    with parsing(path, CONFIG):
         config = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
         fsdp = dict(config.get("fsdp_config") or {})
     if unused := [name for name in NOT_DONE if config.get(name)]:

@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -172,8 +172,8 @@ class FakeSession(Session):
     def world_size(self) -> int:
         return self.processes
 
-    def place(self, accelerator: Accelerator, network: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
-        return super().place(accelerator, self.networks.faked(network), blocks)  # its LoRA is still real
+    def place(self, accelerator: Accelerator, network: nn.Module) -> nn.Module:
+        return super().place(accelerator, self.networks.faked(network))  # its LoRA is still real
 
 
 @contextlib.contextmanager
@@ -234,23 +234,19 @@ def simulate(args: argparse.Namespace, precision: str, processes: int) -> Cost:
 
 
 def parameters_of(run: Run) -> dict[str, tuple[int, int]]:
-    networks = {"generator": run.plain_generator, "estimator": run.plain_estimator}
     return {
-        name: (sum(p.numel() for p in trainable(network).values()), sum(p.numel() for p in network.parameters()))
-        for name, network in networks.items()
+        name: (sum(p.numel() for p in trainable(each.plain).values()), sum(p.numel() for p in each.plain.parameters()))
+        for name, each in run.learners.items()
     }
 
 
 def things_of(run: Run) -> dict[str, list]:
     """What is on the device between two cycles, by its line of the plan."""
-    things = {
-        "generator weights": [run.plain_generator],
-        "generator moments": [run.generator_optimizer.optimizer],
-        "EMA": list(run.ema.values.values()) if run.ema else [],
-        "estimator weights": [run.plain_estimator],
-        "estimator LoRA moments": [run.estimator_optimizer.optimizer],
-        "decoder weights": [run.decode],
-    }
+    things: dict[str, list] = {}
+    for name, learner in run.learners.items():
+        trained = f" {learner.plain.trained}" if hasattr(learner.plain, "trained") else ""
+        things |= {f"{name} weights": [learner.plain], f"{name}{trained} moments": [learner.optimizer.optimizer]}
+    things |= {"EMA": list(run.ema.values.values()) if run.ema else [], "decoder weights": [run.decode]}
     return things | {f"{name.replace('_', ' ')} weights": [judge] for name, judge in run.judges.items()}
 
 
@@ -262,8 +258,7 @@ def local_bytes(networks: NetworksToCome, *things: object) -> int:
 
 def buckets_of(run: Run) -> dict[nn.Parameter, Tensor]:
     """The gradients, which DDP holds from turn to turn."""
-    networks = (run.plain_generator, run.plain_estimator)
-    return {p: torch.empty_like(p) for network in networks for p in trainable(network).values()}
+    return {p: torch.empty_like(p) for each in run.learners.values() for p in trainable(each.plain).values()}
 
 
 def resume(run: Run) -> None:
@@ -287,23 +282,24 @@ def cycle(run: Run, args: argparse.Namespace, costs: Costs, cost: Cost, buckets:
     """
     chunks, gone = args.gradient_accumulation_steps, run.optimisation.gradient_accumulation_steps
 
-    def begin_turns(number: int, network: nn.Module) -> None:
+    def begin_turns(number: int, accelerator: Accelerator) -> None:
         costs.times = number
-        for p in trainable(network).values() if buckets else ():
-            p.grad = buckets[p]
-            cost.sent += 2 * number * p.nbytes
+        for learner in run.learners_of(accelerator).values() if buckets else ():
+            for p in trainable(learner.plain).values():
+                p.grad = buckets[p]
+                cost.sent += 2 * number * p.nbytes
 
     # A cycle begins by drawing the samples of all its estimator turns. Those that are not drawn here:
     absent = torch.empty((chunks - gone) * args.ratio_update * args.batch_size, *run.sample_shape)
     costs.lap()
     batches = turns.estimator_batches(run, 0)
-    begin_turns(args.ratio_update, run.plain_estimator)
+    begin_turns(args.ratio_update, run.session.estimator_accelerator)
     turns.observe_batches(run, batches[0])
     turns.estimator_turn(run, 0, batches[0])
     update(run, run.session.estimator_accelerator)
     cost.peaks["training, estimator turns"] = costs.lap()
     del batches, absent
-    begin_turns(1, run.plain_generator)
+    begin_turns(1, run.session.generator_accelerator)
     turns.generator_turn(run, 0)
     update(run, run.session.generator_accelerator)
     if run.ema is not None:
@@ -350,7 +346,7 @@ def sample(args: argparse.Namespace, networks: NetworksToCome, decode: Callable[
 
 def in_8_bits(cost: Cost) -> None:
     """Two bytes a trained parameter in place of eight."""
-    for name in ("generator moments", "estimator LoRA moments"):
+    for name in [name for name in cost.held if name.endswith(" moments")]:
         less = 3 * cost.held[name] // 4
         cost.held[name] -= less
         for peak in cost.peaks:
