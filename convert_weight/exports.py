@@ -13,7 +13,7 @@ from torch import nn
 
 from convert_weight import pipeline
 from convert_weight.card import model_card
-from train_cc.distillation.state import generator_from, generator_state, kind_of, recorded_arguments, sampling_of
+from train_cc.distillation.state import generator_from, generator_state, kind_of, sampling_of
 from train_cc.draws import Draws
 from train_cc.io.class_names import class_names
 from train_cc.io.errors import InputError
@@ -49,7 +49,7 @@ def require_same_outputs(before: SiT, after: nn.Module, tolerance: float = 0) ->
 
 def save_lora(generator: SiT, checkpoint: Checkpoint, weights: str, teacher: Path, folder: Path) -> None:
     """Read again, on the teacher, its outputs are ``generator``'s, where it is merged, to the rounding of fp32."""
-    recorded = recorded_arguments(checkpoint)
+    recorded = checkpoint.units["arguments"]
     rank = generator_lora_rank(recorded["use_lora_gen"], recorded["lora_rank"])
     save_adapter(generator_state(checkpoint, weights), rank, GENERATOR_TARGETS, str(teacher), folder)
     adapted = PeftModel.from_pretrained(SiT.from_pretrained(teacher), folder).eval()
@@ -96,7 +96,7 @@ def export(args: argparse.Namespace, targets: dict, content: dict, overwrite: bo
     All are renamed when all are written and verified. Raises `InputError`.
     """
     checkpoint = open_checkpoint(args.checkpoint)
-    recorded = recorded_arguments(checkpoint)
+    recorded = checkpoint.units["arguments"]
     if args.adapter is not None and not recorded["use_lora_gen"]:
         raise InputError(f"--adapter: {args.checkpoint} has no LoRA of the generator; it was trained whole")
     provenance = {

@@ -65,7 +65,7 @@ def test_flags_of_the_other_commands_exist(script, words):
 
 def test_every_default_is_legal():
     parser = cold_start.stage_parser()
-    assert validate(parser.parse_args(["--teacher", "t", "--output-dir", "o"])) == []
+    assert validate(parser.parse_args(["--teacher", "t", "--output-dir", "o"]))[1] == []
     for action in parser._actions:
         if action.type is not None and action.nargs is None and action.default is not None:
             assert action.type(str(action.default)) == action.default, action.dest

@@ -29,10 +29,11 @@ from train_cc.io.errors import InputError
 from train_cc.models import SiT
 from train_cc.models.classifier import ImageClassifier
 from train_cc.rewards import networks
-from train_cc.run import together
-from train_cc.run.session import configure_compiler, open_session, resolve_precision
+from train_cc.run import session as together
+from train_cc.run.session import open_session, resolve_precision
 from train_cc.samplers import few_step_input
 from train_cc.setup import stage
+from train_cc.setup.compiler import configure_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"cold_start": cold_start, "dmdr_refl": dmdr_refl}
@@ -334,7 +335,7 @@ def test_compile_reaches_the_blocks_of_both_networks(teacher, tmp_path, monkeypa
         block._compiled_call_impl = torch.compile(block._call_impl, backend="eager")
 
     plain = logged(run_cold_start(teacher, tmp_path / "plain", "--max-train-steps", 1))
-    monkeypatch.setattr("train_cc.setup.build.require_compiler", lambda: None)
+    monkeypatch.setattr("train_cc.setup.compiler.require_compiler", lambda: None)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     torch._dynamo.utils.counters.clear()
     other = logged(run_cold_start(teacher, tmp_path / "compiled", "--max-train-steps", 1, "--compile"))

@@ -1068,7 +1068,7 @@ LATENTS = [
         "a deviation of 0",
         vae_with(latents_mean=MEAN, latents_std=[1.0, 2.0, 0.0, 1.0]),
         f"{OF_LATENTS} --vae changed",
-        ("latents_std is 0.0", "allowed: 1e-06 to 1e+06"),
+        ("latents_std is 0.0", "allowed: from 1e-06 to 1e+06"),
     ),
     Situation(
         "deviations without a scaling factor",

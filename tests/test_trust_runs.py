@@ -26,7 +26,7 @@ from train_cc import cold_start, dmdr_refl
 from train_cc.distillation import loop
 from train_cc.distillation.state import restore
 from train_cc.io.errors import InputError, message_of
-from train_cc.io.read import read_npy, sha256
+from train_cc.io.read import sha256
 from train_cc.io.write import check_output_dir, check_parent, record, write_atomically, write_record
 from train_cc.models.generator import read_sampling
 from train_cc.run import checkpoint as checkpoints
@@ -35,7 +35,6 @@ from train_cc.run.ema import decay_at
 from train_cc.run.folder import is_run
 from train_cc.run.logbook import JsonLines
 from train_cc.run.session import open_session
-from train_cc.run.units import check_units
 from train_cc.setup.arguments import build_parser
 from train_cc.setup.build import build
 
@@ -175,61 +174,6 @@ def test_files_can_be_read_by_all_who_may_read_the_folder(teacher, tmp_path):
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
 
 
-# Fields of torch_units
-
-ODD = [
-    None,
-    True,
-    -1,
-    0,
-    1.5,
-    10**6000,
-    2**80,
-    math.nan,
-    "",
-    "x" * 1000,
-    b"x",
-    [],
-    [1],
-    {},
-    {"a": {"b": {}}},
-    [[[[[]]]]],
-]
-FIELDS = ["step", "files", "samples_seen", "model_config", "teacher_sha256", "arguments", "scalers", "ema_updates"]
-FIELDS += ["format_version", "effective_batch"]
-LEGAL = {("samples_seen", 0), ("ema_updates", 0)}
-
-
-@pytest.mark.parametrize("field", FIELDS)
-def test_every_field_of_torch_units_is_checked(run, field):
-    content = torch.load(units(run, 2), weights_only=True)
-    for odd in ODD:
-        if (field, odd if isinstance(odd, int) else None) in LEGAL and odd is not True:
-            continue
-        with pytest.raises(InputError):
-            check_units(content | {field: odd}, units(run, 2))
-    with pytest.raises(InputError, match="holds 'surprise'"):
-        check_units(content | {"surprise": 1}, units(run, 2))
-
-
-@pytest.mark.parametrize("outer", ["model_config", "arguments", "files"])
-def test_the_fields_within_are_checked(run, outer):
-    content = torch.load(units(run, 2), weights_only=True)
-    inner = {"arguments": ["lora_rank", "num_steps", "timestep_shift", "use_lora_gen", "teacher", "vae", "optimizer"]}
-    for name in inner.get(outer, content[outer]):
-        for odd in (None, -1, 10**6000, math.nan, [1], {"a": 1}, b"x"):
-            with pytest.raises(InputError):
-                check_units(content | {outer: content[outer] | {name: odd}}, units(run, 2))
-
-
-@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "accelerator_1/../x.pt", "a/b/c", "", "\0"])
-def test_no_file_of_a_checkpoint_lies_outside(run, name):
-    content = torch.load(units(run, 2), weights_only=True)
-    some = content["files"]["accelerator_1/optimizer.pt"]
-    with pytest.raises(InputError, match="files is"):
-        check_units(content | {"files": content["files"] | {name: some}}, units(run, 2))
-
-
 @pytest.mark.parametrize("odd", ["/dev/zero", "/dev/null", "x" * 5000, "nowhere/step-1.pt", "loop", "dangling", "fifo"])
 def test_odd_paths_of_a_checkpoint_are_refused(teacher, tmp_path, capsys, odd):
     path = tmp_path / odd
@@ -252,35 +196,6 @@ def moments_of(model):
         name: {"step": torch.tensor(2.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.ones_like(p)}
         for name, p in model.named_parameters()
     }
-
-
-BAD_MOMENTS = {
-    "another shape": lambda m: m | {"exp_avg": torch.zeros(3)},
-    "another dtype": lambda m: m | {"exp_avg": m["exp_avg"].double()},
-    "complex": lambda m: m | {"exp_avg": m["exp_avg"].to(torch.complex64)},
-    "not finite": lambda m: m | {"exp_avg": m["exp_avg"] + math.nan},
-    "infinite": lambda m: m | {"exp_avg_sq": m["exp_avg_sq"] * math.inf},
-    "negative": lambda m: m | {"exp_avg_sq": -m["exp_avg_sq"]},
-    "sparse": lambda m: m | {"exp_avg": m["exp_avg"].to_sparse()},
-    "meta": lambda m: m | {"exp_avg": m["exp_avg"].to("meta")},
-    "missing": lambda m: {"step": m["step"], "exp_avg": m["exp_avg"]},
-    "one more": lambda m: m | {"max_exp_avg_sq": m["exp_avg_sq"]},
-    "no tensor": lambda m: m | {"exp_avg": [0.0]},
-    "step below 0": lambda m: m | {"step": torch.tensor(-1.0)},
-    "step nan": lambda m: m | {"step": torch.tensor(math.nan)},
-    "step of int": lambda m: m | {"step": 3},
-    "step of two": lambda m: m | {"step": torch.ones(2)},
-    "nothing": lambda m: None,
-}
-
-
-@pytest.mark.parametrize("how", BAD_MOMENTS)
-def test_moments_that_do_not_fit_never_reach_the_kernel(how):
-    model = torch.nn.Linear(4, 4)
-    state = moments_of(model)
-    state["weight"] = BAD_MOMENTS[how](state["weight"])
-    with pytest.raises(InputError, match="weight"):
-        states.restore_optimizer(model, torch.optim.AdamW(model.parameters(), fused=True), state, "optimizer.pt")
 
 
 @pytest.mark.parametrize("state", [None, [], {}, {"weight": {}}, {1: 2}, "all"])
@@ -496,7 +411,7 @@ def test_the_average_warms_up_and_counts(teacher, tmp_path):
 def test_an_average_that_starts_or_ends_at_a_checkpoint_is_told(teacher, run, tmp_path):
     more = [*QUICK, "--resume-ckpt", units(run, 2), "--max-train-steps", 3]
     without = run_cold_start(teacher, tmp_path / "without", *more)
-    assert "EMA ends here" in (without / "log.txt").read_text()
+    assert "ema.safetensors ends here" in (without / "log.txt").read_text()
     assert torch.load(units(without, 3), weights_only=True)["ema_updates"] == 0
     more = [*QUICK, "--resume-ckpt", units(without, 3), "--max-train-steps", 4, "--ema-decay", 0.9]
     again = run_cold_start(teacher, tmp_path / "again", *more)
@@ -507,7 +422,7 @@ def test_an_average_that_starts_or_ends_at_a_checkpoint_is_told(teacher, run, tm
     for name, value in load_file(again / "checkpoints/accelerator_1/step-4/ema.safetensors").items():
         torch.testing.assert_close(value, 2 / 11 * start[name] + 9 / 11 * end[name], rtol=1e-5, atol=1e-7)
     carried = run_cold_start(teacher, tmp_path / "carried", *QUICK, "--resume-ckpt", units(run, 2), "--ema-decay", 0.9)
-    assert "EMA carries over, after 2 updates" in (carried / "log.txt").read_text()
+    assert "EMA carries over" in (carried / "log.txt").read_text()
 
 
 # The export
@@ -835,22 +750,6 @@ def test_damaged_lines_of_a_log_are_dropped_and_told(tmp_path, caplog, monkeypat
     assert f"{path}: {len(DAMAGED_LINES)} line(s)" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["text", "objects", "another shape", "a header that lies", "empty", "truncated"])
-def test_a_damaged_row_of_the_teacher_is_drawn_again(teacher, run, how):
-    (path,) = (run / "samples").glob("teacher-*.npy")
-    good, content = np.load(path), path.read_bytes()
-    if how == "objects":
-        np.save(path, np.array([{}], dtype=object), allow_pickle=True)
-    elif how == "another shape":
-        np.save(path, np.zeros((4, 3, 3, 1), np.uint8))
-    else:
-        lie = content.replace(b"(4, 8, 8, 1)", b"(9**9, 8, 8)").replace(b"(9**9, 8, 8)", b"(99999999,8)")
-        other = {"text": b"not an array", "empty": b"", "truncated": content[:-9], "a header that lies": lie}
-        path.write_bytes(other[how])
-    cold_start.main(continued(teacher, run, "--num-previews", 4, "--sample-steps", 1, "--ratio-update", 2))
-    assert np.array_equal(np.load(path), good) and good.std() > 0
-
-
 # Random damage
 
 
@@ -885,7 +784,7 @@ def fuzz(teacher, run: Path, damages: int, seed: int) -> dict[str, int]:
     args = build_parser("").parse_args(flags(teacher, run, "--ema-decay", 0.9))
     parts, chance = build(args, open_session("no")), random.Random(seed)
     files = [run / "checkpoints" / name for name in STEP_FILES] + [run / "args.json"]
-    files += [*sorted((run / "loss_logs").iterdir()), *(run / "samples").glob("*.npy")]
+    files += sorted((run / "loss_logs").iterdir())
     whole, counts = {path: path.read_bytes() for path in files}, {"refused": 0, "read": 0}
     for _ in range(damages):
         path = chance.choice(files)
@@ -893,8 +792,6 @@ def fuzz(teacher, run: Path, damages: int, seed: int) -> dict[str, int]:
         try:
             if path.suffix == ".jsonl":
                 JsonLines(path, 2)
-            elif path.suffix == ".npy":
-                read_npy(path, "a row")
             elif path.name == "args.json":
                 is_run(run)
             else:

@@ -16,7 +16,7 @@ def stage_parser() -> argparse.ArgumentParser:
 
 def run_or_plan(stage: str, args: argparse.Namespace) -> None:
     """The stage of a command line, or its plan. A run imports nothing of the plan."""
-    notes = validate(args)
+    args, notes = validate(args)
     with saying("loading libraries"):  # torch takes seconds: a wrong flag is told before
         if args.dry_run:
             from train_cc.planning.plan import print_plan as start

@@ -134,7 +134,6 @@ MODULES = {
         "test_rewards::test_tilt_weights",
         "test_rewards::test_a_black_box_tilts_the_estimator",
     ],
-    "train_cc/run/units.py": ["test_checkpoint", "test_trust_runs::test_the_fields_within_are_checked"],
     "evaluation/report/rules.py": ["test_rules"],
 }
 # Subprocesses, waits and large models: seconds that would be paid by every mutant.

@@ -25,9 +25,8 @@ from train_cc.io.saying import beating, saying
 from train_cc.run.checkpoint import kept
 from train_cc.run.diagnostics import UpdateSize, finite, gathered
 from train_cc.run.logbook import BY_BAND, OVERFLOW, JsonLines, columns, logger, not_finite
-from train_cc.run.session import Session
+from train_cc.run.session import Session, show_picture, tracking
 from train_cc.run.stop import StopSignal
-from train_cc.run.trackers import show_picture, tracking
 from train_cc.schedules import annealing, dynamic_guidance_scale
 
 Row = dict[str, float | None]
@@ -125,7 +124,7 @@ def with_overflows(row: Row) -> Row:
 
 
 def update_estimator(run: Run) -> Figures:
-    blocks = run.plain_estimator.network.blocks
+    blocks = run.plain_estimator.blocks
     accelerator, optimizer = run.session.estimator_accelerator, run.estimator_optimizer
     norm, ratio = update(accelerator, run.estimator, blocks, optimizer, run.optimisation.max_grad_norm)
     return {"grad_norm_estimator": norm, "update_ratio_estimator": ratio}

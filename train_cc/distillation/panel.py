@@ -1,6 +1,5 @@
 """The pictures of a sample step: the same noise and labels through the teacher, the generator, and both scores."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +11,8 @@ from train_cc.distillation.run import Run
 from train_cc.distillation.state import averaged
 from train_cc.draws import Draws
 from train_cc.flow import interpolate, x0_from_velocity
-from train_cc.io.errors import InputError
-from train_cc.io.read import read_npy
 from train_cc.models.vae import images_to_uint8
 from train_cc.rewards.classifier import classifier_losses
-from train_cc.run.logbook import logger
 from train_cc.run.pictures import save_grid
 from train_cc.samplers import euler_sample, few_step_sample
 
@@ -47,9 +43,9 @@ def preview(run: Run, scores: Scores) -> dict[str, float]:
     with averaged(run), run.session.generator_accelerator.autocast():
         x0 = few_step_sample(run.generator, noise, y, run.method.num_steps, run.method.timestep_shift, draws.noise_like)
         images = decode_all(run, x0)
-    shown, names = [images_to_uint8(images).numpy()], ["generator", "real x0", "fake x0"]
+    rows, names = [images_to_uint8(images).numpy()], ["generator", "real x0", "fake x0"]
     if run.output.teacher_preview_steps:
-        shown.insert(0, teacher_row(run, noise, y, shown[0].shape))
+        rows.insert(0, teacher_row(run, noise, y))
         names.insert(0, f"teacher, {run.output.teacher_preview_steps} steps")
     figures = {}
     for name, judge in run.judges.items():
@@ -62,8 +58,8 @@ def preview(run: Run, scores: Scores) -> dict[str, float]:
     v_fake, v_real = scores(x_t, t, on_device, y)
     if run.session.is_main:
         estimates = [decode_all(run, x0_from_velocity(x_t, v, on_device)) for v in (v_real, v_fake)]
-        shown += [images_to_uint8(each).numpy() for each in estimates]
-        save_grid(shown, picture_path(run, run.step), names)
+        rows += [images_to_uint8(each).numpy() for each in estimates]
+        save_grid(rows, picture_path(run, run.step), names)
     return figures
 
 
@@ -76,32 +72,9 @@ def decode_all(run: Run, x0: Tensor) -> Tensor:
     return torch.cat([run.decode(part.float()).float() for part in x0.split(4)])
 
 
-def teacher_row(run: Run, noise: Tensor, y: Tensor, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The multi-step teacher on the previews' noise and labels: drawn once a run, kept in samples/.
-
-    The main process alone reads and writes it (-> None on others); all processes draw it, or none.
-    """
-    name = f"teacher-{run.output.teacher_preview_steps}-steps-seed-{run.optimisation.seed}.npy"
-    session, kept = run.session, run.output.output_dir / "samples" / name
-    images = read_teacher_row(kept, shape) if session.is_main else None
-    if session.mean(torch.tensor(float(images is not None), device=session.device)).item() == 0:
+def teacher_row(run: Run, noise: Tensor, y: Tensor) -> np.ndarray:
+    """The multi-step teacher on the previews' noise and labels, uint8 (N, H, W, C): drawn once a process."""
+    if run.teacher_row is None:
         x0 = euler_sample(run.scores.teacher, noise, y, run.output.teacher_preview_steps)
-        if session.is_main:
-            images = images_to_uint8(decode_all(run, x0)).numpy()
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            temporary = kept.with_name("teacher.tmp.npy")
-            np.save(temporary, images)
-            os.replace(temporary, kept)
-    return images
-
-
-def read_teacher_row(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The images as they were kept, uint8 of ``shape`` (N, H, W, C); None, and so drawn anew, where they are not."""
-    if not path.exists():
-        return None
-    try:
-        images = read_npy(path, "the teacher's preview row")
-    except InputError as error:
-        logger.warning("WARNING: %s; it is drawn again", error)
-        return None
-    return images if images.dtype == np.uint8 and images.shape == shape else None
+        run.teacher_row = images_to_uint8(decode_all(run, x0)).numpy()
+    return run.teacher_row

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +47,7 @@ class Run:
     latent_space: str | None = None  # SHA-256, as the teacher records it
     hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of what was loaded from outside, by flag
     rewards_sha256: set[str] = field(default_factory=set)  # of the networks that rewarded, in all stages
+    teacher_row: np.ndarray | None = None  # of the previews, uint8 (N, H, W, C), once it is drawn
     step: int = 0  # generator updates done
     samples_seen: int = 0  # by the generator, over all stages
     overflows: dict[str, int] = field(default_factory=dict)  # in fp16, in a row, by the log's column that shows them

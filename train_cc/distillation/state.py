@@ -4,29 +4,23 @@ import contextlib
 import shutil
 from pathlib import Path
 
-from accelerate import Accelerator
 from torch import Tensor
 
 from train_cc.distillation.parts import AVERAGE
 from train_cc.distillation.run import Run, trainable
 from train_cc.io.errors import InputError, message_of
 from train_cc.io.hub import model_folder
-from train_cc.io.read import Number, check_numbers, sha256
+from train_cc.io.read import sha256
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
 from train_cc.io.write import flush, need_space, plain_mode
-from train_cc.models.generator import (
-    SAMPLING,
-    assemble_generator,
-    generator_lora_rank,
-    save_generator,
-)
+from train_cc.models.generator import assemble_generator, generator_lora_rank, save_generator
 from train_cc.models.sit import SiT
 from train_cc.run import checkpoint as checkpoints
 from train_cc.run import states
 from train_cc.run.checkpoint import Checkpoint
 from train_cc.run.folder import EXPORT, GENERATOR_FILES, delete_ours, put_in_place
 from train_cc.run.logbook import logger
-from train_cc.run.together import on_main
+from train_cc.run.session import on_main
 
 
 def averaged(run: Run) -> contextlib.AbstractContextManager:
@@ -34,15 +28,11 @@ def averaged(run: Run) -> contextlib.AbstractContextManager:
     return run.ema.in_place_of(trainable(run.plain_generator)) if run.ema is not None else contextlib.nullcontext()
 
 
-def accelerators(run: Run) -> tuple[Accelerator, Accelerator]:
-    return run.session.generator_accelerator, run.session.estimator_accelerator
-
-
 def require_finite_run(run: Run, moments: bool = True) -> None:
     """No weight, average or moment holds NaN or infinity. Collective; raises `InputError` that names the step."""
     groups = {part.name: list(part.tensors()) for part in run.parts if moments or part.optimizer is None}
     if bad := states.not_finite_groups(run.session, groups):
-        message = f"step {run.step}: NaN or infinity in {', '.join(bad)}. Stopped, nothing of it was written; "
+        message = f"step {run.step}: NaN or infinity in the {', the '.join(bad)}. Stopped, nothing of it was written; "
         message += f"{checkpoints.kept(run.output.checkpoints)}. Lower the learning rates?"
         logger.debug(message)  # into log.txt; the terminal gets it as the error that it is
         raise InputError(message)
@@ -54,7 +44,8 @@ def save(run: Run, rotate: bool = True) -> Path:
     ``rotate``: delete older ones, as --keep-checkpoints has it.
     """
     require_finite_run(run)
-    parts = {part.file: part.state() for part in run.parts}
+    content = {part.file: part.state() for part in run.parts}
+    parts = {name: value for name, value in content.items() if "/" in name}
     units = {
         "samples_seen": run.samples_seen,
         "effective_batch": run.optimisation.effective_batch(run.session.world_size),
@@ -63,9 +54,7 @@ def save(run: Run, rotate: bool = True) -> Path:
         "rewards_sha256": sorted(run.rewards_sha256),
         "latent_space_sha256": run.latent_space,
         "arguments": run.arguments,
-        "scalers": [a.scaler and a.scaler.state_dict() for a in accelerators(run)],
-        "ema_updates": run.ema.updates if run.ema else 0,
-        **overflow_state(run),
+        **{name: value for name, value in content.items() if "/" not in name and value != {}},
     }
     root = run.output.checkpoints
 
@@ -92,22 +81,6 @@ def save(run: Run, rotate: bool = True) -> Path:
     return checkpoints.units_path(root, run.step)
 
 
-def overflow_state(run: Run) -> dict[str, dict]:
-    """What overflows in fp16 left: the counts in a row, and rewards' lowered scales. Without overflows: no fields."""
-    in_a_row = {name: count for name, count in run.overflows.items() if count}
-    scales = {r.name: {"backoff": r.backoff, "good_turns": r.good_turns} for r in run.rewards if r.backoff < 1}
-    return ({"overflows": in_a_row} if in_a_row else {}) | ({"reward_scales": scales} if scales else {})
-
-
-def restore_overflows(run: Run, units: dict) -> None:
-    """The fields of `overflow_state`; a reward that they do not name begins anew."""
-    run.overflows = dict(units.get("overflows", {}))
-    scales = units.get("reward_scales", {})
-    for reward in run.rewards:
-        state = scales.get(reward.name, {"backoff": 1.0, "good_turns": 0})
-        reward.backoff, reward.good_turns = state["backoff"], state["good_turns"]
-
-
 def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     """Weights, moments, EMA, scaler and step. The draws need no state, and the learning rate is the command line's."""
     source = checkpoint.path
@@ -124,14 +97,10 @@ def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
         if checkpoint.has(part.file):
             part.load(checkpoint.read(part.file), checkpoint)
         elif part.anew is not None:
-            part.anew()
+            part.anew(checkpoint)
         else:
-            raise InputError(f"{source} lacks {part.file}, {part.name}: was it made by another kind of run?")
+            raise InputError(f"{source} lacks {part.file}, the {part.name}: was it made by another kind of run?")
     run.rewards_sha256 |= set(theirs.get("rewards_sha256", []))
-    restore_overflows(run, theirs)
-    for accelerator, state in zip(accelerators(run), checkpoint.units["scalers"], strict=True):
-        if accelerator.scaler is not None and state:
-            accelerator.scaler.load_state_dict(state)
     run.step, run.samples_seen = checkpoint.step, checkpoint.units["samples_seen"]
 
 
@@ -177,18 +146,6 @@ def write_generator(run: Run, state: dict[str, Tensor]) -> None:
 # What a checkpoint holds, without a run ------------------------------------------------------------------------------
 
 
-def recorded_arguments(checkpoint: Checkpoint) -> dict:
-    """The run's arguments, as far as they are needed here. Raises `InputError`."""
-    source, recorded = checkpoint.path, checkpoint.units["arguments"]
-    needed = {"teacher": str, "vae": str, "use_lora_gen": bool, "lora_rank": int, "num_steps": int}
-    wrong = [name for name, kind in needed.items() if not isinstance(recorded.get(name), kind)]
-    if wrong or "timestep_shift" not in recorded:
-        raise InputError(f"{source}: its arguments lack {', '.join(wrong or ['timestep_shift'])}")
-    check_numbers(recorded, {"lora_rank": Number(int, 1, 2**16)}, source)
-    check_numbers(sampling_of(recorded), SAMPLING, source)
-    return recorded
-
-
 def sampling_of(recorded: dict) -> dict:
     """Steps K and shift s that a run with these arguments trains for, by their names in a generator's folder."""
     return {"num_inference_steps": recorded["num_steps"], "timestep_shift": recorded["timestep_shift"]}
@@ -206,15 +163,13 @@ def generator_state(checkpoint: Checkpoint, weights: str) -> dict[str, Tensor]:
     state = checkpoint.read("accelerator_1/generator.safetensors")
     if kind_of(checkpoint, weights) == "ema":
         average = checkpoint.read(AVERAGE)
-        if missing := sorted(state.keys() - average.keys() - {"pos_embed"}):  # a buffer has no average
-            raise InputError(f"{checkpoint.file(AVERAGE)} lacks {', '.join(missing[:6])}")
         state |= average
     return state
 
 
 def generator_from(checkpoint: Checkpoint, weights: str, teacher: Path | None = None) -> SiT:
     """``weights`` as in `generator_state`. ``teacher`` replaces the recorded folder."""
-    recorded, state = recorded_arguments(checkpoint), generator_state(checkpoint, weights)
+    recorded, state = checkpoint.units["arguments"], generator_state(checkpoint, weights)
     lora_rank = generator_lora_rank(recorded["use_lora_gen"], recorded["lora_rank"])
     base = Path(teacher or recorded["teacher"])
     if lora_rank is not None:

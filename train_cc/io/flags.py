@@ -4,8 +4,10 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 from train_cc.io.errors import InputError
 
@@ -21,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise InputError(re.sub(r"^argument ([^:]+): is ", r"\1 is ", message) + "; see --help")
 
 
@@ -32,7 +34,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if empty else super()._get_help_string(action)
 
 
-def refuse(value: object, allowed: str) -> None:
+def refuse(value: object, allowed: str) -> NoReturn:
     raise argparse.ArgumentTypeError(f"is {value}; allowed: {allowed}")
 
 
@@ -45,47 +47,59 @@ def between(low: float | None, high: float | None, low_open: bool = False, high_
     return f"{'below' if high_open else 'at most'} {high:g}"
 
 
-def integer(low: int = 1, high: int = 2**31 - 1, why: str = "") -> Callable[[str], int]:
-    """A whole number from ``low`` to ``high``; ``why`` is added to the message."""
-    words = (f"at least {low}" if high == 2**31 - 1 else f"{low} to {high}") + (f": {why}" if why else "")
+@dataclass(frozen=True)
+class Number:
+    """A finite number of a range, its ends included unless open: the type of a flag, and the check of a file's value.
 
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            refuse(text, f"a whole number, {words}")
-        if not low <= value <= high:
-            refuse(text, words)
-        return value
+    ``kind``: int, or float, which takes whole numbers too. ``why`` ends a refusal.
+    """
 
-    return parse
+    kind: type
+    low: float | None = None
+    high: float | None = None
+    low_open: bool = False
+    high_open: bool = False
+    why: str = ""
 
+    @property
+    def range(self) -> str:
+        """The words for the range."""
+        if self.low is None and self.high is None:
+            return "any"
+        if self.kind is float or self.low is None:
+            return between(self.low, self.high, self.low_open, self.high_open)
+        return f"at least {self.low}" if self.high in (None, 2**31 - 1) else f"{self.low} to {self.high}"
 
-def number(
-    low: float | None = None,
-    high: float | None = None,
-    low_open: bool = False,
-    high_open: bool = False,
-    why: str = "",
-) -> Callable[[str], float]:
-    """A finite number of a range, its ends included unless open."""
-    bounded = low is not None or high is not None
-    words = (between(low, high, low_open, high_open) if bounded else "any") + (f": {why}" if why else "")
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            refuse(text, f"a number, {words}")
+    def problem(self, value: object) -> str | None:
+        """The words for what is allowed, if ``value`` is not."""
+        words = self.range + (f": {self.why}" if self.why else "")
+        if isinstance(value, bool) or not isinstance(value, (int, float) if self.kind is float else int):
+            return f"a {'whole ' if self.kind is int else ''}number, {words}"
         if not math.isfinite(value):
-            refuse(text, f"a finite number, {words}")
-        below = low is not None and (value < low or (low_open and value == low))
-        above = high is not None and (value > high or (high_open and value == high))
-        if below or above:
-            refuse(text, words)
+            return f"a finite number, {words}"
+        below = self.low is not None and (value < self.low or (self.low_open and value == self.low))
+        above = self.high is not None and (value > self.high or (self.high_open and value == self.high))
+        return words if below or above else None
+
+    def __call__(self, text: str) -> float:
+        """The number that ``text`` is, for argparse."""
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = None
+        if allowed := self.problem(value):
+            refuse(text, allowed)
         return value
 
-    return parse
+
+def integer(low: int = 1, high: int = 2**31 - 1, why: str = "") -> Number:
+    """A whole number from ``low`` to ``high``."""
+    return Number(int, low, high, why=why)
+
+
+def number(low: float | None = None, high: float | None = None, **more: Any) -> Number:
+    """A finite number of a range; ``more``: of `Number`."""
+    return Number(float, low, high, **more)
 
 
 # The ranges that several commands share. Upper ends keep a slip of the finger from asking for more than a machine has.
@@ -116,6 +130,21 @@ def output_file(text: str) -> Path:
     if os.path.basename(text) in ("", ".", ".."):
         refuse(repr(text), "a path that ends in the name of a file")
     return path(text)
+
+
+class Arguments(argparse.Namespace):
+    """What a command line asks for. It does not change; `replaced` makes another."""
+
+    def __init__(self, **values: Any):
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"{name} was parsed, and is not assigned to")
+
+
+def replaced(args: argparse.Namespace, **values: Any) -> Arguments:
+    """``args`` with other ``values``."""
+    return Arguments(**vars(args) | values)
 
 
 class TimeInterval(argparse.Action):

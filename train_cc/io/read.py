@@ -13,9 +13,10 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from train_cc.io.errors import InputError
+from train_cc.io.flags import Number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,17 +170,6 @@ def read_npz(path: Path, expected: str) -> dict[str, "np.ndarray"]:
         return {name: file[name] for name in file.files}
 
 
-def read_npy(path: Path, expected: str) -> "np.ndarray":
-    """The plain array of an .npy file."""
-    import numpy as np
-
-    require_file(path, expected)
-    with parsing(path, expected), path.open("rb") as file:
-        _array_header(str(path), path.stat().st_size, file)
-        file.seek(0)
-        return np.load(file, allow_pickle=False)
-
-
 def _array_header(told: str, held: int, file) -> tuple[tuple[int, ...], "np.dtype"]:
     """Shape and dtype, which make the ``held`` bytes that there are: a lie would reserve memory for itself."""
     from numpy.lib import format as npy
@@ -209,20 +199,6 @@ def shown(value: object) -> str:
         return repr(value)[:80]
     except (ValueError, RecursionError):
         return f"a {type(value).__name__} too large to show"
-
-
-class Number(NamedTuple):
-    """What a number in a config may be; ``kind``: int or float (which takes whole numbers too)."""
-
-    kind: type
-    low: float
-    high: float
-
-    def problem(self, value: object) -> str | None:
-        kinds = (int, float) if self.kind is float else (int,)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            return f"a {'whole ' if self.kind is int else ''}number"
-        return None if self.low <= value <= self.high else f"{self.low:g} to {self.high:g}"
 
 
 def check_numbers(config: Mapping, allowed: Mapping[str, Number], source: Path | str) -> None:

@@ -31,6 +31,10 @@ class ScoreEstimator(nn.Module):
         self.network = teacher
         self._layers = lora_layers(teacher)
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.network.blocks
+
     def enable_gradient_checkpointing(self) -> None:
         """Blocks are recomputed in backward, each at the LoRA scale of its own forward, whatever was read since."""
 
@@ -61,6 +65,10 @@ class ScoreEstimator(nn.Module):
         set_lora_scale(self._layers, scale)
         return self.network(x, t, y)
 
+    def adapted(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The velocity of the teacher with the whole LoRA."""
+        return self._read(x, t, y, lora_scale=1.0)
+
     def overflowing_block(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """The first block, or other layer, that ``dtype`` does not bear, with a margin (`overflowing`); else None.
 
@@ -69,8 +77,7 @@ class ScoreEstimator(nn.Module):
         y = self._classes()
         noise = Draws(0, device=device).noise(len(y), *self.network.sample_shape)
         with torch.autocast(device.type, dtype, enabled=device.type != "cpu"):
-            read = partial(self._read, lora_scale=1.0)
-            return overflowing(self.network, dtype, lambda: euler_sample(read, noise, y, CHECKED_STEPS))
+            return overflowing(self.network, dtype, lambda: euler_sample(self.adapted, noise, y, CHECKED_STEPS))
 
     def _classes(self) -> Tensor:
         """All classes and the null class if they are few; else some, those of the largest rows among them.

@@ -1,6 +1,7 @@
 """SiT's model folder: its config, checked, and its weights, read and written strictly. The network is `network.SiT`."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,16 +9,9 @@ from timm.layers import Attention
 from torch import nn
 
 from train_cc.io.errors import InputError
+from train_cc.io.fields import check, setting
 from train_cc.io.hub import model_folder
-from train_cc.io.read import (
-    Number,
-    check_numbers,
-    kind_of,
-    read_json,
-    read_safetensors,
-    require_keys,
-    safetensors_shapes,
-)
+from train_cc.io.read import kind_of, read_json, read_safetensors, safetensors_shapes
 from train_cc.io.weights import WEIGHTS_NAME, block_count, fit_shapes, load_weights
 from train_cc.io.write import copy_mode
 from train_cc.models import network
@@ -28,18 +22,22 @@ SIT_SIZES = {
     for size, depth, hidden, heads in [("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16)]
     for patch in (2, 4, 8)
 }
-SIT_CONFIG = {
-    "input_size": Number(int, 1, 4096),
-    "in_channels": Number(int, 1, 1024),
-    "patch_size": Number(int, 1, 256),
-    "hidden_size": Number(int, 4, 2**16),
-    "depth": Number(int, 1, 1024),
-    "num_heads": Number(int, 1, 1024),
-    "num_classes": Number(int, 1, 10**6),
-    "mlp_ratio": Number(float, 1 / 64, 64),
-}
-# What a config.json may leave out, since the shapes of the weights show it.
-SIT_DEFAULTS = {"patch_size": 2, "mlp_ratio": 4.0}
+
+
+@dataclass(frozen=True)
+class SiTConfig:
+    """The arguments of `network.SiT`. Those with a default may be missing: the shapes of the weights show them."""
+
+    input_size: int = setting(high=4096)
+    in_channels: int = setting(high=1024)
+    patch_size: int = setting(2, high=256)
+    hidden_size: int = setting(low=4, high=2**16)
+    depth: int = setting(high=1024)
+    num_heads: int = setting(high=1024)
+    num_classes: int = setting(high=10**6)
+    mlp_ratio: float = setting(4.0, low=1 / 64, high=64)
+
+
 EXPECTED = "a SiT's model folder"
 DIFFUSERS_OPTIONS = {"device_map", "variant", "quantization_config", "subfolder", "revision"}
 
@@ -48,15 +46,13 @@ def check_sit_config(config: Mapping, source: Path | str) -> dict:
     """The arguments of `SiT` in ``config``, each of them, without private keys. Raises `InputError`."""
     if (kind := kind_of(config, "SiT")) != "SiT":
         raise InputError(f"{source} is of a {kind}; {EXPECTED} is expected")
-    require_keys(config, [name for name in SIT_CONFIG if name not in SIT_DEFAULTS], list(SIT_DEFAULTS), source)
-    check_numbers(config, SIT_CONFIG, source)
-    config = SIT_DEFAULTS | {name: value for name, value in config.items() if name in SIT_CONFIG}
+    values = check(SiTConfig, config, source)
     for name, divisor in (("hidden_size", "num_heads"), ("input_size", "patch_size")):
-        if config[name] % config[divisor]:
-            raise InputError(f"{source}: {divisor} {config[divisor]} does not divide {name} {config[name]}")
-    if config["hidden_size"] % 4:
-        raise InputError(f"{source}: hidden_size is {config['hidden_size']}; allowed: multiples of 4")
-    return {name: config[name] for name in SIT_CONFIG}
+        if values[name] % values[divisor]:
+            raise InputError(f"{source}: {divisor} {values[divisor]} does not divide {name} {values[name]}")
+    if values["hidden_size"] % 4:
+        raise InputError(f"{source}: hidden_size is {values['hidden_size']}; allowed: multiples of 4")
+    return values
 
 
 def sit_shapes(config: dict) -> dict[str, tuple[int, ...]]:

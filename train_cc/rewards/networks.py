@@ -14,8 +14,7 @@ from train_cc.models.features import FeatureSpace, load_space
 from train_cc.models.sit import SiT
 from train_cc.models.vae import load_decoder
 from train_cc.rewards.python_file import PythonReward
-from train_cc.run.session import Session
-from train_cc.run.together import on_main
+from train_cc.run.session import Session, on_main
 
 T = TypeVar("T")
 

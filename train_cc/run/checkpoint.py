@@ -11,20 +11,66 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import read_safetensors, read_torch, require_file, sha256
+from train_cc.io.fields import check, setting
+from train_cc.io.read import read_safetensors, read_torch, require_file, sha256, shown
 from train_cc.io.write import flush, plain_mode
-from train_cc.run.folder import CHECKPOINT_STEP, OF_A_STEP, TORN, delete_ours, put_in_place
-from train_cc.run.units import FORMAT_VERSION, NewerFormat, check_units
+from train_cc.run.folder import CHECKPOINT_STEP, FILE_OF_A_STEP, OF_A_STEP, delete_ours, put_in_place
+from train_cc.settings import Method, Models, Optimisation
 
 EXPECTED = "a checkpoints/torch_units/step-N.pt"
 OF_PLAIN_VALUES = f"{EXPECTED} of plain values (code in it is not run)"
 UNITS_BYTES = 64 << 20  # a torch_units file holds no tensors of a network
 DAMAGED = ".damaged"  # ends the name of a torch_units file that was set aside
+FORMAT_VERSION = 3  # 1: sizes of the files without their SHA-256; 2: without the networks that rewarded
+FILE_NAME = re.compile("accelerator_[12]/" + FILE_OF_A_STEP)  # no name leads out of the folder
+
+
+class NewerFormat(InputError):
+    """Written by newer code than this: not damaged, and nothing to go around."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """The fields of every torch_units file. Others are of single parts of a run."""
+
+    step: int = setting()
+    samples_seen: int = setting(low=0, high=2**62)
+    model_config: dict = setting()
+    teacher_sha256: str = setting()
+    arguments: dict = setting()  # of the command line
+    scalers: list = setting()  # of the two accelerators
+    files: dict = setting()  # name -> size and SHA-256; in format 1 the size
+
+
+def check_units(content: object, path: Path) -> dict:
+    """``content`` of a torch_units file, with every file as {"size", "sha256"} (None: not known, format 1).
+
+    The arguments are checked by the settings' own fields. Raises `InputError` that names the field.
+    """
+    source = f"the checkpoint {path} is not a checkpoint of this project, or is damaged"
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if type(version) is not int or version < 1:
+        raise InputError(f"{source}: it has no format version; {EXPECTED} is expected")
+    if version > FORMAT_VERSION:
+        raise NewerFormat(
+            f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}; update the code"
+        )
+    units = content | check(Units, content, source, others=True)
+    for kind in (Models, Method, Optimisation):
+        check(kind, units["arguments"], f"{source}: in its arguments", others=True)
+    if version == 1:
+        units["files"] = {name: {"size": size, "sha256": None} for name, size in units["files"].items()}
+    for name, entry in units["files"].items():
+        if not FILE_NAME.fullmatch(str(name)) or not isinstance(entry, dict) or entry.keys() != {"size", "sha256"}:
+            allowed = "files of accelerator_1 and accelerator_2, each with size and sha256"
+            raise InputError(f"{source}: files has {shown(name)}: {shown(entry)}; allowed: {allowed}")
+    return units
 
 
 @dataclass
@@ -47,15 +93,18 @@ class Checkpoint:
         accelerator, file = name.split("/")
         return self.path.parent.parent / accelerator / f"step-{self.step}" / file
 
-    def read(self, name: str) -> dict:
-        """The content of one file, such as "accelerator_1/optimizer.pt". Raises `InputError`."""
+    def read(self, name: str) -> Any:
+        """The content of one file, such as "accelerator_1/optimizer.pt", or of a field. Raises `InputError`."""
+        if "/" not in name:
+            return self.units[name]
         path = self.file(name)
         if path.suffix == ".safetensors":
             return read_safetensors(path, "a file of a checkpoint")
         return read_torch(path, "a file of a checkpoint")
 
     def has(self, name: str) -> bool:
-        return name in self.units["files"]
+        """True for a file of the checkpoint, or a field of its torch_units file."""
+        return name in self.units["files"] or ("/" not in name and name in self.units)
 
     def complete(self) -> bool:
         """Whether all files are where this process looks for them, by their sizes."""
@@ -78,10 +127,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"the checkpoint {path} is damaged or was renamed: it says step {checkpoint.step}")
     for name, entry in checkpoint.units["files"].items():
         file = checkpoint.file(name)
-        found = file.stat().st_size if file.is_file() else None
-        if found != entry["size"]:
-            told = "is missing" if found is None else f"has {found} bytes"
-            raise InputError(f"the checkpoint {path} is incomplete: {file} {told}, {entry['size']} bytes were written")
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["size"]:
+            state = "is missing" if size is None else f"has {size} bytes"
+            raise InputError(f"the checkpoint {path} is incomplete: {file} {state}, {entry['size']} bytes were written")
     for name, entry in checkpoint.units["files"].items():
         if entry["sha256"] is not None and sha256(checkpoint.file(name)) != entry["sha256"]:
             file = checkpoint.file(name)
@@ -149,7 +198,7 @@ def write_checkpoint(root: Path, step: int, parts: dict[str, dict], units: dict)
         folder = root / accelerator / f"step-{step}"
         temporary = folder.with_name(folder.name + ".tmp")
         for leftover in (temporary, folder):  # of a killed run: without its torch_units file it is no checkpoint
-            delete_ours(leftover, OF_A_STEP | TORN)
+            delete_ours(leftover, OF_A_STEP)
         temporary.mkdir(parents=True, exist_ok=True)
         for name, content in parts.items():
             if name.startswith(accelerator + "/"):
@@ -190,7 +239,7 @@ def delete_checkpoint(root: Path, step: int) -> None:
 
 def delete_step(root: Path, step: int) -> None:
     for folder in root.glob(f"accelerator_[12]/step-{step}"):
-        delete_ours(folder, OF_A_STEP | TORN)
+        delete_ours(folder, OF_A_STEP)
 
 
 def set_aside(root: Path, step: int) -> None:
@@ -208,4 +257,4 @@ def delete_leftovers(root: Path) -> None:
     for folder in list(root.glob("accelerator_[12]/step-*")):
         step = step_of(folder, "")
         if step_of(folder, ".tmp") is not None or (step is not None and step not in known):
-            delete_ours(folder, OF_A_STEP | TORN)
+            delete_ours(folder, OF_A_STEP)

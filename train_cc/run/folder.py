@@ -16,10 +16,11 @@ CHECKPOINT_STEP = r"step-(0|[1-9][0-9]{0,9})"  # as it is written: ASCII digits,
 # Name (a regular expression of the whole of it) -> None for a file, or the same of a folder. In the order of deletion:
 # first what makes a checkpoint count. The record is not here: it is replaced, and while it stands the folder is ours.
 TORN = {r"\.tmp\w{6}": None}  # safetensors' own name for a file that it has not finished
-OF_A_STEP = {r"(generator|ema|rewards|estimator_lora)\.safetensors": None, r"optimizer\.pt": None}
+FILE_OF_A_STEP = r"[a-z][a-z0-9_]*\.(safetensors|pt)"  # a part of a run
+OF_A_STEP = TORN | {FILE_OF_A_STEP: None}
 CHECKPOINTS = {
     "torch_units": {CHECKPOINT_STEP + r"\.pt(\.tmp|\.damaged)?": None},
-    r"accelerator_[12]": {CHECKPOINT_STEP + r"(\.tmp)?": OF_A_STEP | TORN},
+    r"accelerator_[12]": {CHECKPOINT_STEP + r"(\.tmp)?": OF_A_STEP},
 }
 GENERATOR_FILES = TORN | {
     r"config\.json": None,
@@ -36,8 +37,7 @@ TREE = {
     "loss_logs": {rf"loss_(gen|gui)_log\.jsonl({UNFINISHED})?": None},
     "samples": {
         CHECKPOINT_STEP: {rf"grid\.png({UNFINISHED})?": None},
-        r"teacher-[0-9]+-steps-seed-[0-9]+\.npy": None,
-        r"teacher\.tmp\.npy": None,
+        r"teacher-[0-9]+-steps-seed-[0-9]+\.npy": None,  # of earlier versions
     },
     "dmdr": EVENTS | {r"[0-9]+\.[0-9]+": EVENTS},  # tensorboard's
     r"log\.txt": None,

@@ -1,23 +1,29 @@
-"""The processes of a run: devices, precision, the two accelerators, reductions."""
+"""The processes of a run: precision, the two accelerators, reductions, what one process does for all, trackers."""
 
 import atexit
 import contextlib
 import gc
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import broadcast_object_list
+from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from train_cc.io.errors import InputError
+from train_cc.io.errors import InputError, message_of
+from train_cc.io.read import parsing
 from train_cc.run.devices import mesh_of, open_processes
 
+T = TypeVar("T")
 GPU_PRECISION = "fp16"  # what --mixed-precision auto is on a GPU (docs/benchmarks.md: precision by role)
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # what autocast computes in
 
@@ -206,24 +212,6 @@ def make_session(precision: str, sharded: bool, report_to: str = "none", folder:
     return session
 
 
-# Small kernels that do not wait for one another, such as the casts of weights, become one where that is faster by the
-# card's own clock.
-INDUCTOR = {"combo_kernels": True, "benchmark_combo_kernel": True}
-RECOMPILE_LIMIT = 64  # both networks, with and without gradient, autocast, batch sizes; torch's own is 8
-
-
-def configure_compiler() -> None:
-    """Blocks are compiled whole, and for every case that a run has, rather than left uncompiled from some point on.
-
-    DDP would have torch cut a block's graph at the ends of its buckets; gradients of one block after another overlap
-    with their reduction without that.
-    """
-    torch._dynamo.config.optimize_ddp = False
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    for name, value in INDUCTOR.items():
-        setattr(torch._inductor.config, name, value)
-
-
 def synchronised(accelerator: Accelerator, model: nn.Module, chunks: int) -> Iterable[int]:
     """Number the ``chunks`` of an accumulated batch; gradients are reduced over processes in the last one alone.
 
@@ -237,3 +225,47 @@ def synchronised(accelerator: Accelerator, model: nn.Module, chunks: int) -> Ite
         else:
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 yield chunk
+
+
+def on_main(session: Session, work: Callable[[], T]) -> T:
+    """``work()`` on the main process; its result comes back on all. Its error is raised on all: none waits for ever."""
+    outcome = [None, "the main process failed; its error says why"]
+    try:
+        if session.is_main:
+            try:
+                outcome = [work(), None]
+            except Exception as error:
+                outcome[1] = message_of(error) or outcome[1]
+                raise
+    finally:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise InputError(outcome[1])
+    return outcome[0]
+
+
+# --report-to: rows and previews in tensorboard or wandb, by accelerate. The jsonl logs are written always ----------
+
+
+@contextlib.contextmanager
+def tracking(accelerator: Accelerator, arguments: dict) -> Iterator[None]:
+    """Open the tracker that ``accelerator`` was made with, if any, and close it whatever happens.
+
+    Not `accelerator.end_training`, which would end the process group as well.
+    """
+    if accelerator.log_with:
+        config = {name: str(value) for name, value in arguments.items()}
+        with parsing("--report-to", "a tracker that can be reached"):  # a library's own errors, such as no login
+            accelerator.init_trackers("dmdr", config)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def show_picture(accelerator: Accelerator, path: Path, step: int) -> None:
+    for tracker in accelerator.trackers:
+        images = np.array(Image.open(path).convert("RGB"))[None]  # (1, H, W, 3)
+        order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"previews": images}, step=step, **order)

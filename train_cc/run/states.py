@@ -1,9 +1,9 @@
 """States of networks and optimizers, whole and on the CPU, whatever wraps or shards them. Collective: every rank calls.
 
-What comes back from a file is checked here against the network that it is for: names, shapes, dtypes, finiteness.
+What comes back from a file is checked here against the network that it is for: names, shapes, dtypes, finiteness. The
+moments' file has their SHA-256, and is only checked for their names.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -16,13 +16,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import parsing, shown
+from train_cc.io.read import shown
 from train_cc.io.weights import fit, require_finite
 from train_cc.run.diagnostics import gathered
 from train_cc.run.session import Session
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW, for every parameter
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -47,8 +46,6 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state:
         other = sorted(names ^ set(map(shown, trained)))
         raise InputError(f"{source} is not the optimizer state of what this run trains: it differs in {other[:6]}")
     for name, p in trained.items():
-        if problem := moments_problem(state[name], p):
-            raise InputError(f"{source}: {name}: {problem}")
         put_moments(optimizer, p, state[name])
 
 
@@ -63,40 +60,6 @@ def put_moments(optimizer: torch.optim.Optimizer, p: Tensor, moments: Mapping[st
             own[key] = torch.zeros_like(p)
             copy_whole(own[key], moments[key])
     optimizer.state[p] = own
-
-
-def moments_problem(moments: object, p: Tensor) -> str | None:
-    """What is wrong with ``moments`` as AdamW's of parameter ``p``; None: nothing."""
-    if not isinstance(moments, dict) or moments.keys() != MOMENTS:
-        return f"has {shown(moments)}; {', '.join(sorted(MOMENTS))} are expected"
-    problems = (moment_problem(key, moments[key], p) for key in ("exp_avg", "exp_avg_sq"))
-    return step_problem(moments["step"]) or next(filter(None, problems), None)
-
-
-def step_problem(value: object) -> str | None:
-    if not isinstance(value, Tensor) or value.shape != () or value.dtype != torch.float32:
-        return "its step is not one fp32 number"
-    count = value.item()
-    good = math.isfinite(count) and 0 <= count < 2**31 and count == int(count)
-    return None if good else f"its step is {count}; allowed: whole numbers from 0"
-
-
-def moment_problem(key: str, value: object, p: Tensor) -> str | None:
-    """What is wrong with ``value`` as the moment ``key`` of parameter ``p``; None: nothing.
-
-    A moment in 8 bits is a tensor of torchao's own class, and its dtype is the one that it shows.
-    """
-    if not isinstance(value, Tensor) or value.device.type != "cpu" or value.layout != torch.strided:
-        return f"{key} is not a plain tensor"
-    if tuple(value.shape) != tuple(p.shape) or value.dtype != p.dtype:
-        return f"{key} is {value.dtype} {tuple(value.shape)}, expected {p.dtype} {tuple(p.shape)}"
-    with parsing(key, "a moment in 8 bits"):
-        plain = value.dequantize() if hasattr(value, "codes") else value
-    if not torch.isfinite(plain).all():
-        return f"{key} holds NaN or infinity"
-    if key == "exp_avg_sq" and (plain < 0).any():
-        return f"{key}, a mean of squares, is negative"
-    return None
 
 
 def restore_trained(model: nn.Module, state: Mapping[str, Tensor], source: object) -> None:

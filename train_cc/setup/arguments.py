@@ -8,7 +8,7 @@ from pathlib import Path
 from train_cc import settings
 from train_cc.io.errors import InputError
 from train_cc.io.fields import add_flags, flag_of, marked
-from train_cc.io.flags import Parser
+from train_cc.io.flags import Arguments, Parser, replaced
 from train_cc.io.write import record_of
 from train_cc.rewards.spec import Rewards, require_sense, rewards_of
 
@@ -29,8 +29,8 @@ def build_parser(description: str) -> Parser:
     return parser
 
 
-def validate(args: argparse.Namespace) -> list[str]:
-    """Raise `InputError` on an impossible value or a contradiction; -> one line for each flag that is set aside."""
+def validate(args: argparse.Namespace) -> tuple[Arguments, list[str]]:
+    """Raise `InputError` on a contradiction; return the arguments that count, and a line for each ignored flag."""
     written = {os.path.realpath(args.output_dir / name) for name in ("", "checkpoints", "generator")}
     for name in marked("reads", *GROUPS.values()) if args.overwrite else ():
         path = getattr(args, name)
@@ -52,11 +52,11 @@ def validate(args: argparse.Namespace) -> list[str]:
     notes = []
     if args.auto_resume and args.overwrite:
         restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-        args.auto_resume = restarted and record_of(args.output_dir).get("job") == os.environ.get("SLURM_JOB_ID")
-        args.overwrite = not args.auto_resume
+        resume = restarted and record_of(args.output_dir).get("job") == os.environ.get("SLURM_JOB_ID")
+        args = replaced(args, auto_resume=resume, overwrite=not resume)
         notes.append(
             "Slurm queued this job again: its run continues, and --overwrite is set aside"
-            if args.auto_resume
+            if resume
             else "--overwrite starts anew: --auto-resume is set aside"
         )
     if args.real_guidance_scale <= 1 and args.real_guidance_interval != [0.0, 1.0]:
@@ -69,7 +69,7 @@ def validate(args: argparse.Namespace) -> list[str]:
     require_sense(rewards, args.tilt)
     if not rewards and (args.reward_classifier or args.reward_micro_batch or args.reward_checkpointing):
         notes.append("--encoder-type is none: the reward's flags are set aside")
-    return notes
+    return replaced(args), notes
 
 
 def installed(library: str) -> bool:

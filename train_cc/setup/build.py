@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,16 +23,16 @@ from train_cc.models.generator import generator_lora_rank, read_rewards, trainab
 from train_cc.models.half import MARGIN, overflowing
 from train_cc.models.latents import read_latent_space
 from train_cc.models.lora import hold_frozen_in
-from train_cc.models.network import SiTBlock
 from train_cc.models.sit import SiT, choose_attention
 from train_cc.models.vae import require_decoder
 from train_cc.rewards.build import Built, Fit, build_rewards, require_judge_fits
 from train_cc.rewards.networks import Networks
 from train_cc.rewards.spec import rewards_of
 from train_cc.run.ema import Average
-from train_cc.run.session import COMPUTE_DTYPES, Session, configure_compiler
+from train_cc.run.session import COMPUTE_DTYPES, Session
 from train_cc.samplers import euler_sample
 from train_cc.settings import Method, Optimisation, Output
+from train_cc.setup.compiler import compiler_works
 
 CHECK = 5  # first key of the draws, after the seed, of the batch that users' functions and fp16 are checked on
 SAMPLED = 4  # samples that decoder and judges are checked on in fp16
@@ -93,48 +92,6 @@ def load_teacher(args: argparse.Namespace, networks: Networks) -> tuple[SiT, dic
     return teacher, config, require_decoder(config["in_channels"], args.vae, args.teacher)
 
 
-def require_compiler() -> None:
-    """Compile and run a small block of the networks, forward and backward, under autocast, at two batch sizes.
-
-    Raises `InputError` if `torch.compile` cannot do it on this machine.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    block = SiTBlock(hidden_size=64, num_heads=2, mlp_ratio=4.0).to(device)
-    try:
-        compiled = torch.compile(lambda x: block(x, x.mean(dim=1)))
-        for batch in (2, 3):
-            x = torch.zeros(batch, 16, 64, device=device, requires_grad=True)
-            with torch._dynamo.config.patch(suppress_errors=False), torch.autocast(device):
-                out = compiled(x)
-            out.float().sum().backward()
-    except Exception as error:  # whatever the missing piece raises
-        words = " ".join(str(error).strip().splitlines()[:2])
-        missing = "Triton" if device == "cuda" else "a C++ compiler such as g++"
-        raise InputError(
-            f"--compile found no working compiler on this machine: {missing} is needed, and did not compile a small "
-            f"block, forward and backward. Install it, or leave --compile away ({type(error).__name__}: {words})"
-        ) from error
-
-
-def compiler_works(asked: bool | str, session: Session) -> bool:
-    """Whether to compile, as ``asked``: "auto" is on CUDA alone, and a compiler that is missing is one line in the log.
-
-    Raises `InputError` where it was asked for, and there is none.
-    """
-    if not asked or (asked == "auto" and session.device.type != "cuda"):
-        return False
-    configure_compiler()
-    try:
-        require_compiler()
-    except InputError as error:
-        if asked != "auto":
-            raise
-        session.notes.append(f"WARNING: nothing is compiled, and every update takes longer: {error}")
-        return False
-    torch._dynamo.config.suppress_errors = asked == "auto"  # a block that cannot be compiled runs as it is
-    return True
-
-
 def prepare_scores(estimator: ScoreEstimator, source: Path, session: Session, dtype: torch.dtype) -> None:
     """On a GPU the frozen weights are held, and the scores computed, in fp16 where it does not overflow, else bf16.
 
@@ -174,7 +131,7 @@ def require_range(
     device = next(estimator.parameters()).device
     noise = Draws(0, CHECK, device=device).noise(SAMPLED, *estimator.network.sample_shape)
     y = torch.arange(SAMPLED, device=device) % fit.num_classes
-    x0 = euler_sample(partial(estimator, lora_scale=1.0), noise, y, CHECKED_STEPS).to(fit.device)
+    x0 = euler_sample(estimator.adapted, noise, y, CHECKED_STEPS).to(fit.device)
     images = decode(x0)
     for name, network in halves.items():
         given = x0 if network is decode else images
@@ -197,7 +154,7 @@ def prepare_network(
     """
     hold_frozen_in(network, getattr(network, "score_dtype", None) or dtype)
     choose_attention(network, device, dtype)
-    blocks = network.network.blocks if isinstance(network, ScoreEstimator) else network.blocks
+    blocks = network.blocks
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     else:
@@ -223,7 +180,7 @@ def placed(session: Session, generator: SiT, estimator: ScoreEstimator, how: Opt
     # Placed first: sharding replaces the parameters, and EMA and optimizers belong to those that are trained.
     of_generator, of_estimator = session.generator_accelerator, session.estimator_accelerator
     generator = session.place(of_generator, generator, generator.blocks)
-    estimator = session.place(of_estimator, estimator, estimator.network.blocks)
+    estimator = session.place(of_estimator, estimator, estimator.blocks)
     weights = trainable(of_generator.unwrap_model(generator))
     generator_optimizer = build_optimizer(generator, how.learning_rate_generator, how.weight_decay_generator, how)
     estimator_optimizer = build_optimizer(estimator, how.learning_rate_estimator, how.weight_decay_estimator, how)

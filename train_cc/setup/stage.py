@@ -6,10 +6,10 @@ import hashlib
 import sys
 
 from train_cc.distillation.loop import train
-from train_cc.distillation.parts import AVERAGE
 from train_cc.distillation.run import Run, trainable
 from train_cc.distillation.state import restore
 from train_cc.io.errors import InputError
+from train_cc.io.flags import replaced
 from train_cc.io.hub import model_folder, pinned
 from train_cc.io.saying import saying
 from train_cc.io.weights import WEIGHTS_NAME
@@ -17,8 +17,7 @@ from train_cc.io.write import locked
 from train_cc.run.checkpoint import Checkpoint
 from train_cc.run.folder import clear_output_dir
 from train_cc.run.logbook import log_to, logger
-from train_cc.run.session import open_session
-from train_cc.run.together import on_main
+from train_cc.run.session import on_main, open_session
 from train_cc.setup.build import build
 from train_cc.setup.start import Start, check_own, find_start, go_back, write_run_record
 
@@ -35,7 +34,8 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
             lock.enter_context(locked(args.output_dir))
             return find_start(name, args, room_for(args))
 
-        args.teacher = on_main(session, lambda: pinned(args.teacher))  # what a record names is one state of the files
+        teacher = on_main(session, lambda: pinned(args.teacher))  # a record names one state of the files
+        args = replaced(args, teacher=teacher)
         start = on_main(session, search)
         if start.finished:
             if session.is_main:
@@ -127,18 +127,20 @@ def describe(run: Run, args: argparse.Namespace, name: str, start: Start) -> Non
         "continues" if start.continues else "starts",
         checkpoint.path,
         run.step,
-        told_of_average(run, checkpoint),
+        "; ".join(carried_over(run, checkpoint)) or "there is no EMA",
         args.learning_rate_generator,
         args.learning_rate_estimator,
     )
 
 
-def told_of_average(run: Run, checkpoint: Checkpoint) -> str:
-    """What became of the EMA, for the log."""
-    if run.ema is not None and checkpoint.has(AVERAGE):
-        return f"the EMA carries over, after {run.ema.updates} updates"
-    if run.ema is not None:
-        return "the checkpoint has no EMA: it starts here, at the raw weights"
-    if checkpoint.has(AVERAGE):
-        return "the checkpoint's EMA ends here, since --ema-decay is 0: generator/ will hold the raw weights"
-    return "there is no EMA"
+def carried_over(run: Run, checkpoint: Checkpoint) -> list[str]:
+    """Sentences for the log: which of the parts that not every run has carry over, begin or end here."""
+    files = {part.file: part for part in run.parts if "/" in part.file}
+    sentences = [
+        f"the {part.name} carries over"
+        if checkpoint.has(file)
+        else f"the checkpoint has no {part.name}: it starts here"
+        for file, part in files.items()
+        if part.anew is not None
+    ]
+    return sentences + [f"{file} ends here" for file in checkpoint.units["files"] if file not in files]
