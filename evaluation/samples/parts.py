@@ -50,14 +50,14 @@ def write_part(path: Path, **arrays: np.ndarray) -> None:
 # Samples ----------------------------------------------------------------------------------------------------------
 
 
-def content_of(provenance: Mapping) -> dict:
+def samples_record(provenance: Mapping) -> dict:
     """The record of samples: their provenance, but for the decoder's precision, which is known once it was tried."""
     rest = {name: value for name, value in provenance.items() if name != "decoder"}
     return {"stage": "generate", "libraries": provenance.get("versions")} | rest
 
 
-def record_in(path: Path, whole: bool = True) -> dict:
-    """`content_of` a file of samples; {} for another or a damaged one. ``whole``: all of it is checked."""
+def read_samples_record(path: Path, whole: bool = True) -> dict:
+    """The `samples_record` of a file; {} for another or a damaged one. ``whole``: all of it is checked."""
     try:
         npz_headers(path, "samples")
         with parsing(path, "samples"), zipfile.ZipFile(path) as archive, np.load(path) as file:
@@ -65,12 +65,12 @@ def record_in(path: Path, whole: bool = True) -> dict:
             provenance = None if damaged else provenance_of(file, path)
     except InputError:
         return {}
-    return content_of(provenance) if provenance else {}
+    return samples_record(provenance) if provenance else {}
 
 
 def check_settings(output: Path, content: Mapping) -> None:
     """Raises `InputError` with the settings, files and versions in which the samples of ``output`` differ, if any."""
-    made, changed = record_in(output, whole=False) if output.is_file() else {}, []
+    made, changed = read_samples_record(output, whole=False) if output.is_file() else {}, []
     for part in ("arguments", "libraries"):
         old, new = made.get(part), content[part]
         old = old if isinstance(old, dict) else {}
@@ -116,7 +116,7 @@ def images_of(parts: Iterable[Path]) -> Iterator[np.ndarray]:
         yield read_npz(path, "images")["arr_0"]
 
 
-def merge(parts: list[Path], path: Path, provenance: dict) -> None:
+def merge_samples(parts: list[Path], path: Path, provenance: dict) -> None:
     """One .npz of all parts in their order."""
     labels = np.concatenate([read_npz(part, "a part of samples")["arr_1"] for part in parts])
     write_npz(path, images_of(parts), arr_1=labels, provenance=np.array(json.dumps(provenance)))

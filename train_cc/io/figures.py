@@ -21,7 +21,7 @@ def columns_of(rows: Iterable[dict]) -> list[str]:
 
 
 def markdown_table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """As GitHub reads it; a bar or a line's end within a cell stays within it."""
+    """A table for GitHub; a bar or a line's end within a cell stays within it."""
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in (head, *lines)]
     first, *more = (f"| {' | '.join(line)} |" for line in cells)
     return "\n".join([first, "|---" * len(head) + "|", *more])
