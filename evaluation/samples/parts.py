@@ -116,14 +116,23 @@ def images_of(parts: Iterable[Path]) -> Iterator[np.ndarray]:
         yield read_npz(path, "images")["arr_0"]
 
 
-def merge_samples(parts: list[Path], path: Path, provenance: dict) -> None:
-    """One .npz of all parts in their order."""
-    labels = np.concatenate([read_npz(part, "a part of samples")["arr_1"] for part in parts])
-    write_npz(path, images_of(parts), arr_1=labels, provenance=np.array(json.dumps(provenance)))
+def merge_samples(parts: list[Path], path: Path, provenance: dict) -> int:
+    """Write one .npz of all parts in their order. Return how many images fp16 could not decode, which is noted."""
+    labels, again = [], 0
+    for part in parts:
+        with parsing(part, "a part of samples"), np.load(part) as file:
+            labels.append(file["arr_1"])
+            again += int(file["again"])
+    if again:
+        provenance["decoder"] += f", {again} images fp32"
+    text = np.array(json.dumps(provenance))
+    write_npz(path, images_of(parts), arr_1=np.concatenate(labels), provenance=text)
+    return again
 
 
-def write_pngs(parts: Iterable[Path], folder: Path, content: Mapping, overwrite: bool) -> None:
-    """All images of ``parts`` as PNG files; ``content``: the folder's record."""
+def write_pngs(parts: Iterable[Path], folder: Path, provenance: dict, overwrite: bool) -> None:
+    """All images of ``parts`` as PNG files."""
+    content = samples_record(provenance) | {"provenance": provenance}
     with product(folder, content, overwrite, "--png-dir") as place:
         for number, image in enumerate(itertools.chain.from_iterable(images_of(parts)) if place else ()):
             picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)

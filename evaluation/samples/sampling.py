@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from evaluation.samples.files import provenance_of
 from evaluation.samples.parts import (
     check_settings,
     in_parts,
@@ -34,7 +35,7 @@ from evaluation.samples.source import Source, names_of_classes, open_source, set
 from train_cc.draws import Draws
 from train_cc.io.errors import InputError
 from train_cc.io.products import check_product, library_versions, need_space, write_atomically
-from train_cc.io.read import read_npz, sha256
+from train_cc.io.read import sha256
 from train_cc.io.saying import note
 from train_cc.models.features import without_tf32
 from train_cc.models.sit import SiT, choose_attention
@@ -268,12 +269,12 @@ def write_samples(args: argparse.Namespace) -> None:
         if not processes.is_main_process:
             return
         if place is not None:
-            if again := sum(int(read_npz(part, "a part of samples")["again"]) for part in parts):
-                note_decoded_again(again)
-                provenance["decoder"] += f", {again} images fp32"
-            merge_samples(parts, place.new, provenance)
+            note_decoded_again(merge_samples(parts, place.new, provenance))
+        else:
+            with np.load(output) as file:
+                provenance = provenance_of(file, output)
         if args.png_dir is not None:
-            write_pngs(parts, args.png_dir, content | {"provenance": provenance}, args.overwrite)
+            write_pngs(parts, args.png_dir, provenance, args.overwrite)
     if place is not None:
         print(f"{args.num_images} images -> {output}")
 
