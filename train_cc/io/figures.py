@@ -19,7 +19,7 @@ def columns_of(rows: Iterable[dict]) -> list[str]:
 
 
 def markdown_table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """As GitHub reads it; a bar or a line's end within a cell stays within it."""
+    """A table as GitHub reads it; a bar or a line's end within a cell stays within it."""
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in (head, *lines)]
     first, *more = (f"| {' | '.join(line)} |" for line in cells)
     return "\n".join([first, "|---" * len(head) + "|", *more])
@@ -31,7 +31,7 @@ def with_arrow(metric: str, head: str | None = None) -> str:
 
 
 def read_figures(path: Path) -> dict:
-    """What `evaluation.files.write_figures` wrote; every row has "figures", of numbers. Raises `InputError`."""
+    """The figures of `evaluation.files.write_figures`; every row has "figures", of numbers. Raises `InputError`."""
     record = read_json(path, FIGURES)
     require_plain(record, path)
     if "rows" not in record:  # a frontier.json once held the rows alone
