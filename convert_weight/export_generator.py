@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_cc.io import flags
 from train_cc.io.class_names import EXPECTED as CLASS_NAMES
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.hub import check_hub_name, push_folder
 from train_cc.io.products import check_product, place_of, record
 from train_cc.io.read import require_file, sha256
+from train_cc.io.remote import check_hub_name, push_folder
 from train_cc.io.saying import saying
 
 

@@ -18,7 +18,7 @@ from train_cc.draws import Draws
 from train_cc.io.class_names import class_names
 from train_cc.io.errors import InputError
 from train_cc.io.figures import read_figures
-from train_cc.io.products import need_space, plain_mode, product, record_of, write_atomically
+from train_cc.io.products import need_space, product, record_of, write_atomically
 from train_cc.io.read import sha256
 from train_cc.models import network
 from train_cc.models.generator import generator_lora_rank, save_generator
@@ -36,13 +36,13 @@ CODE = {"pipeline.py": pipeline, "generator/sit.py": network}
 
 @torch.no_grad()
 def require_same_outputs(before: SiT, after: nn.Module, tolerance: float = 0) -> None:
-    """What was written and read again must give the same velocities, bit for bit or to a part of the largest."""
+    """Raises `InputError` if the velocities differ, by more than ``tolerance`` times the largest."""
     draws = Draws(0)
     x, y = draws.noise(2, *before.sample_shape), draws.integers(before.null_class, 2)
     for time in (1.0, 0.5):
         t = torch.full((2,), time)
-        expected, found = before(x, t, y), after(x, t, y)
-        if (found - expected).abs().max() > tolerance * expected.abs().max():
+        expected, again = before(x, t, y), after(x, t, y)
+        if (again - expected).abs().max() > tolerance * expected.abs().max():
             raise InputError("what was written gives other outputs than the checkpoint's: is the disk failing?")
 
 
@@ -71,8 +71,6 @@ def save_pipeline(
     save_folder(generator, sampling, provenance, folder / "generator")
     if vae is not None:
         vae.save_pretrained(folder / "vae")
-        for path in (folder / "vae").glob("*.safetensors"):
-            plain_mode(path)
     for name, module in CODE.items():
         shutil.copyfile(module.__file__, folder / name)
     index = {
@@ -144,13 +142,13 @@ def vae_of(args: argparse.Namespace, checkpoint: Checkpoint, recorded: dict) -> 
 
 
 def names_of(args: argparse.Namespace, checkpoint: Checkpoint, teacher: Path) -> list[str] | None:
-    """Of the classes; where it was trained, the teacher's record names its data set."""
+    """Names of the classes; the teacher's record names its data set, on the machine that trained it."""
     dataset = record_of(teacher).get("arguments", {}).get("dataset")
     return class_names(args.class_names, checkpoint.units["model_config"]["num_classes"], dataset)
 
 
 def hashes_of(folder: Path, content: dict, provenance: dict) -> dict[str, str]:
-    """What stands in the card: SHA-256 of the weights in ``folder``, and of what they were made from."""
+    """SHA-256 for the card: of the weights in ``folder``, and of their sources."""
     own = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*.safetensors"))}
     made_from = {"the checkpoint": content["inputs"]["checkpoint"], "the teacher": provenance["teacher_sha256"]}
     return own | made_from | {f"reward {n + 1}": each for n, each in enumerate(provenance["rewards_sha256"])}

@@ -139,14 +139,8 @@ def plain_classes() -> list:
     for name in ("scalar", "_reconstruct"):
         allowed += [(getattr(multiarray, name), f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")]
     kinds = [np.dtype(code) for code in np.typecodes["All"] if code != "O"]
-    return [
-        *allowed,
-        *paths.values(),
-        np.ndarray,
-        np.dtype,
-        *{type(kind) for kind in kinds},
-        *{kind.type for kind in kinds},
-    ]
+    allowed += [*paths.values(), np.ndarray, np.dtype]
+    return [*allowed, *{type(kind) for kind in kinds}, *{kind.type for kind in kinds}]
 
 
 def read_checkpoint(path: Path) -> object:

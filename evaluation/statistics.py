@@ -4,7 +4,7 @@
 `accelerate launch -m evaluation.statistics --images imagenet/train --image-size 256 --space dinov2 --output real.npz`
 
 `--images`: a folder with a folder a class (or images without labels), an .npz with arr_0 uint8 (N, H, W, C) and labels
-arr_1, or a data set of train_cc/pretrain/data.py. Runs under `accelerate launch` or `torchrun` too, on storage that all
+arr_1, or a data set of train_cc/images.py. Runs under `accelerate launch` or `torchrun` too, on storage that all
 processes share: parts of the images are summed in a fixed order, so that any number of processes gives the same file
 (a process uses one core, or its GPU).
 Finished parts are kept in OUTPUT.tmp until the output is whole: the same command continues after a stop.

@@ -5,14 +5,13 @@ import errno
 import http.server
 import json
 import math
-import os
 import pickle
 import re
 import shutil
 import threading
 from collections import Counter, OrderedDict
 from datetime import datetime, timedelta, timezone
-from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath
+from pathlib import PosixPath, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,9 +27,9 @@ from convert_weight.pipeline import DMDRPipeline
 from convert_weight.state_dicts import reverse_time
 from evaluation.standins import authors_state, repa_state, sit_shapes, write_dinov2, write_vae
 from tests.conftest import random_sit, refused, run_cold_start, tree
-from train_cc.io.download import download, whole_archive
 from train_cc.io.errors import InputError
 from train_cc.io.products import record, write_record
+from train_cc.io.remote import download
 from train_cc.models import DINOv2Classifier, SiT
 from train_cc.models.generator import read_rewards, read_sampling, save_generator
 from train_cc.models.vae import load_vae
@@ -359,114 +358,64 @@ def test_check_tells_right_from_wrong(sign, reverse):
 
 
 class Server:
-    """A local file server that understands ranges, or not, and can break off."""
+    """A local file server that can break off."""
 
-    def __init__(self, content, ranges=True, break_after=None, length=True, kind="application/octet-stream"):
-        outer = self
-        self.requests = []
-
+    def __init__(self, content, break_after=None, length=True):
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                asked = self.headers.get("Range")
-                outer.requests.append(asked)
-                start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and ranges else 0
-                if start >= len(content):
-                    self.send_response(416)
-                    self.send_header("Content-Range", f"bytes */{len(content)}")
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
-                    return
-                self.send_response(206 if asked and ranges else 200)
-                self.send_header("Content-Type", kind)
+                self.send_response(200)
                 if length:
-                    self.send_header("Content-Length", str(len(content) - start))
+                    self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                cut = outer.break_after or len(content)
-                self.wfile.write(content[start : start + cut])
+                self.wfile.write(content[:break_after])
 
             def log_message(self, *args):
                 pass
 
-        self.break_after = break_after
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/last.pt"
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_that_broke_off_continues(tmp_path, ranges):
-    content = bytes(range(256)) * 5000
-    server = Server(content, ranges, break_after=300_000)
-    with pytest.raises(InputError, match="continues"):
-        sit_convert.download(server.url, tmp_path / "last.pt")
-    assert not (tmp_path / "last.pt").exists()
-    assert (tmp_path / "last.pt.part").stat().st_size == 300_000
-    server.break_after = None
-    sit_convert.download(server.url, tmp_path / "last.pt")
-    assert (tmp_path / "last.pt").read_bytes() == content
-    assert server.requests == [None, "bytes=300000-"]
-    assert not (tmp_path / "last.pt.part").exists()
-
-
 def test_what_is_there_is_not_written_for(tmp_path, monkeypatch):
     """A cache can be read-only."""
     (tmp_path / "last.pt").write_bytes(b"whole")
-    monkeypatch.setattr("train_cc.io.download.check_parent", lambda path: pytest.fail("nothing is to be written"))
-    assert download("http://127.0.0.1:9/last.pt", tmp_path / "last.pt") == tmp_path / "last.pt"
+    monkeypatch.setattr("train_cc.io.remote.check_parent", lambda path: pytest.fail("nothing is to be written"))
+    assert download("http://127.0.0.1:9/last.pt", tmp_path / "last.pt", "") == tmp_path / "last.pt"
 
 
-def test_a_download_needs_a_server_and_space(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="--input"):
-        sit_convert.download("http://127.0.0.1:9/last.pt", tmp_path / "last.pt")
-    server = Server(b"x" * 1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 10))
-    with pytest.raises(InputError, match="nothing was written"):
-        sit_convert.download(server.url, tmp_path / "last.pt")
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", full)
+    with pytest.raises(InputError, match=r"last.pt is not written: No space left"):
+        download("http://127.0.0.1:9/last.pt", tmp_path / "last.pt", "")
     assert not list(tmp_path.iterdir())
 
 
-def archive(tmp_path):
+@pytest.mark.parametrize("how", ["a web page", "broken off", "cut without a length"])
+def test_what_is_no_whole_file_never_counts(tmp_path, how):
     torch.save({"weight": torch.ones(1000)}, tmp_path / "whole.pt")
     content = (tmp_path / "whole.pt").read_bytes()
     (tmp_path / "whole.pt").unlink()
-    return content
-
-
-@pytest.mark.parametrize("how", ["web page", "web page without its type", "cut without a length", "too small"])
-def test_what_is_no_whole_file_never_counts(tmp_path, how):
-    content, options, words = archive(tmp_path), {}, "no PyTorch file"
-    if how == "web page":
-        server, words = Server(b"<html>sign in</html>", kind="text/html; charset=utf-8"), "web page"
-    elif how == "web page without its type":
+    if how == "a web page":
         server = Server(b"<html>sign in</html>")
-    elif how == "cut without a length":
-        server = Server(content, break_after=2000, length=False)
     else:
-        server, words, options = Server(content), "at least 1,000,000", {"least": 10**6}
-    with pytest.raises(InputError, match=words):
-        download(server.url, tmp_path / "last.pt", problem=whole_archive, **options)
+        server = Server(content, break_after=2000, length=how == "broken off")
+    with pytest.raises(InputError, match=r"no whole PyTorch file; .* `curl -L -C - .*, or take another$"):
+        download(server.url, tmp_path / "last.pt", "take another")
     assert not list(tmp_path.iterdir())
-    server = Server(content)
-    download(server.url, tmp_path / "last.pt", problem=whole_archive)
-    assert (tmp_path / "last.pt").read_bytes() == content
-
-
-@pytest.mark.parametrize("left", ["all of it", "more than it"])
-def test_a_part_that_is_whole_or_of_another_file(tmp_path, left):
-    content = archive(tmp_path)
-    (tmp_path / "last.pt.part").write_bytes(content if left == "all of it" else content + b"more")
-    server = Server(content)
-    download(server.url, tmp_path / "last.pt", problem=whole_archive)
-    assert (tmp_path / "last.pt").read_bytes() == content
-    assert len(server.requests) == (1 if left == "all of it" else 2)
+    download(Server(content).url, tmp_path / "last.pt", "")
+    assert (tmp_path / "last.pt").read_bytes() == content and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
     "url", ["http://", "http://[", "https://127.0.0.1:99999/x", "http://a b/x", "http://127.0.0.1:9/x"]
 )
 def test_a_url_that_leads_nowhere_is_a_message(tmp_path, url):
-    with pytest.raises(InputError):
-        download(url, tmp_path / "x")
+    with pytest.raises(InputError, match="cannot download"):
+        download(url, tmp_path / "x", "")
     assert not list(tmp_path.iterdir())
 
 
@@ -502,38 +451,18 @@ def test_a_name_is_one_plain_folder_name(tmp_path, capsys, name):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "mine.txt"]
 
 
-FOREIGN = [
-    "a folder of somebody",
-    "a file",
-    "a folder of ours with more in it",
-    "its temporary name",
-    "temporary file",
-    "a run",
-]
-
-
-@pytest.mark.parametrize("what", FOREIGN)
+@pytest.mark.parametrize("what", ["a folder of somebody", "a folder of ours with more in it", "a run"])
 def test_what_is_not_ours_is_never_replaced(tmp_path, capsys, what):
     target = tmp_path / "out" / "mine"
     if what == "a folder of somebody":
         target.mkdir(parents=True)
-        (target / "args.json").write_text("{}")
         (target / "config.json").write_text("thesis")
-    elif what == "a file":
-        target.parent.mkdir()
-        target.write_text("thesis")
     elif what == "a folder of ours with more in it":
         convert_file(repa_state(**SMALL), tmp_path, "--name", "mine")
         (target / "thesis.txt").write_text("thesis")
-    elif what == "a run":
+    else:
         (target / "checkpoints").mkdir(parents=True)
         write_record(target, record("cold_start", {}))
-    elif what == "temporary file":
-        target.parent.mkdir()
-        target.with_name("mine.tmp").write_text("thesis")
-    else:
-        (tmp_path / "out" / "mine.tmp").mkdir(parents=True)
-        (tmp_path / "out" / "mine.tmp" / "thesis.txt").write_text("thesis")
     before = tree(tmp_path / "out")
     for more in ([], ["--overwrite"]):
         refused(convert_file, repa_state(seed=1, **SMALL), tmp_path, "--name", "mine", *more, capsys=capsys)
@@ -546,111 +475,6 @@ def test_overwriting_replaces_what_the_command_wrote(tmp_path):
         found = SiT.from_pretrained(tmp_path / "out" / "SiT-custom").state_dict()
         assert torch.equal(found["pos_embed"], repa_state(seed=seed, **SMALL)["pos_embed"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["SiT-custom"]
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed_at(moment, call, monkeypatch):
-    """``call()`` until ``moment``; from then on nothing is renamed, written or removed, as after a kill."""
-    renames = []
-
-    def die(*args, **kwargs):
-        for place, name in ((Path, "rename"), (Path, "unlink"), (shutil, "rmtree"), (os, "replace")):
-            alive.append((place, name, getattr(place, name)))
-            setattr(place, name, stop)
-        raise Killed
-
-    def stop(*args, **kwargs):
-        raise Killed
-
-    alive = []
-    rename, rmtree = Path.rename, shutil.rmtree
-
-    def counted(self, target):
-        renames.append(target)
-        return die() if moment == f"rename {len(renames)}" else rename(self, target)
-
-    def cleaning(path, **options):
-        return die() if moment == "clean up" and Path(path).name.endswith(".tmp") else rmtree(path, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", counted)
-        patched.setattr(shutil, "rmtree", cleaning)
-        if moment == "save_pretrained":
-            patched.setattr(SiT, "save_pretrained", die)
-        elif moment == "write_record":
-            patched.setattr("train_cc.io.products.write_record", die)
-        with pytest.raises(Killed):
-            call()
-        for place, name, function in alive:
-            setattr(place, name, function)
-
-
-@pytest.mark.parametrize("again", [True, False], ids=["over an older one", "anew"])
-@pytest.mark.parametrize("moment", ["write_record", "save_pretrained", "rename 1", "rename 2", "clean up"])
-def test_a_killed_conversion_continues_by_the_same_command(tmp_path, monkeypatch, moment, again):
-    if moment == "rename 2" and not again:
-        return  # a new folder needs one
-    more = ["--overwrite"] if again else []
-    if again:
-        convert_file(repa_state(**SMALL), tmp_path, *more)
-    state = repa_state(seed=1, **SMALL)
-    killed_at(moment, lambda: convert_file(state, tmp_path, *more), monkeypatch)
-    if again:  # one of the two is there, whole
-        SiT.from_pretrained(next(path.parent for path in (tmp_path / "out").rglob("config.json")))
-    convert_file(state, tmp_path, *more)
-    assert torch.equal(SiT.from_pretrained(tmp_path / "out" / "SiT-custom").pos_embed, state["pos_embed"])
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["SiT-custom"]
-
-
-@pytest.mark.parametrize("left", [[".lock"], [".lock", "args.json.0123456789abcdef.tmp"], []], ids=str)
-@pytest.mark.parametrize("there", [True, False], ids=["finished", "begun"])
-def test_a_working_folder_that_lost_its_record_is_no_strangers(tmp_path, left, there):
-    """A kill before the record stands, or when it is gone already."""
-    if there:
-        convert_file(repa_state(**SMALL), tmp_path)
-    work = tmp_path / "out" / "SiT-custom.tmp"
-    work.mkdir(parents=True)
-    for name in left:
-        (work / name).write_text("half")
-    convert_file(repa_state(**SMALL), tmp_path)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["SiT-custom"]
-
-
-@pytest.mark.parametrize("there", [True, False], ids=["finished", "begun"])
-def test_a_strangers_folder_of_that_name_stays(tmp_path, capsys, there):
-    if there:
-        convert_file(repa_state(**SMALL), tmp_path)
-    work = tmp_path / "out" / "SiT-custom.tmp"
-    work.mkdir(parents=True)
-    (work / "thesis.txt").write_text("mine")
-    if there:
-        convert_file(repa_state(**SMALL), tmp_path)
-    else:
-        assert "no command of this project" in refused(convert_file, repa_state(**SMALL), tmp_path, capsys=capsys)
-    assert [path.name for path in work.iterdir()] == ["thesis.txt"]
-
-
-def test_an_older_folder_comes_back_after_a_kill_or_an_error_between_the_renames(tmp_path, monkeypatch, capsys):
-    convert_file(repa_state(**SMALL), tmp_path)
-    target = tmp_path / "out" / "SiT-custom"
-    before, state = tree(target), repa_state(seed=1, **SMALL)
-    killed_at("rename 2", lambda: convert_file(state, tmp_path, "--overwrite"), monkeypatch)
-    assert not target.exists()
-    refused(convert_file, state, tmp_path, capsys=capsys)  # without --overwrite
-    assert tree(target) == before
-    rename = Path.rename
-
-    def full(self, to):
-        if self.name == "new":
-            raise OSError(errno.ENOSPC, "full")
-        return rename(self, to)
-
-    monkeypatch.setattr(Path, "rename", full)
-    refused(convert_file, state, tmp_path, "--overwrite", capsys=capsys)
-    assert tree(target) == before and [path.name for path in target.parent.iterdir()] == ["SiT-custom"]
 
 
 # The pipeline
@@ -734,14 +558,15 @@ def test_an_export_replaces_nothing_but_exports(run, tmp_path, capsys):
     refused(export, run, "--output-dir", same, capsys=capsys)
 
 
-def test_an_export_killed_between_its_two_folders_continues(run, tmp_path, monkeypatch):
+def test_of_two_folders_the_missing_one_is_made(run, tmp_path, capsys):
+    """As after a kill between the two."""
     folders = ["--output-dir", tmp_path / "generator", "--pipeline", tmp_path / "pipeline"]
-    killed_at("rename 2", lambda: export(run, *folders), monkeypatch)
-    assert {path.name for path in tmp_path.iterdir()} >= {"generator.tmp", "pipeline"}
     export(run, *folders)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["generator", "pipeline"]
-    SiT.from_pretrained(tmp_path / "generator")
-    read_pipeline(tmp_path / "pipeline")
+    before = tree(tmp_path)
+    when = (tmp_path / "pipeline" / "model_index.json").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "generator")
+    export(run, *folders)
+    assert tree(tmp_path) == before and (tmp_path / "pipeline" / "model_index.json").stat().st_mtime_ns == when
 
 
 def test_a_finished_export_is_left_as_it_is_unless_the_checkpoint_is_another(run, tmp_path, capsys):

@@ -23,6 +23,7 @@ from evaluation.metrics import neighbours, precision_recall, statistics
 from evaluation.samples import sampling
 from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, run_cold_start, save_unchecked, words
+from train_cc.io.class_names import KNOWN
 from train_cc.io.errors import InputError
 from train_cc.io.figures import METRICS, read_figures
 from train_cc.io.products import record, write_record
@@ -261,7 +262,7 @@ def test_a_folder_of_png_has_the_figures_of_its_npz(digits, classifier, teacher,
 def test_class_folders_in_another_order_than_the_classifiers_are_refused(digits, classifier, tmp_path, capsys):
     judge = shutil.copytree(classifier, tmp_path / "judge")
     write_record(judge, record("pretrain.classifier", {"dataset": "fashion-mnist"}))
-    names = data.KNOWN["fashion-mnist"]
+    names = KNOWN["fashion-mnist"]
     folder = written(tmp_path / "png", np.load(digits)["arr_0"][:20], names * 2)
     message = refused(evaluate.main, words(folder, digits, "--classifier", judge), capsys=capsys)
     assert "the folder ankle boot is its class 1, but the model's class 9" in message

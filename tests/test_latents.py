@@ -21,6 +21,7 @@ from evaluation.standins import write_vae
 from tests.conftest import ldm_names, random_sit, refused, run_cold_start, words
 from train_cc import dmdr_refl
 from train_cc.draws import Draws
+from train_cc.images import WHOLE_SETS, load_dataset
 from train_cc.io.errors import InputError
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.latents import encode_images, latent_space_sha256, read_latent_space
@@ -90,19 +91,19 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_images_are_as_a_decoder_makes_them(folder):
-    images, labels = data.load_dataset("fashion-mnist", folder)
+    images, labels = load_dataset("fashion-mnist", folder)
     assert images.shape == (60, 3, 32, 32) and images.dtype == torch.uint8 and labels.tolist() == list(range(10)) * 6
     border = images.clone()
     border[:, :, 2:-2, 2:-2] = 0
     assert not border.any() and images.any()
     assert torch.equal(images[:, 0], images[:, 1]) and torch.equal(images[:, 0], images[:, 2])
-    held_out, _ = data.load_dataset("fashion-mnist", folder, "test")
+    held_out, _ = load_dataset("fashion-mnist", folder, "test")
     assert len(held_out) == 30 and not torch.equal(held_out, images[:30])
 
 
 def test_another_data_set_of_the_same_names_is_refused(folder, tmp_path, capsys, monkeypatch):
     """MNIST has the counts, the shape and the labels of Fashion-MNIST."""
-    monkeypatch.setitem(data.WHOLE_SETS, 60, "0" * 64)
+    monkeypatch.setitem(WHOLE_SETS, 60, "0" * 64)
     told = refused(data.main, [*of(folder), *words("--output", tmp_path / "o.npz")], capsys=capsys)
     assert "another data set than Fashion-MNIST" in told and not list(tmp_path.iterdir())
 
@@ -133,7 +134,7 @@ def test_the_divergence_is_that_of_torch():
 
 
 def test_latents_have_unit_spread_and_invert_the_scaling(folder, stage_0):
-    images, _ = data.load_dataset("fashion-mnist", folder)
+    images, _ = load_dataset("fashion-mnist", folder)
     model = load_vae(str(stage_0 / "vae_first"))
     latents = encode_images(model, images)
     assert latents.shape == (60, 4, 16, 16) and latents.std().item() == pytest.approx(1, rel=1e-4)
@@ -178,7 +179,7 @@ def test_a_killed_vae_continues_to_the_same_bits(folder, stage_0, tmp_path, monk
 
 def test_both_losses_fall(folder, stage_0, monkeypatch, tmp_path):
     """On the same batch, over as many steps: the reconstruction's, and with a classifier that of its features."""
-    images, _ = data.load_dataset("fashion-mnist", folder)
+    images, _ = load_dataset("fashion-mnist", folder)
     own = ["--output-dir", str(tmp_path), *SMALL_VAE, "--batch-size", "8"]
     judge = words("--decoder-of", stage_0 / "vae_first", "--classifier", stage_0 / "classifier_reward")
     for more in ([], [*judge, "--feature-weight", "1"]):

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import refused
+from train_cc import images as labelled
 from train_cc.draws import Draws
 from train_cc.models import SiT
 from train_cc.models.classifier import ImageClassifier
@@ -276,7 +277,7 @@ def test_a_reference_is_whole_and_made_once(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["folder", "below a file", "dangling link", "too long", "empty"])
 def test_odd_outputs_of_the_reference(tmp_path, capsys, monkeypatch, kind):
-    monkeypatch.setattr(data, "load_dataset", lambda *args: pytest.fail("work before the check"))
+    monkeypatch.setattr("train_cc.images.load_dataset", lambda *args: pytest.fail("work before the check"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "x")
     output = {
@@ -319,7 +320,7 @@ def test_idx_files(tmp_path, capsys, how):
     (tmp_path / f"train-images-idx3-ubyte{zipped}").write_bytes(images)
     (tmp_path / f"train-labels-idx1-ubyte{zipped}").write_bytes(labels)
     if told is None:
-        loaded = data.load_dataset("fashion-mnist", tmp_path)
+        loaded = labelled.load_dataset("fashion-mnist", tmp_path)
         assert loaded[0].shape == (20, 3, 32, 32) and loaded[1].tolist() == LABELS.tolist()
         return
     words = ["--dataset", "fashion-mnist", "--data-dir", str(tmp_path), "--output", str(tmp_path / "o.npz")]
@@ -345,8 +346,8 @@ def test_two_processes_download_one_after_the_other(tmp_path, monkeypatch):
         with pytest.raises(filelock.Timeout):
             filelock.FileLock(folder / ".lock", timeout=0).acquire()
 
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", asked)
-    assert data._download() == Path("runs/data/FashionMNIST/raw")
+    monkeypatch.setattr("train_cc.images.download_url", asked)
+    assert labelled._download() == Path("runs/data/FashionMNIST/raw")
 
 
 def test_a_fused_optimizers_steps_are_where_its_parameters_are():

@@ -160,3 +160,27 @@ def test_an_error_leaves_what_was_there_and_one_process_writes(tmp_path):
         make(target, overwrite=overwrite)
     with locked(tmp_path / "deep" / "it.tmp"), pytest.raises(InputError, match="another process"):
         make(target, seed=1, overwrite=True)
+
+
+def test_an_error_between_the_two_renames_brings_the_older_folder_back(tmp_path, monkeypatch):
+    make(tmp_path / "it")
+    before, rename = tree(tmp_path), Path.rename
+
+    def full(self, target):
+        if self.name == "new":
+            raise OSError(28, "full")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(InputError, match="it is not written: No space left"):
+        make(tmp_path / "it", seed=1, overwrite=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("finished", [5, None, [["x"]], {"a": 1}, ["/etc", "\0"]], ids=str)
+def test_a_record_whose_names_are_damaged_is_of_nothing_whole(tmp_path, finished):
+    make(tmp_path / "it")
+    content = json.loads((tmp_path / "it" / "args.json").read_text())
+    (tmp_path / "it" / "args.json").write_text(json.dumps(content | {"finished": finished}))
+    with pytest.raises(InputError, match="is not whole"):
+        make(tmp_path / "it")

@@ -23,7 +23,7 @@ from evaluation import generate
 from evaluation.standins import write_vae
 from tests.conftest import flags, logged, random_sit, refused, run_cold_start, words
 from train_cc import cold_start
-from train_cc.io import hub
+from train_cc.io import remote
 from train_cc.io.class_names import KNOWN, class_names
 from train_cc.io.errors import InputError
 from train_cc.models import SiT
@@ -230,10 +230,10 @@ def hub_at(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.chdir(tmp_path)
-        hub._snapshot.cache_clear()
+        remote._snapshot.cache_clear()
 
     yield point
-    hub._snapshot.cache_clear()
+    remote._snapshot.cache_clear()
 
 
 @pytest.fixture
@@ -371,10 +371,10 @@ def server(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    hub._snapshot.cache_clear()
+    remote._snapshot.cache_clear()
     yield folder, asked
     server.shutdown()
-    hub._snapshot.cache_clear()
+    remote._snapshot.cache_clear()
 
 
 def test_a_teacher_is_trained_from_by_its_name_and_its_commit_is_recorded(server, teacher, tmp_path):
@@ -412,7 +412,7 @@ def test_a_pipeline_on_the_hub_is_a_generator_that_knows_its_steps(server, tmp_p
 
 def test_folders_ask_no_network_and_names_that_are_none_say_what_to_do(server, teacher, tmp_path, capsys):
     _, asked = server
-    assert hub.model_folder(teacher) == teacher and hub.pinned(teacher) == teacher
+    assert remote.model_folder(teacher) == teacher and remote.pinned(teacher) == teacher
     (tmp_path / "models").mkdir()
     for source in ("runs/digits", "sit_weights/SiT-XL-2", "SiT-XL/2", "models/sit", "./sit", "sit", "a/b/c"):
         message = refused(cold_start.main, flags(source, tmp_path / "run"), capsys=capsys)

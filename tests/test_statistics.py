@@ -16,17 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.images import Images, batches_of, centre_crop, open_images
 from evaluation.samples import gathering
 from evaluation.samples.gathering import merged, part_moments
 from evaluation.statistics import main
 from tests.conftest import refused
+from train_cc.images import Images, batches_of, centre_crop, load_dataset, open_images
 from train_cc.io import products
 from train_cc.io.errors import InputError
 from train_cc.io.products import record, write_record
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.features import load_space
-from train_cc.pretrain.data import load_dataset
 from train_cc.rewards.statistics import read_statistics
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,6 +20,7 @@ LEVELS = [
     (2, "train_cc.objectives"),
     (2, "train_cc.samplers"),
     (1, "train_cc.settings"),
+    (1, "train_cc.images"),
     (1, "train_cc.flow"),
     (1, "train_cc.schedules"),
     (1, "train_cc.draws"),

@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING
 
 from train_cc.io.errors import InputError
 from train_cc.io.products import record_of
-from train_cc.io.read import npz_headers, parsing, read_npz, require_plain, sha256
+from train_cc.io.read import (
+    MAX_LABEL,
+    images_shape,
+    npz_headers,
+    parsing,
+    read_npz,
+    require_plain,
+    require_scale,
+    sha256,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
-MAX_LABEL = 99_999  # a label beyond is no label
 IMAGE_FILES = "an .npz with arr_0 uint8 (N, H, W, C), C of 1 or 3, or a folder of images"
 REFERENCE = f"{IMAGE_FILES}, or an .npz of mu and sigma"
 LEAST_IMAGES = 4  # precision and recall need three neighbours
@@ -23,14 +31,14 @@ def image_shape(path: Path, what: str = "generated") -> tuple[int, ...]:
     """(N, H, W, C) of an .npz or a folder of images, without reading them all. Raises `InputError`."""
     headers: Mapping[str, tuple] = {}
     if path.is_dir():
-        from evaluation.images import open_samples  # torch takes seconds to import: an .npz does without
+        from train_cc.images import open_samples  # torch takes seconds to import: an .npz does without
 
         images = open_samples(path)
         channels, height, width = images.shape
         shape = len(images), height, width, channels
     else:
         headers = npz_headers(path, IMAGE_FILES)
-        shape = array_shape(headers, path, IMAGE_FILES)
+        shape = images_shape(headers, path, IMAGE_FILES)
     if not all(0 < n < 2**31 for n in shape[1:]):
         raise InputError(f"{path} has images {shape}; {IMAGE_FILES} is expected")
     if shape[0] < LEAST_IMAGES:
@@ -44,28 +52,6 @@ def image_shape(path: Path, what: str = "generated") -> tuple[int, ...]:
     return shape
 
 
-def array_shape(headers: Mapping[str, tuple], path: Path, expected: str) -> tuple[int, ...]:
-    """(N, H, W, C) of arr_0; ``headers``: name -> shape and dtype of each array. Raises `InputError`."""
-    if "arr_0" not in headers:
-        names = f" but {', '.join(headers)[:200]}" if headers else ""
-        raise InputError(f"{path} has no arr_0{names}; {expected} is expected")
-    shape, dtype = headers["arr_0"]
-    if dtype != "uint8" or len(shape) != 4 or shape[3] not in (1, 3):
-        hint = ""
-        if dtype.kind == "f":
-            hint = "; of values x in [0, 1] these are (255 * x).round().astype(numpy.uint8)"
-        elif len(shape) == 4 and shape[1] in (1, 3):
-            hint = "; of (N, C, H, W) these are arr_0.transpose(0, 2, 3, 1)"
-        raise InputError(f"{path} has arr_0 {dtype} {shape}; {expected} is expected{hint}")
-    return shape
-
-
-def require_range(images: "np.ndarray", path: Path) -> None:
-    """Not all values are 0 or 1, as of images in [0, 1] that were cast without a scale. Raises `InputError`."""
-    if images.max() <= 1:
-        raise InputError(f"{path} holds no value above 1; images in [0, 255] are expected, not in [0, 1]")
-
-
 def reference_shape(path: Path) -> tuple[int, ...] | None:
     """`image_shape`; None for a file of mu and sigma without images."""
     if path.is_dir():
@@ -73,7 +59,7 @@ def reference_shape(path: Path) -> tuple[int, ...] | None:
     headers = npz_headers(path, REFERENCE)
     if headers.keys() & {"mu", "sigma"} and "arr_0" not in headers:
         return None
-    array_shape(headers, path, REFERENCE)
+    images_shape(headers, path, REFERENCE)
     return image_shape(path, "reference")
 
 
@@ -95,7 +81,7 @@ def read_folder(folder: Path) -> dict[str, "np.ndarray"]:
     """An image folder as an .npz would have it; ``classes``: the class folders. Raises `InputError`."""
     import numpy as np
 
-    from evaluation.images import batches_of, choose_workers, open_samples
+    from train_cc.images import batches_of, choose_workers, open_samples
 
     images = open_samples(folder)
     batches = [range(first, min(first + 250, len(images))) for first in range(0, len(images), 250)]
@@ -114,7 +100,7 @@ def read_images(path: Path, what: str = "generated") -> dict[str, "np.ndarray"]:
     """``arr_0`` uint8 (N, H, W, C) and whatever is beside it. Raises `InputError`."""
     image_shape(path, what)
     content = read_folder(path) if path.is_dir() else read_npz(path, IMAGE_FILES)
-    require_range(content["arr_0"], path)
+    require_scale(content["arr_0"], path)
     labels = content.get("arr_1")
     if labels is not None and not (labels.min() >= 0 and labels.max() <= MAX_LABEL):
         raise InputError(f"{path} has labels from {labels.min()} to {labels.max()}; 0 to {MAX_LABEL} are expected")

@@ -12,8 +12,8 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.images import FolderImages, Images, batches_of, choose_workers, open_images
 from evaluation.samples.parts import in_parts, write_part
+from train_cc.images import FolderImages, Images, batches_of, choose_workers, open_images
 from train_cc.io.class_names import order_of
 from train_cc.io.errors import InputError
 from train_cc.io.products import library_versions, need_space, writing

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from train_cc.io.class_names import class_names
 from train_cc.io.errors import InputError
-from train_cc.io.hub import model_folder, pinned
 from train_cc.io.products import record_of
 from train_cc.io.read import check_numbers, require_file, require_folder, sha256
+from train_cc.io.remote import model_folder, pinned
 from train_cc.io.saying import note
 from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.models.generator import SAMPLING, read_rewards, read_sampling

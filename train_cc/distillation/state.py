@@ -9,9 +9,9 @@ from torch import Tensor
 from train_cc.distillation.parts import AVERAGE
 from train_cc.distillation.run import Run, trainable
 from train_cc.io.errors import InputError, message_of
-from train_cc.io.hub import model_folder
 from train_cc.io.products import flush, need_space, plain_mode
 from train_cc.io.read import sha256
+from train_cc.io.remote import model_folder
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
 from train_cc.models.generator import assemble_generator, generator_lora_rank, save_generator
 from train_cc.models.sit import SiT

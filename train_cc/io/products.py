@@ -222,7 +222,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     for each in list(path.parent.iterdir()):
         if re.fullmatch(re.escape(path.name) + UNFINISHED, each.name):  # a kill has left it
             each.unlink(missing_ok=True)
-    temporary = unfinished(path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with writing(path):
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -231,11 +231,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def unfinished(path: Path) -> Path:
-    """Where ``path`` is written before it is whole."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def flush(path: Path) -> None:
@@ -272,8 +267,15 @@ def place_of(target: Path) -> Place:
 def finished(target: Path, content: Mapping, read: Callable[[Path], Mapping] = record_of) -> bool:
     """True if the command of record ``content`` made ``target`` and all of it is there. Only decided here."""
     made = read(target) if target.is_file() or target.is_dir() else {}  # a pipe would be waited for
-    whole = target.is_file() or all((target / str(name)).exists() for name in made.get("finished") or ["no list"])
-    return bool(made) and whole and not differences(made, content)
+    if not isinstance(made, Mapping) or not made or differences(made, content):
+        return False
+    names = names_in(made)
+    return target.is_file() or (bool(names) and all((target / name).exists() for name in names))
+
+
+def names_in(made: Mapping) -> list[str]:
+    """The names in a finished folder, by its record; none of a folder that is filled in place, such as a run's."""
+    return [str(name) for name in made["finished"]] if isinstance(made.get("finished"), list) else []
 
 
 def check_product(
@@ -313,7 +315,7 @@ def check_replaced(folder: Path, content: Mapping, overwrite: bool, flag: str) -
             "with --overwrite"
         )
     names = {path.name for path in folder.iterdir() if not LEFTOVER.fullmatch(path.name)}
-    if others := sorted(names - {RECORD, *made.get("finished", names)}):
+    if others := sorted(names - {RECORD, *(names_in(made) or names)}):
         raise InputError(f"{folder} also holds {', '.join(others[:6])}: move it, or choose another {flag}")
 
 
@@ -407,7 +409,7 @@ def remove(path: Path) -> None:
 
 def clear(parts: Path) -> None:
     """Delete a working folder, its record last: a kill in between leaves a folder of ours."""
-    for path in sorted(parts.iterdir(), key=lambda path: path.name == RECORD):
+    for path in sorted(parts.glob("*"), key=lambda path: path.name == RECORD):
         if path.name != LOCK:
             remove(path)
     remove(parts)

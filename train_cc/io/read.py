@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 POINTER = b"version https://git-lfs"  # of what a clone holds where Git LFS is not installed
+MAX_LABEL = 99_999  # a label beyond is no label
 JSON_BYTES = 64 << 20  # no JSON file of ours or of a library comes near
 
 
@@ -168,6 +169,28 @@ def read_npz(path: Path, expected: str) -> dict[str, "np.ndarray"]:
     npz_headers(path, expected)
     with parsing(path, expected), np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
+
+
+def images_shape(headers: Mapping[str, tuple], path: Path, expected: str) -> tuple[int, ...]:
+    """(N, H, W, C) of arr_0; ``headers``: name -> shape and dtype of each array. Raises `InputError`."""
+    if "arr_0" not in headers:
+        names = f" but {', '.join(headers)[:200]}" if headers else ""
+        raise InputError(f"{path} has no arr_0{names}; {expected} is expected")
+    shape, dtype = headers["arr_0"]
+    if dtype != "uint8" or len(shape) != 4 or shape[3] not in (1, 3):
+        hint = ""
+        if dtype.kind == "f":
+            hint = "; of values x in [0, 1] these are (255 * x).round().astype(numpy.uint8)"
+        elif len(shape) == 4 and shape[1] in (1, 3):
+            hint = "; of (N, C, H, W) these are arr_0.transpose(0, 2, 3, 1)"
+        raise InputError(f"{path} has arr_0 {dtype} {shape}; {expected} is expected{hint}")
+    return shape
+
+
+def require_scale(images: "np.ndarray", path: Path) -> None:
+    """Raises `InputError` if no value is above 1, as of images in [0, 1] that were cast without a scale."""
+    if images.max() <= 1:
+        raise InputError(f"{path} holds no value above 1; images in [0, 255] are expected, not in [0, 1]")
 
 
 def _array_header(told: str, held: int, file) -> tuple[tuple[int, ...], "np.dtype"]:

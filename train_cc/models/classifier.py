@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train_cc.io.errors import InputError
-from train_cc.io.hub import hub_file
 from train_cc.io.products import plain_mode
 from train_cc.io.read import (
     Number,
@@ -23,6 +22,7 @@ from train_cc.io.read import (
     require_keys,
     safetensors_shapes,
 )
+from train_cc.io.remote import hub_file
 from train_cc.io.weights import fit_shapes, load_weights, require_finite, require_tensors
 
 WEIGHTS_NAME = "model.safetensors"

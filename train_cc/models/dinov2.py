@@ -10,9 +10,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train_cc.io.download import download, is_url, whole_archive
 from train_cc.io.errors import InputError
 from train_cc.io.read import read_torch, require_file
+from train_cc.io.remote import download, is_url
 from train_cc.io.weights import block_count, load_weights, require_tensors
 
 IMAGE_SIZE, PATCH_SIZE = 224, 14
@@ -33,7 +33,7 @@ def official_file(source: str | Path, download_it: bool = True) -> Path | None:
     if not target.is_file() and not download_it:
         return None
     flags = "give local files by --dinov2-backbone and --dinov2-head"
-    return download(str(source), target, problem=whole_archive, hint=flags)
+    return download(str(source), target, hint=flags)
 
 
 def load_official(source: str | Path) -> tuple[dict[str, Tensor], Path]:

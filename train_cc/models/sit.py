@@ -10,9 +10,9 @@ from torch import nn
 
 from train_cc.io.errors import InputError
 from train_cc.io.fields import check, setting
-from train_cc.io.hub import model_folder
 from train_cc.io.products import plain_mode
 from train_cc.io.read import kind_of, read_json, read_safetensors, safetensors_shapes
+from train_cc.io.remote import model_folder
 from train_cc.io.weights import WEIGHTS_NAME, block_count, fit_shapes, load_weights
 from train_cc.models import network
 

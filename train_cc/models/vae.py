@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from train_cc.io.errors import InputError
-from train_cc.io.hub import cached_hub_file, hub_file, models_inside
 from train_cc.io.read import (
     Number,
     check_numbers,
@@ -24,6 +23,7 @@ from train_cc.io.read import (
     safetensors_shapes,
     shown,
 )
+from train_cc.io.remote import cached_hub_file, hub_file, models_inside
 from train_cc.io.weights import fit_shapes, load_weights, require_tensors
 from train_cc.models.latents import LatentSpace, require_latent_space
 

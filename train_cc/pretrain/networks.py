@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from train_cc.draws import Draws, rng_of
 from train_cc.flow import interpolate
+from train_cc.images import NUM_CLASSES, load_dataset
 from train_cc.io.errors import InputError
 from train_cc.io.read import parsing, require_folder
 from train_cc.models.classifier import ImageClassifier, accuracy
@@ -26,7 +27,7 @@ from train_cc.models.latents import (
 from train_cc.models.sit import SiT, choose_attention
 from train_cc.models.vae import load_vae, new_vae, pixels_to_images
 from train_cc.objectives import velocity_matching_loss
-from train_cc.pretrain.data import NUM_CLASSES, PURPOSES, load_dataset
+from train_cc.pretrain.data import PURPOSES
 from train_cc.pretrain.resumable import Finish, Training, make_network, warmed_cosine
 from train_cc.run import devices
 from train_cc.run.ema import warmed_up_average
@@ -86,7 +87,7 @@ def held_out_loss(model: SiT, x: Tensor, labels: Tensor, seed: int) -> float:
 def training_data(
     args: argparse.Namespace, split: str, number: int | None = None, parts: Path | None = None
 ) -> tuple[Tensor, Tensor]:
-    """-> pixels in [-1, 1], or with --vae the scaled latents (N, C, H, W), of the first ``number`` images; labels (N,).
+    """Return the first ``number`` images, pixels in [-1, 1] or with --vae scaled latents (N, C, H, W), and labels (N,).
 
     Latents are computed once if they can be kept in folder ``parts``, beside the checkpoint.
     """
@@ -278,7 +279,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def draws_key(args: argparse.Namespace) -> tuple[int, ...]:
-    """Of initialisation and draws: two classifiers of one seed have none in common, or the hold-out would be weak."""
+    """Key of initialisation and draws: reward and evaluation classifiers of a seed must not share random numbers."""
     return args.seed, CLASSIFIER, PURPOSES.index(args.purpose), zlib.crc32(args.architecture.encode())
 
 

@@ -15,8 +15,8 @@ from train_cc.draws import Draws
 from train_cc.io.class_names import dataset_of
 from train_cc.io.errors import InputError
 from train_cc.io.fields import of
-from train_cc.io.hub import hub_name, model_folder
 from train_cc.io.read import read_json, shown
+from train_cc.io.remote import hub_name, model_folder
 from train_cc.io.weights import GENERATION_CONFIG
 from train_cc.models.estimator import CHECKED_STEPS, ScoreEstimator
 from train_cc.models.generator import generator_lora_rank, read_rewards, trainable_generator

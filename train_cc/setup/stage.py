@@ -11,9 +11,9 @@ from train_cc.distillation.run import Run, trainable
 from train_cc.distillation.state import restore
 from train_cc.io.errors import InputError
 from train_cc.io.flags import replaced
-from train_cc.io.hub import model_folder, pinned
 from train_cc.io.processes import MOST, number
 from train_cc.io.products import locked
+from train_cc.io.remote import model_folder, pinned
 from train_cc.io.saying import saying
 from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.run.checkpoint import Checkpoint

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from train_cc.io.errors import InputError
-from train_cc.io.hub import model_folder
+from train_cc.io.remote import model_folder
 from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.dinov2 import IMAGE_SIZE, PATCH_SIZE, DINOv2Classifier, official_file

@@ -1,16 +1,22 @@
-"""The Hugging Face hub: what is read from it lies in its cache, and is checked where it is used, as any file.
+"""Files from the network: of an address, and of the Hugging Face hub, which has a cache. Both are checked as any file.
 
 Importing this module, and naming a folder that is there, asks no network.
 """
 
 import contextlib
 import functools
+import http.client
+import os
 import re
+import socket
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock
+
 from train_cc.io.errors import OF_THE_DISK, InputError
-from train_cc.io.products import RECORD
+from train_cc.io.products import RECORD, check_parent, writing
 from train_cc.io.read import first_line
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
 
@@ -35,7 +41,7 @@ def asking_the_hub(message: str) -> Iterator[None]:
 
 
 def advice(error: Exception) -> str:
-    """What a person can do about an exception of huggingface_hub."""
+    """Advice to a person after an exception of huggingface_hub."""
     if isinstance(error, OSError) and error.errno in OF_THE_DISK:
         return "The hub's cache could not be written; HF_HOME names another folder for it"
     answers = (getattr(each, "response", None) for each in (error, error.__cause__))  # a snapshot's has it as its cause
@@ -71,10 +77,10 @@ def model_folder(source: Path | str) -> Path:
     path = Path(source)
     if (name := hub_name(path)) is not None:
         root = _snapshot(*name)
-        found = next((root / place for place in PLACES if (root / place / "config.json").is_file()), None)
-        if found is None:
+        folder = next((root / place for place in PLACES if (root / place / "config.json").is_file()), None)
+        if folder is None:
             raise InputError(f"{source} on the hub has neither config.json nor generator/config.json: it is no SiT")
-        return found
+        return folder
     if not path.exists():
         raise InputError(
             f"{path} does not exist; a model folder, or org/name on the hub, is expected. To make one: {HOW_TO_MAKE}"
@@ -148,7 +154,50 @@ def cached_hub_file(repository: str, name: str, revision: str | None = None) -> 
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(repository, name, revision=revision)
+        file = try_to_load_from_cache(repository, name, revision=revision)
     except ValueError as error:
         raise InputError(f"{repository!r} is no folder and no name on the hub: {first_line(error)}") from error
-    return Path(found) if isinstance(found, str) else None
+    return Path(file) if isinstance(file, str) else None
+
+
+# An address -------------------------------------------------------------------------------------------------------
+
+
+def is_url(source: str | Path) -> bool:
+    return str(source).startswith(("http://", "https://"))
+
+
+def download(url: str, target: Path, hint: str) -> Path:
+    """The PyTorch file of ``url`` as ``target``, whole or not there. Processes of one machine wait for each other.
+
+    Raises `InputError`, ``hint`` in it, without a connection, for a web page or a file that was cut short.
+    """
+    if target.exists():  # also where nothing can be written
+        return target
+    import torch.hub  # takes seconds
+
+    check_parent(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part, lock = target.with_name(target.name + ".part"), FileLock(target.with_name(target.name + ".lock"))
+    again = f"give the same command again, fetch it by `curl -L -C - -o {target} '{url}'`, or {hint}"
+    timeout = socket.getdefaulttimeout()
+    with lock:
+        try:
+            if not target.exists():
+                socket.setdefaulttimeout(60)  # torch's has none
+                with writing(target):
+                    torch.hub.download_url_to_file(url, str(part))
+                if not zipfile.is_zipfile(part):  # the directory of an archive is at its end
+                    raise InputError(f"what {url} sent was deleted: it is no whole PyTorch file; {again}")
+                os.replace(part, target)
+        except (http.client.HTTPException, OSError, ValueError) as error:
+            if isinstance(error, InputError) or getattr(error, "errno", None) in OF_THE_DISK:
+                raise
+            raise InputError(f"cannot download {url} ({first_line(error)}); {again}") from error
+        finally:
+            socket.setdefaulttimeout(timeout)
+            for path in target.parent.iterdir():  # torch's own unfinished files too, also of a killed command
+                if path.name.startswith(part.name):
+                    path.unlink()
+            Path(lock.lock_file).unlink(missing_ok=True)
+    return target

@@ -1,6 +1,8 @@
-"""Real images with their labels, by index: a folder, an .npz, or a data set of pretrain/data.py."""
+"""Real images with their labels: a small data set, an .npz, or a folder of files that are read by index."""
 
+import gzip
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -9,18 +11,109 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.datasets import FashionMNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.utils import download_url
 
-from evaluation.samples.files import MAX_LABEL, array_shape, require_range
+from train_cc.io.class_names import DATASETS
 from train_cc.io.errors import InputError
-from train_cc.io.read import first_line, parsing, read_json, read_npz, require_file, sha256
-from train_cc.pretrain.data import DATASETS, load_dataset
+from train_cc.io.read import (
+    MAX_LABEL,
+    first_line,
+    images_shape,
+    parsing,
+    read_json,
+    read_npz,
+    require_file,
+    require_folder,
+    require_scale,
+    sha256,
+)
 
-SPLITS = {"train", "val", "valid", "validation", "test"}
+SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
 EXPECTED = f"a folder of images, an .npz with arr_0 uint8 (N, H, W, C), or one of {', '.join(DATASETS)}"
+NUM_CLASSES = 10  # of both
+STEMS = {"train": "train", "test": "t10k"}  # -> how the idx files of Fashion-MNIST begin
+# SHA-256 of Fashion-MNIST's images, unpacked: MNIST, and other sets made like it, have files of the same names.
+WHOLE_SETS = {
+    60_000: "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    10_000: "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+}
+IDX_FOLDER = "a folder of Fashion-MNIST's idx files (train-images-idx3-ubyte and so on, or .gz)"
+
+
+# The small data sets ------------------------------------------------------------------------------------------------
+
+
+def _read_idx(folder: Path, stem: str, shape: tuple[int, ...]) -> Tensor:
+    """uint8 (N, *shape). Raises `InputError` for a file that is missing, torn, or has another shape."""
+    for file in (folder / f"{stem}.gz", folder / stem):
+        if file.is_file():
+            expected = f"a whole idx file of unsigned bytes, N{''.join(f' x {side}' for side in shape)},"
+            with parsing(file, expected):
+                content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+                header = 4 + 4 * (1 + len(shape))
+                sides = np.frombuffer(content[4:header], ">u4").tolist()
+                whole = len(content) == header + math.prod(sides) and sides[0] > 0
+                if content[:4] != bytes([0, 0, 8, 1 + len(shape)]) or tuple(sides[1:]) != shape or not whole:
+                    raise InputError(f"{file} is torn, empty or something else; {expected} is expected")
+                expected_hash = WHOLE_SETS.get(sides[0]) if shape else None
+                if expected_hash not in (None, hashlib.sha256(content).hexdigest()):
+                    raise InputError(f"{file} is of another data set than Fashion-MNIST; {IDX_FOLDER} is expected")
+            return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(sides)
+    raise InputError(f"{folder} has no {stem}.gz or {stem}; {IDX_FOLDER} is expected")
+
+
+def _download() -> Path:
+    """Fashion-MNIST's files from torchvision's mirror, each with its MD5: a partial one never counts. -> folder."""
+    folder = Path("runs/data/FashionMNIST/raw")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # torchvision writes into the file itself
+            for name, md5 in FashionMNIST.resources:
+                download_url(FashionMNIST.mirrors[0] + name, folder, name, md5)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot download Fashion-MNIST ({error}); give its folder by --data-dir") from error
+    return folder
+
+
+def _fashion_mnist(data_dir: Path | None, split: str) -> tuple[Tensor, Tensor]:
+    """60 000 images to train on or 10 000 to test with, from a folder of idx files, else downloaded.
+
+    A black border makes 28 x 28 pixels 32 x 32, and the three channels are equal: so are images of a VAE's decoder.
+    """
+    folder = _download() if data_dir is None else require_folder(data_dir, IDX_FOLDER)
+    images = _read_idx(folder, f"{STEMS[split]}-images-idx3-ubyte", (28, 28))
+    labels = _read_idx(folder, f"{STEMS[split]}-labels-idx1-ubyte", ())
+    if len(images) != len(labels) or labels.max() >= NUM_CLASSES:
+        raise InputError(
+            f"{folder} is another data set: {len(images)} images, {len(labels)} labels from {labels.min()} to "
+            f"{labels.max()}; Fashion-MNIST has a label of 0 to 9 for each image"
+        )
+    return nn.functional.pad(images, (2, 2, 2, 2)).unsqueeze(1).expand(-1, 3, -1, -1), labels.long()
+
+
+def load_dataset(name: str, data_dir: Path | str | None = None, split: str = "train") -> tuple[Tensor, Tensor]:
+    """Return images uint8 (N, C, H, W), labels int64 (N,). Digits (N, 1, 8, 8) have no split "test", Fashion-MNIST
+    (N, 3, 32, 32) has one. Raises `InputError` for an unreadable data set."""
+    if name != "digits":
+        return _fashion_mnist(None if data_dir is None else Path(data_dir), split)
+    if data_dir is not None:
+        raise InputError(f"--data-dir is {data_dir}; it is for fashion-mnist alone, digits come with scikit-learn")
+    if split != "train":
+        raise InputError(f"--split is {split}; digits are one set, of which all 1797 images are trained on")
+    from sklearn.datasets import load_digits  # takes a second
+
+    digits = load_digits()  # 8 x 8, grey values 0 to 16
+    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)
+    return images.unsqueeze(1), torch.from_numpy(digits.target).long()
+
+
+# Images by index ----------------------------------------------------------------------------------------------------
 
 
 class Images:
@@ -163,7 +256,7 @@ def open_images(text: str, size: int | None, channels: int, data_dir: str | None
 
 def open_npz(path: Path) -> ArrayImages:
     content = read_npz(path, EXPECTED)
-    array_shape({name: (array.shape, array.dtype) for name, array in content.items()}, path, EXPECTED)
+    images_shape({name: (array.shape, array.dtype) for name, array in content.items()}, path, EXPECTED)
     images, labels = content["arr_0"], content.get("arr_1")
     if not images.size:
         raise InputError(f"{path} has arr_0 {images.shape}, without an image; {EXPECTED} is expected")
@@ -175,7 +268,7 @@ def open_npz(path: Path) -> ArrayImages:
         if len(labels) and not 0 <= labels.min() <= labels.max() <= MAX_LABEL:
             raise InputError(f"{path} has labels {labels.min()} to {labels.max()}; allowed: 0 to {MAX_LABEL}")
         labels = torch.from_numpy(labels.astype(np.int64))
-    require_range(images, path)
+    require_scale(images, path)
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     return ArrayImages(images, labels, {"images": str(path), "sha256": sha256(path)})
 
@@ -221,27 +314,27 @@ def open_folder(folder: Path, size: int | None, channels: int) -> FolderImages:
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     classes = in_order([entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")], folder)
     flat = [entry.path for entry in entries if not entry.is_dir() and entry.name.lower().endswith(IMG_EXTENSIONS)]
-    if classes and {name.lower() for name in classes} <= SPLITS:
+    if classes and {name.lower() for name in classes} <= SPLIT_FOLDERS:
         raise InputError(
             f"{folder} holds {', '.join(classes)}, which are no classes; give one of them: {folder / classes[0]}"
         )
     numbers = {name: i for i, name in enumerate(classes)}
-    found = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True) if classes else []
-    if flat and found:
+    pairs = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True) if classes else []
+    if flat and pairs:
         raise InputError(f"{folder} holds images of its own ({flat[0]}) and folders of images; one of both is expected")
-    if not flat and not found:
+    if not flat and not pairs:
         raise InputError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)}); {EXPECTED} is expected")
-    empty = sorted(set(classes) - {classes[label] for _, label in found})
-    if found and empty:
+    empty = sorted(set(classes) - {classes[label] for _, label in pairs})
+    if pairs and empty:
         raise InputError(f"the class folders {', '.join(empty[:8])} of {folder} hold no images; remove or fill them")
-    paths = [path for path, _ in found] or flat
-    labels = torch.tensor([label for _, label in found]) if found else None
+    paths = [path for path, _ in pairs] or flat
+    labels = torch.tensor([label for _, label in pairs]) if pairs else None
     names = [os.path.relpath(path, folder) for path in paths]
     digest = hashlib.sha256("\n".join(names).encode(errors="replace")).hexdigest()
     source = {"images": str(folder), "sha256_of_names": digest}
     if (index := folder / "dataset.json").is_file():
         labels, source = indexed_labels(index, names), source | {"sha256_of_labels": sha256(index)}
-    elif found:
+    elif pairs:
         source["classes"] = classes
     if size is not None:
         source["image_size"] = size
