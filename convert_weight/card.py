@@ -70,7 +70,7 @@ def model_card(
 
 
 def figures_table(results: Mapping) -> str:
-    """Of the rows of a results.json in one feature space, which is named without the path of its network."""
+    """A table of the rows of a results.json in one feature space, named without the path of its network."""
     rows = results["rows"]
     columns = columns_of(rows.values())
     lines = [

@@ -1,4 +1,4 @@
-"""What a network predicts, found without data: it denoises its own samples only if it is read as it was trained.
+"""The kind of a network, measured without data: it denoises its own samples only if it is read as it was trained.
 
 A velocity and a DiT's eps have the same names and shapes, and so have the two directions of time. A reading maps each
 noise level to the network's time and its target; `measure` samples by this reading and tests it.
@@ -179,15 +179,15 @@ def check_denoising(model, num_steps: int = 6) -> dict[str, Measured]:
 
 def other_kind(network: Network, noise: Tensor, y: Tensor) -> str | None:
     """The kind of a network that is no flow model on the straight path, or None if no reading fits."""
-    found = {}
+    errors: dict[str, float] = {}
     for name, readings in OTHERS.items():
         for reading in readings:
             measured = measure(network, reading, noise, y)
             if "eps" in name and measured.is_noise():  # whatever its schedule
                 return name
             if measured.error < 0.7 and measured.spread > 0.12:
-                found[name] = min(measured.error, found.get(name, math.inf))
-    return min(found, key=found.get) if found else None
+                errors[name] = min(measured.error, errors.get(name, math.inf))
+    return min(errors, key=errors.get) if errors else None
 
 
 def require_denoising(model, direction: str = "data-at-0", strict: bool = True) -> None:
@@ -198,8 +198,8 @@ def require_denoising(model, direction: str = "data-at-0", strict: bool = True) 
     readings = check_denoising(model)
     for name, measured in readings.items():
         shares = " ".join(f"{share:.2f}" for share in measured.shares)
-        told = f", denoising error {measured.error:.3f}, shares of x0 {shares}" if measured.error < math.inf else ""
-        print(f"check: read {name}: slope {measured.slope:.2f}{told}")
+        words = f", denoising error {measured.error:.3f}, shares of x0 {shares}" if measured.error < math.inf else ""
+        print(f"check: read {name}: slope {measured.slope:.2f}{words}")
     if not all(math.isfinite(measured.slope) for measured in readings.values()):
         raise InputError("the converted model's outputs are not finite: its weights are no trained SiT's")
     fits = {name: measured.error for name, measured in readings.items() if measured.is_flow()}
@@ -216,8 +216,8 @@ def require_denoising(model, direction: str = "data-at-0", strict: bool = True) 
         raise InputError(f"this is {kind}; expected: a flow model, of noise - data on the straight path")
     if fits:
         raise InputError(f"this is a flow model only if read {min(fits, key=fits.get)}, which no known file is")
-    told = "the check cannot tell what this network predicts: no reading denoises"
-    told += " (random or damaged weights, or a generator of few steps, which is no flow any more?)"
+    words = "the check cannot tell what this network predicts: no reading denoises"
+    words += " (random or damaged weights, or a generator of few steps, which is no flow any more?)"
     if strict:
-        raise InputError(told)
-    print(f"warning: {told}", file=sys.stderr)
+        raise InputError(words)
+    print(f"warning: {words}", file=sys.stderr)

@@ -35,13 +35,13 @@ CODE = {"pipeline.py": pipeline, "generator/sit.py": network}
 
 @torch.no_grad()
 def require_same_outputs(before: SiT, after: nn.Module, tolerance: float = 0) -> None:
-    """What was written and read again must give the same velocities, bit for bit or to a part of the largest."""
+    """Raises `InputError` if the velocities differ, by more than ``tolerance`` times the largest."""
     draws = Draws(0)
     x, y = draws.noise(2, *before.sample_shape), draws.integers(before.null_class, 2)
     for time in (1.0, 0.5):
         t = torch.full((2,), time)
-        expected, found = before(x, t, y), after(x, t, y)
-        if (found - expected).abs().max() > tolerance * expected.abs().max():
+        expected, again = before(x, t, y), after(x, t, y)
+        if (again - expected).abs().max() > tolerance * expected.abs().max():
             raise InputError("what was written gives other outputs than the checkpoint's: is the disk failing?")
 
 
@@ -141,13 +141,13 @@ def vae_of(args: argparse.Namespace, checkpoint: Checkpoint, recorded: dict) -> 
 
 
 def names_of(args: argparse.Namespace, checkpoint: Checkpoint, teacher: Path) -> list[str] | None:
-    """Of the classes; where it was trained, the teacher's record names its data set."""
+    """Names of the classes; the teacher's record names its data set, on the machine that trained it."""
     dataset = record_of(teacher).get("arguments", {}).get("dataset")
     return class_names(args.class_names, checkpoint.units["model_config"]["num_classes"], dataset)
 
 
 def hashes_of(folder: Path, content: dict, provenance: dict) -> dict[str, str]:
-    """What stands in the card: SHA-256 of the weights in ``folder``, and of what they were made from."""
+    """SHA-256 for the card: of the weights in ``folder``, and of their sources."""
     own = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*.safetensors"))}
     made_from = {"the checkpoint": content["inputs"]["checkpoint"], "the teacher": provenance["teacher_sha256"]}
     return own | made_from | {f"reward {n + 1}": each for n, each in enumerate(provenance["rewards_sha256"])}

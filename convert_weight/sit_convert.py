@@ -9,6 +9,7 @@ tested by denoising.
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def convert(
     time_direction: str | None = None,
     num_classes: int | None = None,
 ) -> "tuple[SiT, list[str]]":
-    """-> the model, and lines that say what was recognised, guessed and dropped. Raises `InputError`."""
+    """Return the model, and lines about what was recognised, guessed and dropped. Raises `InputError`."""
     import torch
 
     from convert_weight import state_dicts
@@ -51,20 +52,21 @@ def convert(
     from train_cc.models.sit import SIT_SIZES, SiT
 
     state, place = state_dicts.unnest(content)
-    told = [f"weights: {place}"]
+    notes = [f"weights: {place}"]
     if kind := network_kind(state):
         raise InputError(f"this is {kind}; a SiT is expected")
-    state, dropped = state_dicts.drop_projectors(state)
-    if dropped:
-        told.append(f"dropped: {len(dropped)} tensors of REPA's projectors")
+    projectors = [name for name in state if re.match(r"projectors?\.", name)]  # they serve REPA's training only
+    state = {name: value for name, value in state.items() if name not in projectors}
+    if projectors:
+        notes.append(f"dropped: {len(projectors)} tensors of REPA's projectors")
     if any(name.startswith("decoder_blocks.") for name in state):
         state = state_dicts.rename_decoder_blocks(state, encoder_depth)
-        told.append(f"legacy names: decoder_blocks.N became blocks.N + {encoder_depth}")
+        notes.append(f"legacy names: decoder_blocks.N became blocks.N + {encoder_depth}")
     config = state_dicts.config_of(state, num_heads)
     config["num_classes"], null_row = state_dicts.classes_of(config["num_classes"] + 1, num_classes)
     variance = state_dicts.has_variance_channels(state, config)
-    direction, time = state_dicts.time_direction(state, config, bool(dropped), time_direction)
-    told += [guess for guess in (null_row, time, None if dropped else UNSAID) if guess]
+    direction, time = state_dicts.time_direction(state, config, bool(projectors), time_direction)
+    notes += [guess for guess in (null_row, time, None if projectors else UNSAID) if guess]
     with torch.device("meta"):
         model = SiT(**config)
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -74,19 +76,19 @@ def convert(
     fit(own, state, "this SiT")
     if variance:
         state = state_dicts.keep_velocity_channels(state, config)
-        told.append(f"kept {config['in_channels']} of {2 * config['in_channels']} output channels")
+        notes.append(f"kept {config['in_channels']} of {2 * config['in_channels']} output channels")
     if direction == "data-at-1":
         state = state_dicts.reverse_time(state)
-        told.append(f"data at time 1, as in the SiT authors' files: {FOLDED}")
+        notes.append(f"data at time 1, as in the SiT authors' files: {FOLDED}")
     load_weights(model, state, "this SiT")
     names = [name for name, size in SIT_SIZES.items() if size.items() <= config.items()]
     count = sum(value.numel() for value in model.state_dict().values())
-    told.append(f"recognised: {names[0] if names else 'a SiT outside the size table'}, {config}, {count} elements")
-    return model.eval(), told
+    notes.append(f"recognised: {names[0] if names else 'a SiT outside the size table'}, {config}, {count} elements")
+    return model.eval(), notes
 
 
 def plain_name(text: str) -> str:
-    """Of one folder."""
+    """The name of one folder."""
     if text in ("", ".", "..") or text != Path(text).name or not text.isprintable():
         flags.refuse(repr(text), "one plain folder name")
     return text
@@ -128,7 +130,7 @@ def build_parser() -> flags.Parser:
 
 
 def load_source(args: argparse.Namespace) -> "tuple[SiT, list[str], Path]":
-    """-> the model, what was recognised, and the file or folder that was read. Raises `InputError`."""
+    """Return the model, lines about it, and the file or folder that was read. Raises `InputError`."""
     if args.input is not None and args.input.is_dir():
         from convert_weight.foreign import require_checkpoint_file
         from train_cc.models.sit import SiT
@@ -172,16 +174,16 @@ def is_there(args: argparse.Namespace, target: Path, content: dict) -> bool:
     return check_product(target, content, args.overwrite, "--name")
 
 
-def check(args: argparse.Namespace, model: "SiT", told: list[str]) -> None:
+def check(args: argparse.Namespace, model: "SiT", notes: list[str]) -> None:
     """Denoise, if asked for or if the file does not say what it predicts. Raises `InputError`."""
-    if args.check is None and UNSAID not in told and not any("--time-direction" in line for line in told):
+    if args.check is None and UNSAID not in notes and not any("--time-direction" in line for line in notes):
         return
     if args.check is False:
         print("not checked: --no-check")
         return
     from convert_weight.denoising import require_denoising
 
-    direction = "data-at-1" if any(FOLDED in line for line in told) else "data-at-0"
+    direction = "data-at-1" if any(FOLDED in line for line in notes) else "data-at-0"
     with saying("sampling and denoising (about 25 passes of four images; --no-check omits them)"):
         require_denoising(model, direction, strict=args.check is True)
 

@@ -44,7 +44,7 @@ def networks_in(content: object, place: tuple[str, ...] = ()) -> list[tuple[tupl
     """Every SiT at a known place of ``content``, with its keys, the last of them a prefix of its names."""
     if not isinstance(content, Mapping) or len(place) > 6:
         return []
-    found = []
+    networks = []
     raw = [name for name in content if name != "n_averaged"]  # torch's AveragedModel counts in there
     names = {WRAPPERS.sub("", str(name)): name for name in raw}
     prefixes = [name.removesuffix(ANCHOR) for name in names if f".{name}".endswith(f".{ANCHOR}")]
@@ -54,11 +54,11 @@ def networks_in(content: object, place: tuple[str, ...] = ()) -> list[tuple[tupl
         others = tuple(other for other in prefixes if len(other) > len(prefix))
         own = [name for name in names if name.startswith(prefix) and not name.startswith(others)]
         keys = tuple(prefix.rstrip(".").split(".")) if prefix else ()
-        found.append(((*place, *keys), {name.removeprefix(prefix): content[names[name]] for name in own}))
+        networks.append(((*place, *keys), {name.removeprefix(prefix): content[names[name]] for name in own}))
     for key, value in content.items():
         if isinstance(key, str) and (key.lower() in NESTS or is_average(key)):
-            found += networks_in(value, (*place, key))
-    return found
+            networks += networks_in(value, (*place, key))
+    return networks
 
 
 def preference(place: tuple[str, ...]) -> tuple[bool, int]:
@@ -68,21 +68,21 @@ def preference(place: tuple[str, ...]) -> tuple[bool, int]:
 
 
 def unnest(content: object) -> tuple[State, str]:
-    """-> the state dict and its place. Checkpoints nest and prefix; an EMA is preferred. Raises `InputError`."""
+    """Return the state dict and its place. Checkpoints nest and prefix; an EMA is preferred. Raises `InputError`."""
     expected = 'a state dict, or one nested as "ema" or "model",'
-    found = networks_in(content)
-    if not found:
+    networks = networks_in(content)
+    if not networks:
         raise InputError(nothing_found(content, expected))
-    place, state = min(found, key=lambda network: preference(network[0]))
+    place, state = min(networks, key=lambda network: preference(network[0]))
     if not any(value.numel() for value in state.values()):
         how = "zero_to_fp32.py, which DeepSpeed writes beside the checkpoint, makes one file of all"
         raise InputError(f"this is a part of a DeepSpeed ZeRO-3 checkpoint, whose tensors are empty here; {how}")
     if not place:
         return require_tensors(state, "this file", expected), "a bare state dict"
-    told = f'"{".".join(place)}"'
+    words = f'"{".".join(place)}"'
     others = sorted({str(name)[:40].split(".")[0] for name in content} - {place[0]})[:8]
     beside = f" of a checkpoint with {', '.join(others)}" if others else ""
-    return require_tensors(state, told, expected), f"{told}{beside}"
+    return require_tensors(state, words, expected), f"{words}{beside}"
 
 
 def nothing_found(content: object, expected: str) -> str:
@@ -101,12 +101,6 @@ def nothing_found(content: object, expected: str) -> str:
     return f"no weights found: {expected} is expected; this is {kind}"
 
 
-def drop_projectors(state: State) -> tuple[State, list[str]]:
-    """REPA's alignment heads serve its training alone."""
-    dropped = [name for name in state if re.match(r"projectors?\.", name)]
-    return {name: value for name, value in state.items() if name not in dropped}, dropped
-
-
 def rename_decoder_blocks(state: State, encoder_depth: int) -> State:
     """Legacy files name block N + encoder_depth ``decoder_blocks.N``."""
 
@@ -120,23 +114,23 @@ def rename_decoder_blocks(state: State, encoder_depth: int) -> State:
 
 
 def classes_of(rows: int, num_classes: int | None) -> tuple[int, str | None]:
-    """-> the classes of a label table, whose last row is the null class, and the words for a guess."""
+    """Return the classes of a label table, whose last row is the null class, and the words for a guess."""
     if num_classes is None:
         if rows == 1000:
-            told = "ImageNet's 1000 classes without a null row? Training needs one (label dropout)"
-            raise InputError(f"the label table has 1000 rows: {told}. --num-classes 999: 999 classes and a null row")
+            words = "ImageNet's 1000 classes without a null row? Training needs one (label dropout)"
+            raise InputError(f"the label table has 1000 rows: {words}. --num-classes 999: 999 classes and a null row")
         guess = None if rows == 1001 else f"{GUESS}{rows - 1} classes and a null row; --num-classes decides"
         return rows - 1, guess
     if rows == num_classes:
-        told = "a null row is missing: the network was trained without label dropout, and cannot be a teacher here"
-        raise InputError(f"the label table has {rows} rows for --num-classes {num_classes}: {told}")
+        words = "a null row is missing: the network was trained without label dropout, and cannot be a teacher here"
+        raise InputError(f"the label table has {rows} rows for --num-classes {num_classes}: {words}")
     if rows != num_classes + 1:
         raise InputError(f"the label table has {rows} rows; --num-classes {num_classes} needs {num_classes + 1}")
     return num_classes, None
 
 
 def time_direction(state: State, config: dict, repa: bool, chosen: str | None) -> tuple[str, str | None]:
-    """-> data-at-0 or data-at-1, and the words for a guess. REPA's own files are known by their projectors."""
+    """Return data-at-0 or data-at-1, and the words for a guess. REPA's own files are known by their projectors."""
     two = has_variance_channels(state, config)
     if chosen is not None or (repa and not two):
         return chosen or "data-at-0", None
@@ -157,8 +151,8 @@ def config_of(state: State, num_heads: int | None) -> dict:
     side = math.isqrt(tokens)
     square = len(patches) == 4 and patches[2] == patches[3] and side**2 == tokens > 0
     if not square or not patches.numel() or len(table) != 2 or len(fc1) != 2:
-        told = ", ".join(f"{name} {tuple(state[name].shape)}" for name in needed)
-        raise InputError(f"this is no SiT of square images and patches: {told}")
+        words = ", ".join(f"{name} {tuple(state[name].shape)}" for name in needed)
+        raise InputError(f"this is no SiT of square images and patches: {words}")
     hidden, channels, patch, _ = patches
     depth = block_count(state, "this SiT (is --encoder-depth wrong?)")
     size = {"depth": depth, "hidden_size": hidden}
@@ -183,7 +177,7 @@ def config_of(state: State, num_heads: int | None) -> dict:
 
 
 def has_variance_channels(state: State, config: dict) -> bool:
-    """Whether the output has twice the input's channels: the SiT authors' files, whose time runs the other way."""
+    """True if the output has twice the input's channels: the SiT authors' files, whose time runs the other way."""
     weight = state.get("final_layer.linear.weight")
     rows = 2 * config["patch_size"] ** 2 * config["in_channels"]
     return weight is not None and weight.ndim == 2 and weight.shape[0] == rows

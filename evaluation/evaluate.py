@@ -20,7 +20,7 @@ import os
 import sys
 from pathlib import Path
 
-from evaluation.figures.tables import HELD_OUT, over_seeds, show, warning_lines
+from evaluation.figures.tables import HELD_OUT, over_seeds, print_tables, warning_lines
 from evaluation.samples.files import content_sha256, image_shape, provenance_of, read_images, reference_shape
 from train_cc.io import flags
 from train_cc.io.errors import InputError, exits_on_input_error
@@ -81,7 +81,7 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def settings_of(args: argparse.Namespace) -> argparse.Namespace:
+def judging_settings(args: argparse.Namespace) -> argparse.Namespace:
     """``args`` with all spaces under ``space``, and without what a reference of mu and sigma ignores."""
     changes = {}
     if args.classifier is not None:
@@ -98,7 +98,7 @@ def settings_of(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**vars(args) | changes)
 
 
-def rows_of(args: argparse.Namespace) -> dict[str, Path]:
+def named_samples(args: argparse.Namespace) -> dict[str, Path]:
     """The rows' names and their files. Raises `InputError`."""
     names = args.names or [printable(path.stem) for path in args.samples]
     if len(names) != len(args.samples):
@@ -120,7 +120,7 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 def check_samples(samples: list[Path], reference: Path) -> tuple[int, ...]:
-    """-> (N, H, W, C), which all files have, and a reference of images but for its N. Raises `InputError`."""
+    """Return (N, H, W, C), the same for all files, and but for N for a reference of images. Raises `InputError`."""
     real = reference_shape(reference)
     shapes = {path: image_shape(path) for path in samples}
     first, expected = ("the reference", real) if real else (samples[0], shapes[samples[0]])
@@ -137,7 +137,7 @@ def check_samples(samples: list[Path], reference: Path) -> tuple[int, ...]:
     return shapes[samples[0]]
 
 
-def draw(settings: argparse.Namespace, samples: dict[str, Path]) -> None:
+def draw_samples(settings: argparse.Namespace, samples: dict[str, Path]) -> None:
     """The first images of each file; real ones are left out beside generated ones, whose columns they do not share."""
     from train_cc.io.class_names import KNOWN, dataset_of
     from train_cc.run.pictures import save_grid
@@ -154,7 +154,7 @@ def draw(settings: argparse.Namespace, samples: dict[str, Path]) -> None:
     print(f"picture: {settings.picture}")
 
 
-def write(settings: argparse.Namespace, judged: list[dict], means: dict[str, dict], size: int) -> None:
+def write_json(settings: argparse.Namespace, judged: list[dict], means: dict[str, dict], size: int) -> None:
     """The JSON file: the first space's rows, the others' under "more_spaces" in the same form."""
     for row in (row for each in (*judged, {"rows": means}) for row in each["rows"].values()):
         row.pop("draws", None)
@@ -177,24 +177,24 @@ def write(settings: argparse.Namespace, judged: list[dict], means: dict[str, dic
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    samples, settings = rows_of(args), settings_of(args)
+    samples, settings = named_samples(args), judging_settings(args)
     check_outputs(args)
     shape = reference_shape(args.reference) if args.check else check_samples(args.samples, args.reference)
     # Networks take seconds to import: what is wrong with the command line has been said.
     with saying("loading libraries"):
-        from evaluation.figures.spaces import check, figures_of
+        from evaluation.figures.spaces import check_inputs, judge_all
 
     if args.check:
-        check(settings, shape)
+        check_inputs(settings, shape)
         return
-    judged, means, size = figures_of(settings, samples, shape)
+    judged, means, size = judge_all(settings, samples, shape)
     for line in warning_lines(judged):
         warn(line)
-    show(judged, means, size, settings.over_seeds)  # before a write that a full disk stops
+    print_tables(judged, means, size, settings.over_seeds)  # before a write that a full disk stops
     if settings.output:
-        write(settings, judged, means, size)
+        write_json(settings, judged, means, size)
     if settings.picture:
-        draw(settings, samples)
+        draw_samples(settings, samples)
 
 
 if __name__ == "__main__":

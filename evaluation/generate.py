@@ -108,9 +108,11 @@ def main(argv: list[str] | None = None) -> None:
     check_output_file(args.output, True)
     apart((("--output", args.output), ("--png-dir", args.png_dir)))
     with saying("loading libraries"):
-        from evaluation.samples.sampling import generate  # networks take seconds to import: what is wrong has been said
+        from evaluation.samples.sampling import (
+            write_samples,  # networks take seconds to import: what is wrong has been said
+        )
 
-    generate(args)
+    write_samples(args)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> None:
     args = check_sampling(build_parser().parse_args(argv))
     check_output_file(args.grid, args.overwrite, "--grid")
-    from evaluation.samples.sampling import sample  # networks take seconds to import: what is wrong has been said
+    from evaluation.samples.sampling import draw_classes  # networks take seconds to import: what is wrong has been said
 
-    sample(args)
+    draw_classes(args)
 
 
 if __name__ == "__main__":

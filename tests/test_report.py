@@ -12,7 +12,7 @@ from PIL import Image
 
 from evaluation import report
 from evaluation.report.charts import CHARTS, panels_of
-from evaluation.report.page import PICTURES, argument_rows, classes_of, facts_of
+from evaluation.report.page import PICTURES, argument_rows, column_names, facts_of
 from evaluation.report.run_log import RunLog, read_run
 from tests.conftest import flags, refused, run_cold_start
 from tests.test_rules import HEALTHY
@@ -112,11 +112,11 @@ def test_a_run_says_when_where_and_with_what_it_was(run):
 def test_columns_are_named_by_the_classes_of_the_data_set(run, tmp_path, teacher):
     arguments = {"teacher": str(tmp_path / "teacher"), "num_previews": 5}
     log = RunLog("a", tmp_path / "a", {"arguments": arguments})
-    assert classes_of(log) == [""] * 5
+    assert column_names(log) == [""] * 5
     shutil.copytree(teacher, tmp_path / "teacher")
-    assert classes_of(log) == ["0", "2", "4", "6", "8"]
+    assert column_names(log) == ["0", "2", "4", "6", "8"]
     write_record(tmp_path / "teacher", record("pretrain teacher", {"dataset": "fashion-mnist"}))
-    assert classes_of(log) == ["T-shirt", "pullover", "coat", "shirt", "bag"]
+    assert column_names(log) == ["T-shirt", "pullover", "coat", "shirt", "bag"]
 
 
 def test_what_cannot_be_read_is_told_and_the_rest_shown(run, tmp_path):

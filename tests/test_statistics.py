@@ -189,13 +189,13 @@ def made_by(count: int, monkeypatch, *arguments) -> dict[str, np.ndarray]:
 
 def test_any_number_of_processes_gives_the_same_file(npz, space, tmp_path, monkeypatch):
     writers = []
-    fill = gathering.fill
+    sum_parts = gathering.sum_parts
 
     def filled(parts, images, space, processes, *rest):
         writers.extend([processes.process_index] * len(parts))
-        fill(parts, images, space, processes, *rest)
+        sum_parts(parts, images, space, processes, *rest)
 
-    monkeypatch.setattr(gathering, "fill", filled)
+    monkeypatch.setattr(gathering, "sum_parts", filled)
     alone = made(npz, space, tmp_path / "1.npz", "--shard-size", 9)
     assert writers == [0] * 7
     threads = torch.get_num_threads()
@@ -398,7 +398,7 @@ def test_a_finished_command_changes_nothing_and_removes_what_a_kill_has_left(npz
         with pytest.raises(SystemExit):
             main(words(npz, space, tmp_path / "s.npz"))
     assert (tmp_path / "s.npz").exists() and (tmp_path / "s.npz.tmp").exists()
-    monkeypatch.setattr(gathering, "fill", lambda *args: pytest.fail("made again"))
+    monkeypatch.setattr(gathering, "sum_parts", lambda *args: pytest.fail("made again"))
     main(words(npz, space, tmp_path / "s.npz"))
     assert "there already" in capsys.readouterr().out
     assert (tmp_path / "s.npz").read_bytes() == whole and not (tmp_path / "s.npz.tmp").exists()

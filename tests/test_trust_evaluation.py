@@ -337,7 +337,7 @@ def test_the_same_command_continues_to_the_same_bytes_after_a_kill(every, teache
 def test_a_damaged_part_is_made_again(teacher, tmp_path, monkeypatch, capsys):
     generate.main(sampled(teacher, tmp_path / "whole.npz"))
     kept = {}
-    monkeypatch.setattr(sampling, "merge", lambda paths, output, _: kept.update(
+    monkeypatch.setattr(sampling, "merge_samples", lambda paths, output, _: kept.update(
         {path.name: path.read_bytes() for path in paths}) or (_ for _ in ()).throw(KeyboardInterrupt))  # fmt: skip
     with pytest.raises(SystemExit):
         generate.main(sampled(teacher, tmp_path / "s.npz"))
@@ -355,7 +355,7 @@ def test_a_damaged_part_is_made_again(teacher, tmp_path, monkeypatch, capsys):
 
 
 def test_parts_of_other_settings_are_not_taken(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling, "merge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(sampling, "merge_samples", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit):
         generate.main(sampled(teacher, tmp_path / "s.npz", "--seed", 5))
     monkeypatch.undo()
@@ -682,11 +682,11 @@ def fuzz(folder: Path, count: int, seed: int, teacher, classifier, images, run: 
     rows = {"rows": {"control: a": {"figures": dict.fromkeys(METRICS, 0.5)}}}
     (folder / "results.json").write_text(json.dumps(rows))
     left = folder / "left.npz"
-    keep = sampling.merge
-    sampling.merge = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    keep = sampling.merge_samples
+    sampling.merge_samples = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(SystemExit):
         generate.main(sampled(folder / "generator", left))
-    sampling.merge = keep
+    sampling.merge_samples = keep
     kept = shutil.copytree(folder / "left.npz.tmp", folder / "kept")
     figures = words(folder / "s.npz", folder / "reference.npz", "--classifier", folder / "classifier")
     commands = {

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.report.run_log import RunLog, Table
+from evaluation.report.run_log import FigureTable, RunLog
 from evaluation.report.verdict import verdict
 from tests.test_rules import HEALTHY, level, series
 
@@ -32,7 +32,7 @@ def table(**changed):
         }
         for name in rows
     }
-    return Table("results.json", rows, made_by, 1800, space="a classifier")
+    return FigureTable("results.json", rows, made_by, 1800, space="a classifier")
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def _fashion_mnist(data_dir: Path | None, split: str) -> tuple[Tensor, Tensor]:
 
 
 def load_dataset(name: str, data_dir: Path | str | None = None, split: str = "train") -> tuple[Tensor, Tensor]:
-    """-> images uint8 (N, C, H, W), labels int64 (N,). Digits (N, 1, 8, 8) have no split "test", Fashion-MNIST
+    """Return images uint8 (N, C, H, W), labels int64 (N,). Digits (N, 1, 8, 8) have no split "test", Fashion-MNIST
     (N, 3, 32, 32) has one. Raises `InputError` for an unreadable data set."""
     if name != "digits":
         return _fashion_mnist(None if data_dir is None else Path(data_dir), split)
@@ -319,22 +319,22 @@ def open_folder(folder: Path, size: int | None, channels: int) -> FolderImages:
             f"{folder} holds {', '.join(classes)}, which are no classes; give one of them: {folder / classes[0]}"
         )
     numbers = {name: i for i, name in enumerate(classes)}
-    found = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True) if classes else []
-    if flat and found:
+    pairs = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True) if classes else []
+    if flat and pairs:
         raise InputError(f"{folder} holds images of its own ({flat[0]}) and folders of images; one of both is expected")
-    if not flat and not found:
+    if not flat and not pairs:
         raise InputError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)}); {EXPECTED} is expected")
-    empty = sorted(set(classes) - {classes[label] for _, label in found})
-    if found and empty:
+    empty = sorted(set(classes) - {classes[label] for _, label in pairs})
+    if pairs and empty:
         raise InputError(f"the class folders {', '.join(empty[:8])} of {folder} hold no images; remove or fill them")
-    paths = [path for path, _ in found] or flat
-    labels = torch.tensor([label for _, label in found]) if found else None
+    paths = [path for path, _ in pairs] or flat
+    labels = torch.tensor([label for _, label in pairs]) if pairs else None
     names = [os.path.relpath(path, folder) for path in paths]
     digest = hashlib.sha256("\n".join(names).encode(errors="replace")).hexdigest()
     source = {"images": str(folder), "sha256_of_names": digest}
     if (index := folder / "dataset.json").is_file():
         labels, source = indexed_labels(index, names), source | {"sha256_of_labels": sha256(index)}
-    elif found:
+    elif pairs:
         source["classes"] = classes
     if size is not None:
         source["image_size"] = size

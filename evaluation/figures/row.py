@@ -64,11 +64,11 @@ def embed(content: Mapping[str, np.ndarray], path: Path, space: FeatureSpace, ba
             span = f"{path} has labels from {labels.min()} to {labels.max()}"
             raise InputError(f"{span}, {space.name} knows 0 to {logits.shape[1] - 1}{hint}")
         if "classes" in content:
-            require_classes(content["classes"].tolist(), path, space)
+            require_same_classes(content["classes"].tolist(), path, space)
     return Embedded(features, logits, labels, space.knows_labels)
 
 
-def require_classes(folders: list[str], path: Path, space: FeatureSpace) -> None:
+def require_same_classes(folders: list[str], path: Path, space: FeatureSpace) -> None:
     """The class folders are the classes of the space's classifier, in their order. Raises `InputError`."""
     number = space.num_logits
     if len(folders) != number:
@@ -159,9 +159,14 @@ def by_class(values: np.ndarray, labels: np.ndarray, weights: np.ndarray | None 
 
 
 def row_of(
-    embedded: Embedded, reference: Reference, size: int, rounds: int = 0, real: dict | None = None, held: bool = False
+    embedded: Embedded,
+    reference: Reference,
+    size: int,
+    rounds: int = 0,
+    real: dict | None = None,
+    ceiling: bool = False,
 ) -> dict:
-    """``size``: of the sets. ``real``: the distances of held-out real images, for the ratios; ``held``: of these."""
+    """``size``: of the sets. ``real``: the distances of held-out real images, for the ratios; ``ceiling``: of these."""
     sets = None if reference.features is None else Sets(embedded.features, reference, size)
     figures, errors, distances = {"FID": reference.distance(embedded.features)}, {}, {}
     if embedded.logits is not None:
@@ -169,7 +174,7 @@ def row_of(
     if embedded.right is not None:
         figures["accuracy"] = embedded.right.mean().item()
     if sets is not None:
-        distances = sets.distances(frechet=held or real is not None)
+        distances = sets.distances(frechet=ceiling or real is not None)
         figures |= sets.figures() | {"SW": distances["SW"]} | ratios(distances, real)
         if min(len(embedded.features), len(reference.features)) >= 2 * LEAST_SUBSETS:
             figures["KID"], errors["KID"] = kid(reference.features, embedded.features)

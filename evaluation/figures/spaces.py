@@ -141,19 +141,6 @@ def statistics_for(content: Mapping[str, np.ndarray], path: Path, spaces: list[F
     return stored
 
 
-def check_reference(path: Path, spaces: list[FeatureSpace]) -> None:
-    """All checks of a reference, without the features of all its images. Raises `InputError`."""
-    content = read_reference(path)
-    statistics_for(content, path, spaces)
-    names = ", ".join(space.name for space in spaces)
-    if "arr_0" not in content:
-        print(f"{path} can be evaluated against: {names}; {NO_IMAGES}")
-        return
-    for space in spaces:
-        space.of(content["arr_0"][:LEAST_IMAGES], LEAST_IMAGES)
-    print(f"{path} can be evaluated against: {len(content['arr_0'])} images, {names}")
-
-
 def judge(
     settings: argparse.Namespace, samples: dict[str, Path], space: FeatureSpace, real: Real, stored: dict, size: int
 ) -> dict:
@@ -166,7 +153,7 @@ def judge(
     rows, ceiling = {}, None
     if real.held_out is not None:
         embedded = embed(real.held_out, real.path, space, batch, "held-out")
-        ceiling = row_of(embedded, reference, size, held=True)
+        ceiling = row_of(embedded, reference, size, ceiling=True)
     if settings.adm:
         halved = settings.held_out == HALVES
         reference.whole = torch.cat([reference.features, embedded.features]) if halved else reference.features
@@ -215,8 +202,8 @@ def over_spaces(judged: list[dict]) -> dict[str, dict]:
     return rows
 
 
-def figures_of(settings: argparse.Namespace, samples: dict[str, Path], shape: tuple[int, ...]) -> tuple:
-    """-> all rows of each space, their means over the spaces ({} without held-out images), and the size of the sets.
+def judge_all(settings: argparse.Namespace, samples: dict[str, Path], shape: tuple[int, ...]) -> tuple:
+    """Return all rows of each space, their means over the spaces ({} without held-out images), and the sets' size.
 
     ``samples``: name -> file; ``shape``: (N, H, W, C) of one.
     """
@@ -229,8 +216,14 @@ def figures_of(settings: argparse.Namespace, samples: dict[str, Path], shape: tu
     return judged, over_spaces(judged) if real.held_out is not None else {}, size
 
 
-def check(settings: argparse.Namespace, shape: tuple[int, ...] | None) -> None:
-    """`--check`. ``shape``: (N, H, W, C) of the reference, if it has images."""
+def check_inputs(settings: argparse.Namespace, shape: tuple[int, ...] | None) -> None:
+    """`--check`: all but the features of all images. ``shape``: (N, H, W, C) of the reference, if it has images."""
     spaces = load_spaces(settings.space, settings.dinov2_backbone, settings.inception_weights, shape and shape[1:])
-    check_reference(settings.reference, spaces)
+    content = read_reference(settings.reference)
+    statistics_for(content, settings.reference, spaces)
+    names = ", ".join(space.name for space in spaces)
+    for space in spaces if shape else ():
+        space.of(content["arr_0"][:LEAST_IMAGES], LEAST_IMAGES)
+    what = f"{shape[0]} images, {names}" if shape else f"{names}; {NO_IMAGES}"
+    print(f"{settings.reference} can be evaluated against: {what}")
     hold_out(settings.reference, settings.held_out)

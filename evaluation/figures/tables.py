@@ -150,7 +150,7 @@ def warning_lines(judged: list[dict]) -> Iterator[str]:
             yield from (f"{name}, {space['features']}: {note}" for note in row["notes"])
 
 
-def show(judged: list[dict], means: dict[str, dict], size: int, seeds: bool) -> None:
+def print_tables(judged: list[dict], means: dict[str, dict], size: int, seeds: bool) -> None:
     """Print the tables: of each space, and of all if there are several and something is held out."""
     count = next(iter(judged[0]["rows"].values()))["images"]
     for space in judged:

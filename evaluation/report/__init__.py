@@ -22,6 +22,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for folder in args.runs:
         require_folder(folder, "a run's --output-dir")
-    from evaluation.report.page import report  # matplotlib takes a second to import
+    from evaluation.report.page import write_report  # matplotlib takes a second to import
 
-    report(args.runs, args.output, args.curves, args.overwrite)
+    write_report(args.runs, args.output, args.curves, args.overwrite)

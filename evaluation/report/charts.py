@@ -23,7 +23,7 @@ from train_cc.run.logbook import BANDS, band_columns
 CLOSER = "Does the generator come closer to the teacher?"
 KEEPS_UP = "Does the estimator keep up with the generator?"
 SIZE = "Are the updates of a good size?"
-REWARD = "What does the reward do?"
+REWARDS = "What does the reward do?"
 PREVIEWS = "What do classifiers see in the previews?"
 COURSE = "Schedules and time"
 
@@ -47,7 +47,7 @@ class Chart:
     logarithmic: bool = False
 
 
-def by_band(name: str) -> dict[str, str]:
+def panels_by_band(name: str) -> dict[str, str]:
     return {
         column: f"t from {low / 100:g} to {low / 100 + 0.25:g}"
         for low, column in zip(BANDS, band_columns(name), strict=True)
@@ -66,7 +66,7 @@ CHARTS = (
     Chart(
         CLOSER,
         "Score gap by band of t",
-        by_band("score_gap"),
+        panels_by_band("score_gap"),
         "Small t is fine detail, large t is global structure. Healthy: all four bands move together. Unhealthy: one "
         "band grows alone. Large t growing is a collapse of the whole; small t growing is noise in the details.",
     ),
@@ -95,7 +95,7 @@ CHARTS = (
     Chart(
         KEEPS_UP,
         "Fake loss by band of t",
-        by_band("loss_fake"),
+        panels_by_band("loss_fake"),
         "Healthy: the first band, small t, is level from the start. Unhealthy: it rises to a multiple; the estimator "
         "falls behind. Raise its learning rate or --ratio-update.",
     ),
@@ -121,14 +121,14 @@ CHARTS = (
         logarithmic=True,
     ),
     Chart(
-        REWARD,
+        REWARDS,
         "Reward",
         {"loss_reward_*": "{}: loss, nats for a classifier", "accuracy_reward_*": "{}: accuracy, 0 to 1"},
         "The rewarding classifier on fresh samples. Healthy: its loss falls over tens of updates. Unhealthy: it is at "
         "zero at once (the weight is too high), or does not move (too low).",
     ),
     Chart(
-        REWARD,
+        REWARDS,
         "Gradients at x0",
         {
             "grad_norm_dmd_x0": "matching: norm of the gradient at x0",
@@ -139,20 +139,20 @@ CHARTS = (
         logarithmic=True,
     ),
     Chart(
-        REWARD,
+        REWARDS,
         "Cosine of the two gradients",
         {"grad_cosine_reward_*_x0": "{} with matching: cosine, -1 to 1"},
         "Healthy: around zero. Unhealthy: below -0.3; each undoes the other's work. Lower --reward-weight.",
     ),
     Chart(
-        REWARD,
+        REWARDS,
         "Frechet distance",
         {"frechet*": "", "scale_frechet*": ""},
         "From the window's samples to the real images, in the reward's own space, and the reward's scale, which is "
         "fixed after three updates. Healthy: the distance falls. In this space it always looks good: judge in others.",
     ),
     Chart(
-        REWARD,
+        REWARDS,
         "Tilt (experimental)",
         {"tilt_reward_*": "{}: mean reward", "tilt_effective_samples_*": "{}: effective samples, count"},
         "The mean reward of the estimator's samples, and how many equally weighted samples they are worth. "
@@ -221,9 +221,9 @@ def draw_panel(axis: Axes, panel: dict[str, str], runs: list[RunLog], logarithmi
             steps, mean, low, high = thin(run.series.steps, run.series.of_column(name))
             if not len(steps):
                 continue
-            options = {"color": colour_of(number), "linewidth": 1.4, "marker": "." if len(steps) < 40 else None}
+            options = {"color": run_colour(number), "linewidth": 1.4, "marker": "." if len(steps) < 40 else None}
             axis.plot(steps, mean, style, **options)
-            axis.fill_between(steps, low, high, color=colour_of(number), alpha=0.18, linewidth=0)
+            axis.fill_between(steps, low, high, color=run_colour(number), alpha=0.18, linewidth=0)
     axis.set_title("\n".join(panel.values()), fontsize=10)
     if len(panel) > 1:
         lines = [plt.Line2D([], [], color="gray", linestyle=style) for style in styles]
@@ -236,7 +236,7 @@ def draw_panel(axis: Axes, panel: dict[str, str], runs: list[RunLog], logarithmi
 
 
 @plt.rc_context(PLAIN)
-def draw(chart: Chart, runs: list[RunLog]) -> list[str]:
+def draw_panels(chart: Chart, runs: list[RunLog]) -> list[str]:
     """An SVG for each panel, for a page that is light or dark; [] if no run has any of the columns."""
     pictures = []
     for panel in panels_of(chart, runs):
@@ -255,7 +255,7 @@ def draw_together(chart: Chart, runs: list[RunLog]) -> str:
     for axis, panel in zip(axes[0], panels, strict=True):
         draw_panel(axis, panel, runs, chart.logarithmic)
     if len(runs) > 1:
-        lines = [plt.Line2D([], [], color=colour_of(number)) for number in range(len(runs))]
+        lines = [plt.Line2D([], [], color=run_colour(number)) for number in range(len(runs))]
         axes[0][0].legend(lines, [run.name for run in runs], fontsize=8)
     return f'<?xml version="1.0" encoding="utf-8"?>\n{svg_of(figure)}'
 
@@ -269,7 +269,7 @@ def svg_of(figure: Figure) -> str:
     return svg[svg.index("<svg") :]
 
 
-def colour_of(number: int) -> str:
+def run_colour(number: int) -> str:
     """The colour of the ``number``-th run, as a page writes it."""
     return to_hex(f"C{number % 10}")
 

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from evaluation.figures.tables import figure_text, heads_of, rewarded_here
-from evaluation.report.charts import CHARTS, colour_of, curve_path, draw, draw_together
-from evaluation.report.run_log import RunLog, Table, find_tables, read_runs
+from evaluation.report.charts import CHARTS, curve_path, draw_panels, draw_together, run_colour
+from evaluation.report.run_log import FigureTable, RunLog, find_tables, read_runs
 from evaluation.report.verdict import Verdict, collapsed_recall, verdict
 from train_cc.io.class_names import class_names, dataset_of
 from train_cc.io.errors import InputError
@@ -26,7 +26,7 @@ from train_cc.setup.arguments import GROUPS
 
 MACHINE = re.compile(r"on (\d+) x (\w+)(.*?), precision (\w+)")  # in log.txt, as setup/stage.py writes it
 PICTURES = 8  # steps of a run's previews
-PNG_BYTES, WIDTH = 300_000, 1400  # a larger picture is a WEBP of at most so many pixels in width
+PNG_BYTES, MAX_WIDTH = 300_000, 1400  # a larger picture is a WEBP of at most so many pixels in width
 
 
 # What was run -----------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def argument_rows(runs: list[RunLog]) -> dict[str, list[list[str]]]:
 # Figures ----------------------------------------------------------------------------------------------------------
 
 
-def table_text(table: Table) -> dict:
+def table_text(table: FigureTable) -> dict:
     """A table as the page prints it: heads with counts and arrows, cells as text."""
     metrics = columns_of([{"figures": figures} for figures in table.rows.values()])
     heads = heads_of(metrics, table.count, table.set_size) if table.count else metrics
@@ -110,7 +110,7 @@ def embedded(caption: str, picture: Image.Image) -> dict[str, str]:
     picture.save(buffer, "PNG")
     if buffer.tell() > PNG_BYTES:
         picture, buffer, kind = picture.copy(), io.BytesIO(), "webp"
-        picture.thumbnail((WIDTH, 10 * WIDTH))
+        picture.thumbnail((MAX_WIDTH, 10 * MAX_WIDTH))
         picture.save(buffer, "WEBP", quality=75)
     return {"caption": caption, "source": f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"}
 
@@ -138,7 +138,7 @@ def previews_of(run: RunLog) -> dict:
     if len(steps) > PICTURES:
         steps = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, PICTURES)]
     try:
-        rows = {step: rows_of(read_picture(run.pictures[step]), run) for step in steps}
+        rows = {step: preview_rows(read_picture(run.pictures[step]), run) for step in steps}
     except (InputError, OSError):
         rows = {}
     if not rows or not all(rows.values()):
@@ -148,10 +148,10 @@ def previews_of(run: RunLog) -> dict:
     strips = [(f"teacher, {run.arguments['teacher_preview_steps']} steps", row) for row in teacher]
     strips += [(f"generator, update {step}", rows[step][-3]) for step in steps]
     strips += [(f"real x0, update {steps[-1]}", real), (f"fake x0, update {steps[-1]}", fake)]
-    return {"name": run.name, "classes": classes_of(run), "strips": [embedded(*strip) for strip in strips]}
+    return {"name": run.name, "classes": column_names(run), "strips": [embedded(*strip) for strip in strips]}
 
 
-def rows_of(picture: Image.Image, run: RunLog) -> list[Image.Image]:
+def preview_rows(picture: Image.Image, run: RunLog) -> list[Image.Image]:
     """The rows of a preview without their names: teacher (if drawn), generator, real x0, fake x0; [] if unlike one."""
     columns, drawn = run.arguments.get("num_previews"), run.arguments.get("teacher_preview_steps")
     if not all(type(value) is int and value >= 0 for value in (columns, drawn)) or not columns:
@@ -164,7 +164,7 @@ def rows_of(picture: Image.Image, run: RunLog) -> list[Image.Image]:
     return [picture.crop((left, i * pitch, picture.width, (i + 1) * pitch + GAP)) for i in range(count)]
 
 
-def classes_of(run: RunLog) -> list[str]:
+def column_names(run: RunLog) -> list[str]:
     """A word for each column: its class in the teacher's data set, or in ImageNet for 1000 classes, else its number."""
     columns, count = run.arguments["num_previews"], run.arguments.get("num_classes")
     teacher = Path(str(run.arguments.get("teacher", "")))
@@ -183,13 +183,13 @@ def classes_of(run: RunLog) -> list[str]:
 # The page ---------------------------------------------------------------------------------------------------------
 
 
-def page(runs: list[RunLog], tables: list[Table], outcome: Verdict, charts: dict, problems: list[str]) -> str:
+def page(runs: list[RunLog], tables: list[FigureTable], outcome: Verdict, charts: dict, problems: list[str]) -> str:
     """``charts``: chart -> its panels as inline SVG, of those that have some."""
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     facts = [facts_of(run) for run in runs]
     return templates.get_template("page.html.j2").render(
         names=[run.name for run in runs],
-        colours=[colour_of(number) for number in range(len(runs))],
+        colours=[run_colour(number) for number in range(len(runs))],
         verdict=outcome,
         problems=problems,
         facts=[[name, *(fact[name] for fact in facts)] for name in facts[0]],
@@ -201,7 +201,7 @@ def page(runs: list[RunLog], tables: list[Table], outcome: Verdict, charts: dict
     )
 
 
-def report(folders: list[Path], output: Path | None, curves: Path | None, overwrite: bool) -> None:
+def write_report(folders: list[Path], output: Path | None, curves: Path | None, overwrite: bool) -> None:
     """The command, its flags checked; the first run's own report is always replaced. Raises `InputError`."""
     target = output or folders[0] / "report.html"
     check_output_file(target, overwrite or output is None)
@@ -214,7 +214,7 @@ def report(folders: list[Path], output: Path | None, curves: Path | None, overwr
     tables, problems = find_tables(runs)
     problems = [f"{run.name}: {text}" for run in runs for text in run.problems] + problems
     outcome = verdict(runs, tables)
-    charts = {chart: panels for chart in CHARTS if (panels := draw(chart, runs))}
+    charts = {chart: panels for chart in CHARTS if (panels := draw_panels(chart, runs))}
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, page(runs, tables, outcome, charts, problems))
     if curves:

@@ -100,7 +100,7 @@ class RunLog:
 
 
 @dataclass
-class Table:
+class FigureTable:
     """Rows of figures of one file, in one feature space."""
 
     title: str
@@ -188,7 +188,7 @@ def read_runs(folders: list[Path]) -> list[RunLog]:
     return runs
 
 
-def find_tables(runs: list[RunLog]) -> tuple[list[Table], list[str]]:
+def find_tables(runs: list[RunLog]) -> tuple[list[FigureTable], list[str]]:
     """The figures in the runs' folders and beside them, and the problems of those that cannot be read."""
     tables, problems = [], []
     parents = dict.fromkeys(run.folder.resolve().parent for run in runs)
@@ -205,8 +205,8 @@ def find_tables(runs: list[RunLog]) -> tuple[list[Table], list[str]]:
     return tables, problems
 
 
-def table_of(content: dict, path: Path, set_size: int | None) -> Table:
-    table = Table(printable(f"{path.parent.name}/{path.name}"), {}, set_size=set_size)
+def table_of(content: dict, path: Path, set_size: int | None) -> FigureTable:
+    table = FigureTable(printable(f"{path.parent.name}/{path.name}"), {}, set_size=set_size)
     table.space = printable(str(content.get("features", ""))[:200])
     table.space_sha256 = str(content.get("features_sha256", ""))
     for name, row in content["rows"].items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from evaluation.report.run_log import RunLog, Series, Table
+from evaluation.report.run_log import FigureTable, RunLog, Series
 from train_cc.run.logbook import band_columns
 
 LEAST_UPDATES = 50  # fewer are too few: the estimator has hardly begun to follow
@@ -182,7 +182,7 @@ def worst(states: list[str]) -> str:
     return min(states, key=list(TITLES).index)
 
 
-def verdict(runs: list[RunLog], tables: list[Table]) -> Verdict:
+def verdict(runs: list[RunLog], tables: list[FigureTable]) -> Verdict:
     each = [verdict_on(run, runs, tables) for run in runs]
     states = [of_run.state for of_run in each]
     if "unmeasured" in states and set(states) & {"good", "partly"}:  # one run's figures are enough for a title
@@ -190,7 +190,7 @@ def verdict(runs: list[RunLog], tables: list[Table]) -> Verdict:
     return Verdict(worst(states), each)
 
 
-def verdict_on(run: RunLog, runs: list[RunLog], tables: list[Table]) -> OfRun:
+def verdict_on(run: RunLog, runs: list[RunLog], tables: list[FigureTable]) -> OfRun:
     words = OfRun(run.name)
     if run.stopped:
         words.say(f"It stopped itself: {run.stopped}", "bad")
@@ -219,7 +219,7 @@ def progress(run: RunLog) -> str:
     return f"Not finished (still running, stopped or killed): {part}, of {whole}. The same command continues."
 
 
-def row_made_by(digest: str, table: Table, multi_step: bool = False) -> str:
+def row_made_by(digest: str, table: FigureTable, multi_step: bool = False) -> str:
     """The row of ``table`` whose samples were made by the weights of hash ``digest``, without guidance; "" if none."""
     for name, made_by in table.made_by.items():
         arguments = made_by.get("arguments")
@@ -231,7 +231,7 @@ def row_made_by(digest: str, table: Table, multi_step: bool = False) -> str:
     return ""
 
 
-def say_figures(words: OfRun, run: RunLog, runs: list[RunLog], table: Table, name: str) -> None:
+def say_figures(words: OfRun, run: RunLog, runs: list[RunLog], table: FigureTable, name: str) -> None:
     space = table.space.rpartition("/")[2] or "space not recorded"
     figures, where = table.rows[name], f" ({table.count:,} images, {space})"
     text = ", ".join(f"{metric} {value:.3g}" for metric, value in figures.items()) + where
@@ -279,7 +279,7 @@ def against_teacher(words: OfRun, run: RunLog, figures: dict, teacher: dict, whe
     )
 
 
-def base_of(run: RunLog, runs: list[RunLog], table: Table) -> tuple[str, str]:
+def base_of(run: RunLog, runs: list[RunLog], table: FigureTable) -> tuple[str, str]:
     """The row that a rewarded run is read against, and its kind: the control, else the run that it started from."""
     if not rewarded(run):
         return "", ""

@@ -22,8 +22,8 @@ from train_cc.io.read import (
 if TYPE_CHECKING:
     import numpy as np
 
-IMAGES = "an .npz with arr_0 uint8 (N, H, W, C), C of 1 or 3, or a folder of images"
-REFERENCE = f"{IMAGES}, or an .npz of mu and sigma"
+IMAGE_FILES = "an .npz with arr_0 uint8 (N, H, W, C), C of 1 or 3, or a folder of images"
+REFERENCE = f"{IMAGE_FILES}, or an .npz of mu and sigma"
 LEAST_IMAGES = 4  # precision and recall need three neighbours
 
 
@@ -37,10 +37,10 @@ def image_shape(path: Path, what: str = "generated") -> tuple[int, ...]:
         channels, height, width = images.shape
         shape = len(images), height, width, channels
     else:
-        headers = npz_headers(path, IMAGES)
-        shape = images_shape(headers, path, IMAGES)
+        headers = npz_headers(path, IMAGE_FILES)
+        shape = images_shape(headers, path, IMAGE_FILES)
     if not all(0 < n < 2**31 for n in shape[1:]):
-        raise InputError(f"{path} has images {shape}; {IMAGES} is expected")
+        raise InputError(f"{path} has images {shape}; {IMAGE_FILES} is expected")
     if shape[0] < LEAST_IMAGES:
         raise InputError(f"{LEAST_IMAGES} {what} images or more are needed, {path} holds {shape[0]}")
     labels = headers.get("arr_1")
@@ -99,7 +99,7 @@ def read_folder(folder: Path) -> dict[str, "np.ndarray"]:
 def read_images(path: Path, what: str = "generated") -> dict[str, "np.ndarray"]:
     """``arr_0`` uint8 (N, H, W, C) and whatever is beside it. Raises `InputError`."""
     image_shape(path, what)
-    content = read_folder(path) if path.is_dir() else read_npz(path, IMAGES)
+    content = read_folder(path) if path.is_dir() else read_npz(path, IMAGE_FILES)
     require_scale(content["arr_0"], path)
     labels = content.get("arr_1")
     if labels is not None and not (labels.min() >= 0 and labels.max() <= MAX_LABEL):

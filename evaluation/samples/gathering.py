@@ -73,7 +73,7 @@ def read_moments(path: Path) -> dict[str, np.ndarray]:
     return read_npz(path, "a part of this command")
 
 
-def fill(
+def sum_parts(
     parts: dict[Path, range], images: Images, space: FeatureSpace, processes: PartialState, batch: int, workers: int
 ) -> None:
     """Read, embed and sum up the images of ``parts``; one loader for all keeps its workers busy."""
@@ -117,15 +117,15 @@ def one_thread() -> Iterator[None]:
 # The command ------------------------------------------------------------------------------------------------------
 
 
-def content_of(space: dict) -> dict:
+def statistics_record(space: dict) -> dict:
     """The record of statistics of which a file says ``space``."""
     return {"stage": "statistics", "arguments": {}, "libraries": space.get("versions")} | space
 
 
-def record_in(path: Path) -> dict:
-    """`content_of` a whole file of statistics; {} for another or a damaged one."""
+def read_statistics_record(path: Path) -> dict:
+    """The `statistics_record` of a whole file; {} for another or a damaged one."""
     try:
-        return content_of(read_space(read_npz(path, "statistics").get("space"), path))
+        return statistics_record(read_space(read_npz(path, "statistics").get("space"), path))
     except InputError:
         return {}
 
@@ -159,7 +159,7 @@ def gather(args: argparse.Namespace) -> None:
     workers = workers if isinstance(images, FolderImages) else 0  # what is in memory needs no reading
     space = network.describe() | {"images": len(images), "source": images.source}
     space |= {"made_by": "made by DMDR: statistics", "versions": library_versions()}
-    with in_parts(args.output, content_of(space), args.overwrite, record_in, processes) as place:
+    with in_parts(args.output, statistics_record(space), args.overwrite, read_statistics_record, processes) as place:
         if place is None:
             return
         starts = range(0, len(images), args.shard_size)
@@ -171,7 +171,7 @@ def gather(args: argparse.Namespace) -> None:
         processes.wait_for_everyone()  # all have looked before any writes
         mine = todo[processes.process_index :: processes.num_processes]
         with one_thread():
-            fill({path: parts[path] for path in mine}, images, network, processes, args.batch_size, workers)
+            sum_parts({path: parts[path] for path in mine}, images, network, processes, args.batch_size, workers)
         processes.wait_for_everyone()
         if not processes.is_main_process:
             return

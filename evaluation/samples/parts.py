@@ -50,14 +50,14 @@ def write_part(path: Path, **arrays: np.ndarray) -> None:
 # Samples ----------------------------------------------------------------------------------------------------------
 
 
-def content_of(provenance: Mapping) -> dict:
+def samples_record(provenance: Mapping) -> dict:
     """The record of samples: their provenance, but for the decoder's precision, which is known once it was tried."""
     rest = {name: value for name, value in provenance.items() if name != "decoder"}
     return {"stage": "generate", "libraries": provenance.get("versions")} | rest
 
 
-def record_in(path: Path, whole: bool = True) -> dict:
-    """`content_of` a file of samples; {} for another or a damaged one. ``whole``: all of it is checked."""
+def read_samples_record(path: Path, whole: bool = True) -> dict:
+    """The `samples_record` of a file; {} for another or a damaged one. ``whole``: all of it is checked."""
     try:
         npz_headers(path, "samples")
         with parsing(path, "samples"), zipfile.ZipFile(path) as archive, np.load(path) as file:
@@ -65,12 +65,12 @@ def record_in(path: Path, whole: bool = True) -> dict:
             provenance = None if damaged else provenance_of(file, path)
     except InputError:
         return {}
-    return content_of(provenance) if provenance else {}
+    return samples_record(provenance) if provenance else {}
 
 
 def check_settings(output: Path, content: Mapping) -> None:
     """Raises `InputError` with the settings, files and versions in which the samples of ``output`` differ, if any."""
-    made, changed = record_in(output, whole=False) if output.is_file() else {}, []
+    made, changed = read_samples_record(output, whole=False) if output.is_file() else {}, []
     for part in ("arguments", "libraries"):
         old, new = made.get(part), content[part]
         old = old if isinstance(old, dict) else {}
@@ -116,14 +116,23 @@ def images_of(parts: Iterable[Path]) -> Iterator[np.ndarray]:
         yield read_npz(path, "images")["arr_0"]
 
 
-def merge(parts: list[Path], path: Path, provenance: dict) -> None:
-    """One .npz of all parts in their order."""
-    labels = np.concatenate([read_npz(part, "a part of samples")["arr_1"] for part in parts])
-    write_npz(path, images_of(parts), arr_1=labels, provenance=np.array(json.dumps(provenance)))
+def merge_samples(parts: list[Path], path: Path, provenance: dict) -> int:
+    """Write one .npz of all parts in their order. Return how many images fp16 could not decode, which is noted."""
+    labels, again = [], 0
+    for part in parts:
+        with parsing(part, "a part of samples"), np.load(part) as file:
+            labels.append(file["arr_1"])
+            again += int(file["again"])
+    if again:
+        provenance["decoder"] += f", {again} images fp32"
+    text = np.array(json.dumps(provenance))
+    write_npz(path, images_of(parts), arr_1=np.concatenate(labels), provenance=text)
+    return again
 
 
-def write_pngs(parts: Iterable[Path], folder: Path, content: Mapping, overwrite: bool) -> None:
-    """All images of ``parts`` as PNG files; ``content``: the folder's record."""
+def write_pngs(parts: Iterable[Path], folder: Path, provenance: dict, overwrite: bool) -> None:
+    """All images of ``parts`` as PNG files."""
+    content = samples_record(provenance) | {"provenance": provenance}
     with product(folder, content, overwrite, "--png-dir") as place:
         for number, image in enumerate(itertools.chain.from_iterable(images_of(parts)) if place else ()):
             picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)

@@ -1,4 +1,4 @@
-"""Images of a generator or a teacher: noise and labels, samplers, decoders; what `generate` and `sample` run.
+"""Images of a generator or a teacher: noise and labels, samplers, decoders; what generate and sample run.
 
 Decoding is in half precision on a GPU if the images are the same there: fp16 takes a ninth of fp32's time by roofline.
 It is measured on the first images of every set, on the device and with the decoder that make it: no more than one
@@ -20,13 +20,14 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from evaluation.samples.files import provenance_of
 from evaluation.samples.parts import (
     check_settings,
-    content_of,
     in_parts,
-    merge,
+    merge_samples,
     read_part,
-    record_in,
+    read_samples_record,
+    samples_record,
     write_part,
     write_pngs,
 )
@@ -34,7 +35,7 @@ from evaluation.samples.source import Source, names_of_classes, open_source, set
 from train_cc.draws import Draws
 from train_cc.io.errors import InputError
 from train_cc.io.products import check_product, library_versions, need_space, write_atomically
-from train_cc.io.read import read_npz, sha256
+from train_cc.io.read import sha256
 from train_cc.io.saying import note
 from train_cc.models.features import without_tf32
 from train_cc.models.sit import SiT, choose_attention
@@ -48,7 +49,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MULTI_STEP = {"euler": euler_sample, "heun": heun_sample}
 FURTHER = 1e-3  # the share of pixels that may differ by more than one grey level in fp16
 # Arguments in which two commands of one output may differ.
-FREE = ("batch_size", "output", "png_dir", "overwrite", "names")
+NOT_COMPARED = ("batch_size", "output", "png_dir", "overwrite", "names")
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -108,7 +109,7 @@ def images_of_labels(model: SiT, decode, indices: range, y: Tensor, settings: ar
 
 
 def generate_batch(model: SiT, decode, indices: range, settings: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """-> images uint8 (B, H, W, C), labels (B,)."""
+    """Images uint8 (B, H, W, C) and labels (B,)."""
     y = labels_of(indices, settings, model.null_class)
     return images_of_labels(model, decode, indices, y, settings), y.numpy()
 
@@ -152,7 +153,7 @@ def decoder_of(
     first: Callable[[], Tensor],
     half: bool,
 ):
-    """-> a `Decoder`, its precision ("fp32", "fp16", or None in pixel space), and (H, W, C) of an image.
+    """Return a `Decoder`, its precision ("fp32", "fp16", or None in pixel space), and (H, W, C) of an image.
 
     ``vae``: what `load_decoder` takes, or "none"; ``latents``: what the model records of its own, or None;
     ``shape``: (C, h, w) of a sample; ``half``: the main process tries fp16 on the samples ``first()``.
@@ -189,7 +190,7 @@ def what_shows(decode: Decode, narrow: Decode, x0: Tensor) -> str:
 
 
 def load_sampler(settings: argparse.Namespace, source: Source, device: torch.device):
-    """-> the network, and its decoder as `decoder_of` chooses it: decode, its precision, (H, W, C) of an image."""
+    """Return the network, and its decoder as `decoder_of` chooses it: decode, its precision, (H, W, C) of an image."""
     model = source.load().to(device, DTYPES[settings.dtype]).eval()
     choose_attention(model, device, DTYPES[settings.dtype])
 
@@ -205,9 +206,10 @@ def load_sampler(settings: argparse.Namespace, source: Source, device: torch.dev
 
 
 def provenance_of_run(settings: argparse.Namespace, source: Source) -> dict:
+    compared = [(name, value) for name, value in vars(settings).items() if name not in NOT_COMPARED]
     return {
         "made_by": "made by DMDR: samples",
-        "arguments": {k: str(value) for k, value in vars(settings).items() if k not in FREE and value is not None},
+        "arguments": {name: str(value) for name, value in compared if value is not None},
         "generator_sha256": source.sha256,
         "rewards_sha256": source.rewards_sha256,
         "decoder": None,  # its precision, once it is chosen
@@ -222,12 +224,14 @@ def part_paths(folder: Path, settings: argparse.Namespace) -> dict[Path, range]:
     return {folder / f"{first:08d}.npz": range(first, min(first + size, count)) for first in range(0, count, size)}
 
 
-def fill(folder: Path, settings: argparse.Namespace, provenance: dict, source: Source, processes: PartialState) -> None:
+def make_parts(
+    folder: Path, settings: argparse.Namespace, provenance: dict, source: Source, processes: PartialState
+) -> None:
     """Make this process's share of the parts that are missing or damaged. The decoder's precision is noted."""
     model, decode, provenance["decoder"], image_shape = load_sampler(settings, source, processes.device)
     if processes.is_main_process:
-        made = sum(path.stat().st_size for path in folder.glob("*.npz"))
-        need_space(folder, 2 * settings.num_images * math.prod(image_shape) - made)
+        there = sum(path.stat().st_size for path in folder.glob("*.npz"))
+        need_space(folder, 2 * settings.num_images * math.prod(image_shape) - there)
     parts = list(part_paths(folder, settings).items())[processes.process_index :: processes.num_processes]
     total = sum(len(indices) for _, indices in parts)
     with tqdm(desc="images", total=total, disable=not processes.is_main_process) as progress:
@@ -236,14 +240,14 @@ def fill(folder: Path, settings: argparse.Namespace, provenance: dict, source: S
             if read_part(path, labels, image_shape, provenance) is None:
                 batches = [indices[i : i + settings.batch_size] for i in range(0, len(indices), settings.batch_size)]
                 before = decode.again
-                made = [generate_batch(model, decode, batch, settings) for batch in batches]
-                images, y = (np.concatenate(arrays) for arrays in zip(*made, strict=True))
+                pairs = [generate_batch(model, decode, batch, settings) for batch in batches]
+                images, y = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
                 text, again = np.array(json.dumps(provenance)), np.array(decode.again - before)
                 write_part(path, arr_0=images, arr_1=y, provenance=text, again=again)
             progress.update(len(indices))
 
 
-def generate(args: argparse.Namespace) -> None:
+def write_samples(args: argparse.Namespace) -> None:
     """`evaluation.generate`, its flags checked. Raises `InputError`."""
     processes = open_processes(SHARDS_TIMEOUT)
     source = open_source(args.generator)
@@ -252,25 +256,25 @@ def generate(args: argparse.Namespace) -> None:
     if twice := sorted({k for k in settings.classes or () if settings.classes.count(k) > 1}):
         raise InputError(f"--classes names class {twice[0]} more than once; give each class once")
     provenance = provenance_of_run(settings, source)
-    content, output = content_of(provenance), args.output
+    content, output = samples_record(provenance), args.output
     if not args.overwrite:
         check_settings(output, content)
     if args.png_dir is not None:
         check_product(args.png_dir, content, args.overwrite, "--png-dir")
-    with in_parts(output, content, args.overwrite, record_in, processes) as place:
+    with in_parts(output, content, args.overwrite, read_samples_record, processes) as place:
         parts = [output] if place is None else list(part_paths(place.parts, settings))
         if place is not None:
-            fill(place.parts, settings, provenance, source, processes)
+            make_parts(place.parts, settings, provenance, source, processes)
             processes.wait_for_everyone()
         if not processes.is_main_process:
             return
         if place is not None:
-            if again := sum(int(read_npz(part, "a part of samples")["again"]) for part in parts):
-                note_decoded_again(again)
-                provenance["decoder"] += f", {again} images fp32"
-            merge(parts, place.new, provenance)
+            note_decoded_again(merge_samples(parts, place.new, provenance))
+        else:
+            with np.load(output) as file:
+                provenance = provenance_of(file, output)
         if args.png_dir is not None:
-            write_pngs(parts, args.png_dir, content | {"provenance": provenance}, args.overwrite)
+            write_pngs(parts, args.png_dir, provenance, args.overwrite)
     if place is not None:
         print(f"{args.num_images} images -> {output}")
 
@@ -280,7 +284,7 @@ def note_decoded_again(count: int) -> None:
         note(f"{count} image{'s' * (count > 1)} overflowed in fp16: decoded in fp32")
 
 
-def sample(args: argparse.Namespace) -> None:
+def draw_classes(args: argparse.Namespace) -> None:
     """`evaluation.sample`, its flags checked: a column per class, its name above. Raises `InputError`."""
     place = device()
     source = open_source(args.generator)

@@ -1,4 +1,4 @@
-"""What is sampled: a model folder or a checkpoint, how it was trained to be sampled, and the names of its classes."""
+"""The model that is sampled, a folder or a checkpoint: the sampling it was trained for, and its classes' names."""
 
 import argparse
 from dataclasses import dataclass, field

@@ -50,6 +50,7 @@ MODULES = {
     "train_cc/distillation/run.py": ["test_recipes", "test_golden", "test_distill::test_log_columns"],
     "train_cc/setup/build.py": [*TURNS, "test_recipes"],
     "train_cc/setup/stage.py": ["test_dry_run", "test_distill", "test_resume", "test_command_line"],
+    "train_cc/io/products.py": ["test_products"],
     "train_cc/pretrain/resumable.py": ["test_pretrain"],
     "train_cc/distillation/panel.py": ["test_diagnostics", "test_distill"],
     "train_cc/distillation/state.py": ["test_distill", "test_resume"],

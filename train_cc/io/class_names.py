@@ -57,8 +57,8 @@ def dataset_of(folder: Path) -> str | None:
 
 def order_of(folders: list[str]) -> str:
     """The first classes and the last with their numbers, for a person to compare with the model's."""
-    shown = [f"{k} is {printable(name)[:40]}" for k, name in enumerate(folders)]
-    return f"class {', '.join(shown if len(shown) < 7 else [*shown[:4], '...', shown[-1]])}, by the folders' names"
+    words = [f"{k} is {printable(name)[:40]}" for k, name in enumerate(folders)]
+    return f"class {', '.join(words if len(words) < 7 else [*words[:4], '...', words[-1]])}, by the folders' names"
 
 
 def contradiction(folders: list[str], num_classes: int, dataset: str | None) -> str | None:

@@ -11,26 +11,10 @@ from pathlib import Path
 from train_cc.io.threads import share_cores
 
 # What a path or a disk can do to a command that is right. Any other OSError is a bug, and looks like one.
-OF_THE_DISK = {
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.ENAMETOOLONG,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.EIO,
-    errno.EEXIST,
-    errno.EXDEV,
-    errno.ENOTEMPTY,
-    errno.ESTALE,
-}
-
-
+NAMES = (
+    "ENOENT EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENAMETOOLONG ENOTDIR EISDIR ELOOP EIO EEXIST EXDEV ENOTEMPTY ESTALE"
+)
+OF_THE_DISK = {getattr(errno, name) for name in NAMES.split()}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FREE = ": free some space, or raise the limit (a quota, ulimit -f), and give the same command again"
 # Words of torch.save and numpy for a file that could not be written, in place of a number.

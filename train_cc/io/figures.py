@@ -1,12 +1,12 @@
 """The figures of samples, as JSON: their names, which way is better, and the file checked where it comes in."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from train_cc.io.errors import InputError
 from train_cc.io.products import write_atomically
-from train_cc.io.read import Number, check_numbers, printable, read_json, require_plain
+from train_cc.io.read import Number, parsing, read_json, require_plain, shown
 
 METRICS = ("FID", "Recall", "IS", "Precision", "accuracy", "Density", "Coverage", "KID", "SW", "FDr", "SWr")
 METRICS += ("ADM recall", "ADM precision")  # of all images against all, whatever their counts
@@ -21,7 +21,7 @@ def columns_of(rows: Iterable[dict]) -> list[str]:
 
 
 def markdown_table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """As GitHub reads it; a bar or a line's end within a cell stays within it."""
+    """A table as GitHub reads it; a bar or a line's end within a cell stays within it."""
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in (head, *lines)]
     first, *more = (f"| {' | '.join(line)} |" for line in cells)
     return "\n".join([first, "|---" * len(head) + "|", *more])
@@ -45,28 +45,18 @@ def read_figures(path: Path) -> dict:
     require_plain(record, path)
     if "rows" not in record:  # a frontier.json once held the rows alone
         record = {"rows": record}
-    more = record.get("more_spaces", [])
-    if not isinstance(more, list) or not all(isinstance(each, dict) for each in more):
-        raise InputError(f"{path}: more_spaces is no list of figures; {FIGURES} are expected")
-    for each in (record, *more):
-        check_rows(each.get("rows"), path)
+    with parsing(path, FIGURES):
+        for space in (record, *record.get("more_spaces", [])):
+            if not space["rows"]:
+                raise InputError(f"{path} has no rows; {FIGURES} are expected")
+            for row in space["rows"].values():
+                check_row(row["figures"], row.get("intervals", {}), path)
     return record
 
 
-def check_rows(rows: object, path: Path) -> None:
-    if not isinstance(rows, dict) or not rows:
-        raise InputError(f"{path} has no rows; {FIGURES} are expected")
-    for name, row in rows.items():
-        if not isinstance(row, dict) or not isinstance(row.get("figures"), dict):
-            raise InputError(f"{path}: row {name[:80]!r} has no figures; {FIGURES} are expected")
-        check_numbers(row["figures"], dict.fromkeys(METRICS, A_FIGURE), f"{path}, row {printable(name)[:80]}")
-        check_intervals(row.get("intervals", {}), f"{path}, row {printable(name)[:80]}")
-
-
-def check_intervals(intervals: object, source: str) -> None:
-    if not isinstance(intervals, dict):
-        raise InputError(f"{source}: intervals are a {type(intervals).__name__}; a JSON object is expected")
-    for name in intervals.keys() & set(METRICS):
-        ends = intervals[name]
-        if not isinstance(ends, list) or len(ends) != 2 or any(A_FIGURE.problem(end) for end in ends):
-            raise InputError(f"{source}: the interval of {name} is not two numbers")
+def check_row(figures: Mapping, intervals: Mapping, path: Path) -> None:
+    for name in METRICS:
+        low, high = intervals.get(name, (0, 0))
+        for value in (figures.get(name, 0), low, high):
+            if problem := A_FIGURE.problem(value):
+                raise InputError(f"{path}: {name} is {shown(value)}; allowed: {problem}")

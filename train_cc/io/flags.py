@@ -75,7 +75,7 @@ class Number:
         words = self.range + (f": {self.why}" if self.why else "")
         if isinstance(value, bool) or not isinstance(value, (int, float) if self.kind is float else int):
             return f"a {'whole ' if self.kind is int else ''}number, {words}"
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):  # a larger integer is no float
             return f"a finite number, {words}"
         below = self.low is not None and (value < self.low or (self.low_open and value == self.low))
         above = self.high is not None and (value > self.high or (self.high_open and value == self.high))

@@ -41,7 +41,7 @@ def asking_the_hub(message: str) -> Iterator[None]:
 
 
 def advice(error: Exception) -> str:
-    """What a person can do about an exception of huggingface_hub."""
+    """Advice to a person after an exception of huggingface_hub."""
     if isinstance(error, OSError) and error.errno in OF_THE_DISK:
         return "The hub's cache could not be written; HF_HOME names another folder for it"
     answers = (getattr(each, "response", None) for each in (error, error.__cause__))  # a snapshot's has it as its cause
@@ -77,10 +77,10 @@ def model_folder(source: Path | str) -> Path:
     path = Path(source)
     if (name := hub_name(path)) is not None:
         root = _snapshot(*name)
-        found = next((root / place for place in PLACES if (root / place / "config.json").is_file()), None)
-        if found is None:
+        folder = next((root / place for place in PLACES if (root / place / "config.json").is_file()), None)
+        if folder is None:
             raise InputError(f"{source} on the hub has neither config.json nor generator/config.json: it is no SiT")
-        return found
+        return folder
     if not path.exists():
         raise InputError(
             f"{path} does not exist; a model folder, or org/name on the hub, is expected. To make one: {HOW_TO_MAKE}"
@@ -154,10 +154,10 @@ def cached_hub_file(repository: str, name: str, revision: str | None = None) -> 
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(repository, name, revision=revision)
+        file = try_to_load_from_cache(repository, name, revision=revision)
     except ValueError as error:
         raise InputError(f"{repository!r} is no folder and no name on the hub: {first_line(error)}") from error
-    return Path(found) if isinstance(found, str) else None
+    return Path(file) if isinstance(file, str) else None
 
 
 # An address -------------------------------------------------------------------------------------------------------

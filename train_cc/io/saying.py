@@ -1,4 +1,4 @@
-"""What takes long says so: no command is silent for ten seconds. The main process alone speaks, on stderr."""
+"""Progress messages on stderr, from rank 0, every 10 s of a slow step."""
 
 import contextlib
 import os

@@ -89,7 +89,7 @@ def held_out_loss(model: SiT, x: Tensor, labels: Tensor, seed: int) -> float:
 def training_data(
     args: argparse.Namespace, split: str, number: int | None = None, parts: Path | None = None
 ) -> tuple[Tensor, Tensor]:
-    """-> pixels in [-1, 1], or with --vae the scaled latents (N, C, H, W), of the first ``number`` images; labels (N,).
+    """Return the first ``number`` images, pixels in [-1, 1] or with --vae scaled latents (N, C, H, W), and labels (N,).
 
     Latents are computed once if they can be kept in folder ``parts``, beside the checkpoint.
     """
@@ -281,7 +281,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def draws_key(args: argparse.Namespace) -> tuple[int, ...]:
-    """Of initialisation and draws: two classifiers of one seed have none in common, or the hold-out would be weak."""
+    """Key of initialisation and draws: reward and evaluation classifiers of a seed must not share random numbers."""
     return args.seed, CLASSIFIER, PURPOSES.index(args.purpose), zlib.crc32(args.architecture.encode())
 
 

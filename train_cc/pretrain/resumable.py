@@ -130,7 +130,7 @@ def save_checkpoint(training: Training, file: Path, step: int, saved: int) -> No
 
 @torch.no_grad()
 def restore(training: Training, file: Path) -> int:
-    """-> the step to go on from: the checkpoint's, or 0 without one, or with a damaged one, after a warning."""
+    """Return the step to go on from: the checkpoint's, or 0 without one, or with a damaged one, after a warning."""
     if not file.exists():
         return 0
     expected = "a checkpoint of this command"
