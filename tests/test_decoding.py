@@ -42,8 +42,8 @@ def near_the_limit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("near")
     random_sit(in_channels=4).save_pretrained(folder / "latent")
     vae = write_vae(folder / "vae")
-    args = generate.build_parser().parse_args(words("--generator", folder / "latent", "--output", "s", "--seed", 8))
-    args.num_steps, args.timestep_shift = 1, 1.0
+    flags = ("--generator", folder / "latent", "--output", "s", "--seed", 8, "--num-steps", 1, "--timestep-shift", 1)
+    args = generate.build_parser().parse_args(words(*flags))
     x0 = sampling.samples_of(sampling.open_source(folder / "latent").load(), range(32), torch.arange(32) % 10, args)
     for _ in range(2):
         scale_first(vae, MOST / 1.001 / largest_activation(load_decoder(str(vae)), x0))

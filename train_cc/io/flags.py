@@ -23,6 +23,9 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> "Arguments":
+        return Arguments(**vars(super().parse_args(args, namespace)))
+
     def error(self, message: str) -> NoReturn:
         raise InputError(re.sub(r"^argument ([^:]+): is ", r"\1 is ", message) + "; see --help")
 

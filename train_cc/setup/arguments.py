@@ -69,7 +69,7 @@ def validate(args: argparse.Namespace) -> tuple[Arguments, list[str]]:
     require_sense(rewards, args.tilt)
     if not rewards and (args.reward_classifier or args.reward_micro_batch or args.reward_checkpointing):
         notes.append("--encoder-type is none: the reward's flags are set aside")
-    return replaced(args), notes
+    return args, notes
 
 
 def installed(library: str) -> bool:
