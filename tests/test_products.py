@@ -36,7 +36,9 @@ def make(target: Path, seed: int = 0, overwrite: bool = False, file: bool = Fals
         if not file:
             (place.new / "inside").mkdir()
             (place.new / "inside" / "deep.txt").write_text(text)
-        (place.new if file else place.new / "config.json").write_text(text)
+        last = place.new if file else place.new / "config.json"
+        last.write_text(text)
+        last.chmod(0o600)  # as some libraries do
     return True
 
 
@@ -87,7 +89,9 @@ def test_the_same_command_makes_it_once_and_another_is_refused(tmp_path, capsys)
     for name, file in (("folder", False), ("file", True)):
         target = tmp_path / name
         assert make(target, file=file)
-        before = tree(tmp_path)
+        before, umask = tree(tmp_path), os.umask(0o22)
+        os.umask(umask)
+        assert (target if file else target / "config.json").stat().st_mode & 0o777 == 0o666 & ~umask
         assert not make(target, file=file) and "there already" in capsys.readouterr().out
         with pytest.raises(InputError, match=r"--overwrite"):
             make(target, seed=1, file=file)

@@ -139,7 +139,7 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory):
-    """20 000 updates with all columns, and 20 noisy previews of the full size."""
+    """20 000 updates with all columns, and 10 noisy previews of the full size."""
     folder, generator = tmp_path_factory.mktemp("long") / "run", np.random.default_rng(0)
     (folder / "loss_logs").mkdir(parents=True)
     names = {name for chart in CHARTS for panel in chart.panels for name in panel}
@@ -149,7 +149,7 @@ def long_run(tmp_path_factory):
     with (folder / "loss_logs" / "loss_gui_log.jsonl").open("w") as gui:
         for i in range(100_000):
             gui.write(json.dumps({"step": i // 5 + 1, "iteration": i + 1, "loss_fake": generator.random()}) + "\n")
-    for step in range(1000, 20_001, 1000):
+    for step in range(1000, 20_001, 2000):
         (folder / "samples" / f"step-{step}").mkdir(parents=True)
         pixels = generator.integers(0, 256, (4 * 256, 16 * 256, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((4096, 1024)).save(
