@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train_cc.io import flags
-from train_cc.io.class_names import EXPECTED as CLASS_NAMES
+from train_cc.io.class_names import NAMES_FILE as CLASS_NAMES
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.products import check_product, place_of, record
 from train_cc.io.read import require_file, sha256
@@ -74,10 +74,10 @@ def main(argv: list[str] | None = None) -> None:
     # Networks take seconds to import: what is wrong with the command line has been said.
     with saying("loading libraries"):
         from convert_weight.exports import export
-        from train_cc.run.checkpoint import EXPECTED
+        from train_cc.run.checkpoint import UNITS_FILE
 
     # The SHA-256 of a torch_units file is that of the whole checkpoint: it holds those of the other files.
-    inputs = {"checkpoint": sha256(require_file(args.checkpoint, EXPECTED))}
+    inputs = {"checkpoint": sha256(require_file(args.checkpoint, UNITS_FILE))}
     if args.results is not None:
         inputs["results"] = sha256(require_file(args.results, "a results.json"))
     content = record("export_generator", vars(args), inputs=inputs)

@@ -13,7 +13,7 @@ from torch import nn
 
 from convert_weight import pipeline
 from convert_weight.card import model_card
-from train_cc.distillation.state import generator_from, generator_state, kind_of, sampling_of
+from train_cc.distillation.state import generator_from, generator_state, sampling_of, weights_kind
 from train_cc.draws import Draws
 from train_cc.io.class_names import class_names
 from train_cc.io.errors import InputError
@@ -98,7 +98,7 @@ def export(args: argparse.Namespace, targets: dict[str, Path], content: dict) ->
     provenance = {
         "run": recorded.get("output_dir"),
         "step": checkpoint.step,
-        "weights": kind_of(checkpoint, args.weights),
+        "weights": weights_kind(checkpoint, args.weights),
         "teacher_sha256": checkpoint.units["teacher_sha256"],
         "rewards_sha256": checkpoint.units.get("rewards_sha256", []),
         "latent_space_sha256": checkpoint.units.get("latent_space_sha256"),

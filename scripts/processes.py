@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train_cc.io.errors import InputError
-from train_cc.io.processes import devices_listed, gpus_shown, number
+from train_cc.io.processes import count_of, devices_listed, gpus_shown
 from train_cc.io.read import parsing
 
 MOST_ON_A_NODE = 256
@@ -69,10 +69,10 @@ def make_plan(environment: Mapping[str, str], dry: bool = False) -> Plan:
         listed = config["gpu_ids"]
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, listed if isinstance(listed, list) else [listed]))
     gpus = visible_gpus(environment | variables)
-    nodes = number(environment, "NUM_NODES", 1, 10_000, config.get("num_machines", 1))
+    nodes = count_of(environment, "NUM_NODES", 1, 10_000, config.get("num_machines", 1))
     # Our own configs name no number. Without GPUs another one's, meant for GPUs, says nothing.
     usual = (config.get("num_processes") or gpus * nodes) if gpus else nodes
-    processes = number(environment, "NUM_PROCESSES", 1, nodes * MOST_ON_A_NODE, usual)
+    processes = count_of(environment, "NUM_PROCESSES", 1, nodes * MOST_ON_A_NODE, usual)
     if processes % nodes:
         raise InputError(f"NUM_PROCESSES is {processes}; allowed: a multiple of the {nodes} nodes")
     plan = processes, nodes, variables | {"NUM_PROCESSES": str(processes)}
@@ -83,7 +83,7 @@ def make_plan(environment: Mapping[str, str], dry: bool = False) -> Plan:
         raise InputError("MAIN_ADDRESS is missing: the address of node 0, for the others to meet there")
     if not environment.get("NODE_RANK"):
         raise InputError(f"NODE_RANK is missing: the number of this node, 0 to {nodes - 1}")
-    rank = number(environment, "NODE_RANK", 0, nodes - 1, "")
+    rank = count_of(environment, "NODE_RANK", 0, nodes - 1, "")
     return Plan(
-        *plan, rank, address, number(environment, "MAIN_PORT", 1, 65535, config.get("main_process_port") or 29500)
+        *plan, rank, address, count_of(environment, "MAIN_PORT", 1, 65535, config.get("main_process_port") or 29500)
     )

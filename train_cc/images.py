@@ -35,7 +35,7 @@ from train_cc.io.read import (
 )
 
 SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
-EXPECTED = f"a folder of images, an .npz with arr_0 uint8 (N, H, W, C), or one of {', '.join(DATASETS)}"
+IMAGE_SOURCES = f"a folder of images, an .npz with arr_0 uint8 (N, H, W, C), or one of {', '.join(DATASETS)}"
 NUM_CLASSES = 10  # of both
 STEMS = {"train": "train", "test": "t10k"}  # -> how the idx files of Fashion-MNIST begin
 # SHA-256 of Fashion-MNIST's images, unpacked: MNIST, and other sets made like it, have files of the same names.
@@ -251,15 +251,15 @@ def open_images(text: str, size: int | None, channels: int, data_dir: str | None
         return ArrayImages(images, labels, {"images": text, "sha256": digest})
     if path.is_dir():
         return open_folder(path, size, channels)
-    return open_npz(require_file(path, EXPECTED))
+    return open_npz(require_file(path, IMAGE_SOURCES))
 
 
 def open_npz(path: Path) -> ArrayImages:
-    content = read_npz(path, EXPECTED)
-    images_shape({name: (array.shape, array.dtype) for name, array in content.items()}, path, EXPECTED)
+    content = read_npz(path, IMAGE_SOURCES)
+    images_shape({name: (array.shape, array.dtype) for name, array in content.items()}, path, IMAGE_SOURCES)
     images, labels = content["arr_0"], content.get("arr_1")
     if not images.size:
-        raise InputError(f"{path} has arr_0 {images.shape}, without an image; {EXPECTED} is expected")
+        raise InputError(f"{path} has arr_0 {images.shape}, without an image; {IMAGE_SOURCES} is expected")
     if labels is not None:
         if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
             raise InputError(
@@ -323,7 +323,7 @@ def open_folder(folder: Path, size: int | None, channels: int) -> FolderImages:
     if flat and pairs:
         raise InputError(f"{folder} holds images of its own ({flat[0]}) and folders of images; one of both is expected")
     if not flat and not pairs:
-        raise InputError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)}); {EXPECTED} is expected")
+        raise InputError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)}); {IMAGE_SOURCES} is expected")
     empty = sorted(set(classes) - {classes[label] for _, label in pairs})
     if pairs and empty:
         raise InputError(f"the class folders {', '.join(empty[:8])} of {folder} hold no images; remove or fill them")

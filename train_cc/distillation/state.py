@@ -18,7 +18,7 @@ from train_cc.models.sit import SiT
 from train_cc.run import checkpoint as checkpoints
 from train_cc.run import states
 from train_cc.run.checkpoint import Checkpoint
-from train_cc.run.folder import EXPORT, GENERATOR_FILES, delete_ours, put_in_place
+from train_cc.run.folder import EXPORT, GENERATOR_FILES, delete_ours, move_files
 from train_cc.run.logbook import logger
 from train_cc.run.session import on_main
 
@@ -139,7 +139,7 @@ def write_generator(run: Run, state: dict[str, Tensor]) -> None:
     for path in temporary.iterdir():
         plain_mode(path)
         flush(path)
-    put_in_place(temporary, target, last=GENERATION_CONFIG)
+    move_files(temporary, target, last=GENERATION_CONFIG)
     logger.info("generator after %d updates: %s", run.step, target)
 
 
@@ -151,7 +151,7 @@ def sampling_of(recorded: dict) -> dict:
     return {"num_inference_steps": recorded["num_steps"], "timestep_shift": recorded["timestep_shift"]}
 
 
-def kind_of(checkpoint: Checkpoint, weights: str) -> str:
+def weights_kind(checkpoint: Checkpoint, weights: str) -> str:
     """ "auto" is "ema" where there is one, else "raw". Raises `InputError` for an EMA that is not there."""
     if weights == "ema" and not checkpoint.has(AVERAGE):
         raise InputError(f"{checkpoint.path} has no EMA weights; --weights raw exports the others")
@@ -161,7 +161,7 @@ def kind_of(checkpoint: Checkpoint, weights: str) -> str:
 def generator_state(checkpoint: Checkpoint, weights: str) -> dict[str, Tensor]:
     """What was trained of the generator; ``weights``: "ema", "raw", or "auto" (EMA where there is one)."""
     state = checkpoint.read("accelerator_1/generator.safetensors")
-    if kind_of(checkpoint, weights) == "ema":
+    if weights_kind(checkpoint, weights) == "ema":
         average = checkpoint.read(AVERAGE)
         state |= average
     return state

@@ -15,7 +15,7 @@ KNOWN = {
 }
 DATASETS = tuple(KNOWN)
 IMAGENET_CLASSES = 1000
-EXPECTED = "auto, none, digits, fashion-mnist, imagenet, or a text file with one class a line"
+NAMES_FILE = "auto, none, digits, fashion-mnist, imagenet, or a text file with one class a line"
 
 
 def class_names(
@@ -40,7 +40,7 @@ def class_names(
     elif source in KNOWN:
         names = KNOWN[source]
     else:
-        expected = EXPECTED if flag == "--class-names" else "a text file with one class a line"
+        expected = NAMES_FILE if flag == "--class-names" else "a text file with one class a line"
         path = require_file(Path(source), expected)
         with parsing(path, expected):
             names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

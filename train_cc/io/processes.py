@@ -29,7 +29,7 @@ class Place(NamedTuple):
     port: int
 
 
-def number(environment: Mapping[str, str], name: str, low: int, high: int, default: object) -> int:
+def count_of(environment: Mapping[str, str], name: str, low: int, high: int, default: object) -> int:
     """The whole number in variable ``name``, else ``default``. Raises `InputError` that says what is allowed."""
     try:
         return integer(low, high)(environment.get(name) or str(default))
@@ -68,7 +68,7 @@ def tasks(environment: Mapping[str, str]) -> tuple[str, int]:
     step = "SLURM_STEP_ID" in environment or environment.get("SLURM_PROCID", "0") != "0"
     if step and "SLURM_PTY_PORT" not in environment:
         names.append("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS")
-    counts = {name: number(environment, name, 0, MOST, 1) for name in names}
+    counts = {name: count_of(environment, name, 0, MOST, 1) for name in names}
     name = max(counts, key=counts.get)
     return (name, counts[name]) if counts[name] > 1 else ("", 1)
 
@@ -102,7 +102,7 @@ def require_alone(environment: Mapping[str, str], processes: int, nodes: int) ->
     pods = environment.get("PET_NNODES") or "1"  # of torchrun, as Kubeflow sets it; MIN:MAX if elastic
     if nodes == 1 and pods not in ("1", "1:1"):
         raise InputError(f"PET_NNODES is {pods}, but NUM_NODES is 1. {ONE_A_NODE}. For one node alone unset PET_NNODES")
-    count = number(environment, "WORLD_SIZE", 1, MOST, 1)
+    count = count_of(environment, "WORLD_SIZE", 1, MOST, 1)
     if nodes == 1 and count > 1:
         require_same_count(processes, count)
 
@@ -113,9 +113,9 @@ def started(exact: bool = False) -> Place:
     ``exact``: one process is refused where NUM_PROCESSES asks for several.
     """
     environment = os.environ
-    count = number(environment, "WORLD_SIZE", 1, MOST, 1)
+    count = count_of(environment, "WORLD_SIZE", 1, MOST, 1)
     require_no_other_tasks(environment, count)
-    wanted = number(environment, "NUM_PROCESSES", 1, MOST, count)
+    wanted = count_of(environment, "NUM_PROCESSES", 1, MOST, count)
     if exact or count > 1:
         require_same_count(wanted, count)
     if count == 1:
@@ -123,7 +123,7 @@ def started(exact: bool = False) -> Place:
     missing = [name for name in ("RANK", "MASTER_ADDR") if not environment.get(name)]
     if missing:
         raise InputError(f"WORLD_SIZE is {count}, but {' and '.join(missing)} not set. {ONE_A_NODE}")
-    rank = number(environment, "RANK", 0, count - 1, "")
-    number(environment, "LOCAL_RANK", 0, count - 1, 0)
-    number(environment, "LOCAL_WORLD_SIZE", 1, count, 1)
-    return Place(rank, count, environment["MASTER_ADDR"], number(environment, "MASTER_PORT", 1, 65535, 29500))
+    rank = count_of(environment, "RANK", 0, count - 1, "")
+    count_of(environment, "LOCAL_RANK", 0, count - 1, 0)
+    count_of(environment, "LOCAL_WORLD_SIZE", 1, count, 1)
+    return Place(rank, count, environment["MASTER_ADDR"], count_of(environment, "MASTER_PORT", 1, 65535, 29500))

@@ -37,7 +37,7 @@ from train_cc.setup.build import build
 
 GIB = 2**30
 MOST_CHUNKS = 4  # accumulated batches that are gone through; later ones are as the last of these
-SAMPLED = 250  # images at once of `evaluation.generate`
+SAMPLES = 250  # images at once of `evaluation.generate`
 CONTEXT, NCCL, FRAGMENTS = 0.75 * GIB, 1.0 * GIB, 0.05  # of torch and its libraries; of several processes; of the peak
 STARTED = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate's signs
 REST = "other (buckets of DDP, statistics and feature spaces of rewards)"
@@ -219,13 +219,13 @@ def simulate(args: argparse.Namespace, precision: str, processes: int) -> Cost:
             resume(run)
             cost.peaks["resuming"] = costs.lap()
             cost.checkpoint = sum(t.numel() * t.element_size() for part in run.parts for t in part.tensors())
-            cycle(run, args, costs, cost, buckets)
+            plan_cycle(run, args, costs, cost, buckets)
             cost.held = {name: local_bytes(networks, *things) for name, things in things_of(run).items()}
             cost.held[REST] = costs.now - sum(cost.held.values())
             if args.num_previews:
-                preview(run)
+                plan_previews(run)
                 cost.peaks["previews"] = costs.lap()
-        name = f"sampling {SAMPLED} images in fp32, {DECODED_AT_ONCE} decoded at once"
+        name = f"sampling {SAMPLES} images in fp32, {DECODED_AT_ONCE} decoded at once"
         cost.peaks[name] = sample(args, networks, run.decode)
     if args.optimizer == "adamw8bit":
         in_8_bits(cost)
@@ -275,7 +275,9 @@ def resume(run: Run) -> None:
         memory.observed, memory.norms = True, [[1.0, 1.0]] * 3
 
 
-def cycle(run: Run, args: argparse.Namespace, costs: Costs, cost: Cost, buckets: dict[nn.Parameter, Tensor]) -> None:
+def plan_cycle(
+    run: Run, args: argparse.Namespace, costs: Costs, cost: Cost, buckets: dict[nn.Parameter, Tensor]
+) -> None:
     """One cycle of ``run``, scaled up to that of ``args``: its FLOP, bytes sent, and the peaks of its turns.
 
     Of the estimator turns, which are alike, the first alone is gone through.
@@ -317,7 +319,7 @@ def decoded(decode: Callable[[Tensor], Tensor], x0: Tensor, at_once: int) -> Ten
 
 
 @torch.no_grad()
-def preview(run: Run) -> None:
+def plan_previews(run: Run) -> None:
     """What `panel.preview` computes; the teacher's row takes its memory at every step, so that one is enough."""
     noise, y, draws = preview_inputs(run)
     with averaged(run), run.session.generator_accelerator.autocast():
@@ -338,7 +340,7 @@ def sample(args: argparse.Namespace, networks: NetworksToCome, decode: Callable[
     generator, costs = networks.sit(args.teacher), Costs(networks.mode)
     costs.watch(generator, decode.float() if isinstance(decode, nn.Module) else None)
     with costs:
-        noise, y = torch.randn(SAMPLED, *generator.sample_shape), torch.zeros(SAMPLED, dtype=torch.long)
+        noise, y = torch.randn(SAMPLES, *generator.sample_shape), torch.zeros(SAMPLES, dtype=torch.long)
         x0 = few_step_sample(generator, noise, y, min(2, args.num_steps), args.timestep_shift)
         decoded(decode, x0, DECODED_AT_ONCE)
     return costs.peak

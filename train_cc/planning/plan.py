@@ -11,7 +11,7 @@ import torch
 
 from train_cc.io.errors import InputError
 from train_cc.io.fields import flag_of
-from train_cc.io.processes import MOST, number
+from train_cc.io.processes import MOST, count_of
 from train_cc.io.saying import saying
 from train_cc.planning.memory import GIB, Cost, allowance, simulate
 from train_cc.run.checkpoint import newest_intact, open_checkpoint, step_of
@@ -24,7 +24,7 @@ def print_plan(stage: str, args: argparse.Namespace, notes: list[str]) -> None:
     """Print the plan, on one process of each machine: a cluster may set RANK for a pod of which one process plans."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         with saying("planning"):
-            text = plan(stage, args, number(os.environ, "WORLD_SIZE", 1, MOST, 1))
+            text = plan(stage, args, count_of(os.environ, "WORLD_SIZE", 1, MOST, 1))
         print("\n".join([text, *notes]))
 
 

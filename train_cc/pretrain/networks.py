@@ -38,7 +38,7 @@ from train_cc.schedules import logit_normal_times
 # First key of the draws, after the seed, as in the stages: no two networks share random numbers.
 TEACHER, CLASSIFIER, VAE, DECODER = 21, 22, 23, 24
 LATENTS = "latents.safetensors"
-HELD_OUT = 1_000  # images of the teacher's last loss
+LOSS_IMAGES = 1_000  # images of the teacher's last loss
 MEASURED_ON = 10_000  # images: the latents' spread
 JUDGED_ON = 1_000  # test images: the PSNR
 CLIP = 1.0  # of the gradients' norm: the first steps of a decoder are rough
@@ -125,7 +125,7 @@ def check_teacher(args: argparse.Namespace, side: int) -> None:
 def train_teacher(args: argparse.Namespace) -> None:
     """The command, its flags parsed. Raises `InputError`."""
     held_out = "train" if args.dataset == "digits" else "test"
-    x, labels = training_data(args, held_out, HELD_OUT)
+    x, labels = training_data(args, held_out, LOSS_IMAGES)
     check_teacher(args, x.shape[-1])
 
     def prepare(parts: Path) -> tuple[Training, Finish]:
@@ -147,7 +147,7 @@ def train_teacher(args: argparse.Namespace) -> None:
             if args.vae != "none":
                 GenerationConfig(latent_space_sha256=latent_space_sha256(load_vae(args.vae))).write(folder)
             loss = held_out_loss(teacher, x, labels, args.seed)
-            return f"teacher of {args.dataset}: loss {loss:.4f} on {HELD_OUT} {held_out} images"
+            return f"teacher of {args.dataset}: loss {loss:.4f} on {LOSS_IMAGES} {held_out} images"
 
         return training, finish
 

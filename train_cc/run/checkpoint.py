@@ -20,11 +20,11 @@ from train_cc.io.errors import InputError
 from train_cc.io.fields import check, setting
 from train_cc.io.products import flush, plain_mode
 from train_cc.io.read import read_safetensors, read_torch, require_file, sha256, shown
-from train_cc.run.folder import CHECKPOINT_STEP, FILE_OF_A_STEP, OF_A_STEP, delete_ours, put_in_place
+from train_cc.run.folder import CHECKPOINT_STEP, FILE_OF_A_STEP, OF_A_STEP, delete_ours, move_files
 from train_cc.settings import Method, Models, Optimisation
 
-EXPECTED = "a checkpoints/torch_units/step-N.pt"
-OF_PLAIN_VALUES = f"{EXPECTED} of plain values (code in it is not run)"
+UNITS_FILE = "a checkpoints/torch_units/step-N.pt"
+OF_PLAIN_VALUES = f"{UNITS_FILE} of plain values (code in it is not run)"
 UNITS_BYTES = 64 << 20  # a torch_units file holds no tensors of a network
 DAMAGED = ".damaged"  # ends the name of a torch_units file that was set aside
 FORMAT_VERSION = 3  # 1: sizes of the files without their SHA-256; 2: without the networks that rewarded
@@ -56,7 +56,7 @@ def check_units(content: object, path: Path) -> dict:
     source = f"the checkpoint {path} is not a checkpoint of this project, or is damaged"
     version = content.get("format_version") if isinstance(content, dict) else None
     if type(version) is not int or version < 1:
-        raise InputError(f"{source}: it has no format version; {EXPECTED} is expected")
+        raise InputError(f"{source}: it has no format version; {UNITS_FILE} is expected")
     if version > FORMAT_VERSION:
         raise NewerFormat(
             f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}; update the code"
@@ -117,11 +117,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises `InputError`. No parser sees a file before its hash is known to be right (format 1 has sizes alone).
     """
-    require_file(path, EXPECTED)
+    require_file(path, UNITS_FILE)
     if path.is_symlink():
         path = Path(os.path.realpath(path))
     if path.stat().st_size > UNITS_BYTES:
-        raise InputError(f"{path} has {path.stat().st_size:,} bytes; {EXPECTED} is expected")
+        raise InputError(f"{path} has {path.stat().st_size:,} bytes; {UNITS_FILE} is expected")
     checkpoint = Checkpoint(path, check_units(read_torch(path, OF_PLAIN_VALUES), path))
     if step_of(path) not in (None, checkpoint.step):
         raise InputError(f"the checkpoint {path} is damaged or was renamed: it says step {checkpoint.step}")
@@ -207,7 +207,7 @@ def write_checkpoint(root: Path, step: int, parts: dict[str, dict], units: dict)
                 plain_mode(path)
                 flush(path)
                 written[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-        put_in_place(temporary, folder)
+        move_files(temporary, folder)
         flush(folder.parent)
     target = units_path(root, step)
     target.parent.mkdir(exist_ok=True)

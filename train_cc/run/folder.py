@@ -50,7 +50,7 @@ def is_run(folder: Path) -> bool:
     return record_of(folder).get("stage") in STAGES
 
 
-def is_empty(folder: Path) -> bool:
+def is_unused(folder: Path) -> bool:
     """Whether nothing but a killed start's lock and empty folders for a run to fill are there, links to them too."""
     if not folder.exists():
         return True
@@ -82,7 +82,7 @@ def clear_output_dir(folder: Path) -> None:
                 path.unlink() if inside is None else delete_ours(path, inside)
 
 
-def put_in_place(temporary: Path, target: Path, last: str = "") -> None:
+def move_files(temporary: Path, target: Path, last: str = "") -> None:
     """Rename folder ``temporary`` to ``target``; where that exists, its files into it, ``last`` at the end.
 
     So foreign files stay where they are, in either folder, and a link stays a link.

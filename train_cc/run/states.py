@@ -21,7 +21,7 @@ from train_cc.io.weights import fit, require_finite
 from train_cc.run.diagnostics import gathered
 from train_cc.run.session import Session
 
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -32,7 +32,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Moments by parameter name. Hyperparameters are left out: on resume those of the command line apply."""
-    return get_optimizer_state_dict(model, optimizer, options=FULL).get("state", {})  # empty on ranks other than 0
+    return get_optimizer_state_dict(model, optimizer, options=WHOLE).get("state", {})  # empty on ranks other than 0
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: object, source: object) -> None:

@@ -51,7 +51,7 @@ def run_stage(name: str, args: argparse.Namespace, notes: list[str]) -> None:
             run = build(args, session)
             if start.checkpoint is not None:
                 restore(run, start.checkpoint)
-        on_main(session, lambda: begin(name, args, run, start, [*notes, *session.notes]))
+        on_main(session, lambda: open_folder(name, args, run, start, [*notes, *session.notes]))
         train(run)
     session.leave_at_exit()
 
@@ -79,7 +79,7 @@ def room_for(args: argparse.Namespace) -> int:
     return size if args.use_lora_gen else size * (4 + bool(args.ema_decay))
 
 
-def begin(name: str, args: argparse.Namespace, run: Run, start: Start, notes: list[str]) -> None:
+def open_folder(name: str, args: argparse.Namespace, run: Run, start: Start, notes: list[str]) -> None:
     """The first writing of a run, by the main process: its folder, arguments and log."""
     if not start.continues:
         clear_output_dir(args.output_dir)

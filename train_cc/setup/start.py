@@ -32,7 +32,7 @@ from train_cc.run.checkpoint import (
     set_aside,
     units_path,
 )
-from train_cc.run.folder import check_writable, exported_step, is_empty, is_run
+from train_cc.run.folder import check_writable, exported_step, is_run, is_unused
 from train_cc.run.logbook import logger
 from train_cc.setup.arguments import GROUPS
 
@@ -52,7 +52,7 @@ def check_own(args: argparse.Namespace) -> None:
     folder = args.output_dir
     check_parent(folder / RECORD)
     check_parent(units_path(folder / "checkpoints", 1))  # a link to storage that is not there is no empty run
-    if is_empty(folder) or is_run(folder) or complete_steps(folder / "checkpoints"):
+    if is_unused(folder) or is_run(folder) or complete_steps(folder / "checkpoints"):
         return
     raise InputError(
         f"the output folder {folder} is not empty, and no training run wrote it: choose another --output-dir"
@@ -93,7 +93,7 @@ def _search(args: argparse.Namespace) -> Start:
     source = args.resume_ckpt
     if source is not None and Path(os.path.realpath(own)) in Path(os.path.realpath(source)).parents:
         return Start(open_checkpoint(source), continues=True)
-    if not (resumes and died_early(args.output_dir)) and not is_empty(args.output_dir):
+    if not (resumes and died_early(args.output_dir)) and not is_unused(args.output_dir):
         if args.overwrite and not is_run(args.output_dir):
             raise InputError(f"{args.output_dir} has no {RECORD} of a training run: --overwrite deletes nothing there")
         check_output_dir(args.output_dir, args.overwrite)
@@ -125,7 +125,7 @@ def what_is_left(args: argparse.Namespace, start: Start) -> str:
             "already: nothing would be trained"
         )
     if exported_step(folder) == step:
-        told = differences(args, folder, start.checkpoint)
+        told = other_flags(args, folder, start.checkpoint)
         asked = f" It was asked for with other flags, which change nothing now: {told}." if told else ""
         return (
             f"step {step} of --max-train-steps {steps}: nothing is left to train, and nothing was written. "
@@ -136,7 +136,7 @@ def what_is_left(args: argparse.Namespace, start: Start) -> str:
     return ""
 
 
-def differences(args: argparse.Namespace, folder: Path, checkpoint: Checkpoint) -> str:
+def other_flags(args: argparse.Namespace, folder: Path, checkpoint: Checkpoint) -> str:
     """What this command asks for and the record of ``folder`` says otherwise, flag by flag."""
     recorded = record_of(folder).get("arguments") or checkpoint.units["arguments"]
     asked = json.loads(json.dumps(vars(args), default=str))
@@ -171,7 +171,7 @@ def write_run_record(stage: str, args: argparse.Namespace, start: Start, hashes:
         if not before and path.exists():
             os.replace(path, path.with_name(RECORD + ".damaged"))
         earlier = before.get("earlier") if isinstance(before.get("earlier"), list) else []
-        if before and (before["stage"] != stage or differences(args, args.output_dir, start.checkpoint)):
+        if before and (before["stage"] != stage or other_flags(args, args.output_dir, start.checkpoint)):
             told = ("stage", "command", "arguments", "from_step")
             earlier = [*earlier, {name: before[name] for name in told if name in before}]
         elif before:
