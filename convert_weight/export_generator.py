@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train_cc.io import flags
+from train_cc.io import fields
 from train_cc.io.class_names import NAMES_FILE as CLASS_NAMES
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.products import check_product, place_of, record
@@ -21,12 +21,12 @@ from train_cc.io.remote import check_hub_name, push_folder
 from train_cc.io.saying import saying
 
 
-def build_parser() -> flags.Parser:
-    parser = flags.Parser(description=__doc__)
-    parser.add_argument("--checkpoint", type=flags.path, required=True, help="a checkpoints/torch_units/step-N.pt")
-    parser.add_argument("--output-dir", type=flags.path, help="the generator folder to write")
-    parser.add_argument("--pipeline", type=flags.path, help="also or only: a diffusers pipeline folder, VAE inside")
-    parser.add_argument("--adapter", type=flags.path, help="also or only: the LoRA of --use-lora-gen as peft's folder")
+def build_parser() -> fields.Parser:
+    parser = fields.Parser(description=__doc__)
+    parser.add_argument("--checkpoint", type=fields.path, required=True, help="a checkpoints/torch_units/step-N.pt")
+    parser.add_argument("--output-dir", type=fields.path, help="the generator folder to write")
+    parser.add_argument("--pipeline", type=fields.path, help="also or only: a diffusers pipeline folder, VAE inside")
+    parser.add_argument("--adapter", type=fields.path, help="also or only: the LoRA of --use-lora-gen as peft's folder")
     parser.add_argument("--vae", help="for --pipeline, if it is not the run's: hub name or folder; none: pixel space")
     parser.add_argument(
         "--class-names",
@@ -34,7 +34,7 @@ def build_parser() -> flags.Parser:
         help=f"for --pipeline, so that it takes names: {CLASS_NAMES}. auto: of the teacher's data set, or ImageNet's",
     )
     parser.add_argument(
-        "--results", type=flags.path, help="for --pipeline: a results.json, whose figures the card shows"
+        "--results", type=fields.path, help="for --pipeline: a results.json, whose figures the card shows"
     )
     parser.add_argument(
         "--push-to-hub", metavar="NAME", help="upload --pipeline to the Hugging Face hub as NAME, such as you/dmdr-sit"
@@ -42,7 +42,7 @@ def build_parser() -> flags.Parser:
     parser.add_argument(
         "--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA where there is one"
     )
-    parser.add_argument("--teacher", type=flags.path, help="a LoRA generator's base, if it has moved since")
+    parser.add_argument("--teacher", type=fields.path, help="a LoRA generator's base, if it has moved since")
     parser.add_argument("--overwrite", action="store_true", help="replace what this command wrote earlier")
     return parser
 

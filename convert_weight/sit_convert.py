@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from convert_weight.foreign import read_checkpoint
-from train_cc.io import flags
+from train_cc.io import fields
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.products import check_parent, check_product, need_space, product, record, write_atomically
 from train_cc.io.read import sha256
@@ -90,25 +90,27 @@ def convert(
 def plain_name(text: str) -> str:
     """The name of one folder."""
     if text in ("", ".", "..") or text != Path(text).name or not text.isprintable():
-        flags.refuse(repr(text), "one plain folder name")
+        fields.refuse(repr(text), "one plain folder name")
     return text
 
 
-def build_parser() -> flags.Parser:
-    parser = flags.Parser(description=__doc__)
-    parser.add_argument("--input", type=flags.path, help="a local checkpoint; without it REPA's SiT-XL/2 is downloaded")
+def build_parser() -> fields.Parser:
+    parser = fields.Parser(description=__doc__)
+    parser.add_argument(
+        "--input", type=fields.path, help="a local checkpoint; without it REPA's SiT-XL/2 is downloaded"
+    )
     parser.add_argument(
         "--save-dir",
-        type=flags.path,
+        type=fields.path,
         default=Path(__file__).resolve().parents[1] / "sit_weights",
         help="folder in which the model folder is made",
     )
     parser.add_argument(
         "--name", type=plain_name, help="of the model folder in --save-dir; without it the size's, such as SiT-XL-2"
     )
-    parser.add_argument("--num-heads", type=flags.integer(1, 1024), help="for a size outside the table")
+    parser.add_argument("--num-heads", type=fields.integer(1, 1024), help="for a size outside the table")
     parser.add_argument(
-        "--encoder-depth", type=flags.integer(0, 1000), default=8, help="for legacy decoder_blocks names"
+        "--encoder-depth", type=fields.integer(0, 1000), default=8, help="for legacy decoder_blocks names"
     )
     parser.add_argument(
         "--time-direction",
@@ -117,7 +119,7 @@ def build_parser() -> flags.Parser:
     )
     parser.add_argument(
         "--num-classes",
-        type=flags.integer(1, 10**6),
+        type=fields.integer(1, 10**6),
         help="classes of the label table, whose last row is the null class; without it all rows but one",
     )
     parser.add_argument(

@@ -37,10 +37,11 @@ from evaluation.phases import Stopwatch, phases_watched
 from evaluation.standins import write_dinov2, write_vae
 from train_cc.distillation import loop
 from train_cc.distillation.run import Run
-from train_cc.io import flags
+from train_cc.io import fields
 from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.fields import Number, check_numbers
 from train_cc.io.products import check_output_file, library_versions, write_atomically
-from train_cc.io.read import Number, check_numbers, printable, read_json
+from train_cc.io.read import printable, read_json
 from train_cc.models import SIT_SIZES, SiT
 from train_cc.models.half import MARGIN, Seen, watched
 from train_cc.rewards.terms import rewards_at_x0
@@ -246,18 +247,18 @@ def verdict(name: str, activations: dict[str, float], gradients: dict[str, float
     return f"{name}: {words} (a factor of {MARGIN:g} is kept){scale}"
 
 
-def benchmark_parser() -> flags.Parser:
-    parser = flags.Parser(description=__doc__)
+def benchmark_parser() -> fields.Parser:
+    parser = fields.Parser(description=__doc__)
     parser.add_argument("--size", default="SiT-XL/2", choices=SIT_SIZES, help="random weights of this size")
-    parser.add_argument("--cycles", type=flags.integer(1, 10_000), default=3, help="timed, after two that warm up")
-    parser.add_argument("--threads", type=flags.integer(1, 4096), help="CPU threads")
-    parser.add_argument("--output", type=flags.output_file, help="JSON file")
+    parser.add_argument("--cycles", type=fields.integer(1, 10_000), default=3, help="timed, after two that warm up")
+    parser.add_argument("--threads", type=fields.integer(1, 4096), help="CPU threads")
+    parser.add_argument("--output", type=fields.output_file, help="JSON file")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     parser.add_argument(
         "--fp16-range", action="store_true", help="largest activations and gradients of a run, against fp16's range"
     )
     parser.add_argument(
-        "--compare", type=flags.path, nargs=2, metavar=("BEFORE", "AFTER"), help="two JSON files; runs nothing"
+        "--compare", type=fields.path, nargs=2, metavar=("BEFORE", "AFTER"), help="two JSON files; runs nothing"
     )
     return parser
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from evaluation.figures.tables import HELD_OUT, over_seeds, print_tables, warning_lines
 from evaluation.samples.files import content_sha256, image_shape, provenance_of, read_images, reference_shape
-from train_cc.io import flags
+from train_cc.io import fields
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.figures import write_figures
 from train_cc.io.products import apart, check_output_file, library_versions
@@ -32,26 +32,26 @@ from train_cc.io.saying import saying
 
 def row_name(text: str) -> str:
     if not text.strip() or len(text) > 200 or text != printable(text):
-        flags.refuse(repr(text), "one line of printable characters, at most 200")
+        fields.refuse(repr(text), "one line of printable characters, at most 200")
     return text
 
 
-def build_parser() -> flags.Parser:
-    parser = flags.Parser(description=__doc__)
-    parser.add_argument("samples", type=flags.path, nargs="+", help="sample .npz files, or folders of images")
-    parser.add_argument("reference", type=flags.path, help="reference .npz: images, or mu and sigma; or a folder")
+def build_parser() -> fields.Parser:
+    parser = fields.Parser(description=__doc__)
+    parser.add_argument("samples", type=fields.path, nargs="+", help="sample .npz files, or folders of images")
+    parser.add_argument("reference", type=fields.path, help="reference .npz: images, or mu and sigma; or a folder")
     space = parser.add_mutually_exclusive_group(required=True)
-    space.add_argument("--space", nargs="+", help=flags.JUDGING_SPACES)
-    space.add_argument("--classifier", type=flags.path, help="the same as --space classifier:FOLDER")
+    space.add_argument("--space", nargs="+", help=fields.JUDGING_SPACES)
+    space.add_argument("--classifier", type=fields.path, help="the same as --space classifier:FOLDER")
     space.add_argument(
         "--inception",
         nargs="?",
-        type=flags.path,
+        type=fields.path,
         const=None,
         default=argparse.SUPPRESS,
         help="the same as --space inception; [weights file]",
     )
-    parser.add_argument("--inception-weights", type=flags.path, help="torch-fidelity's file; without it, downloaded")
+    parser.add_argument("--inception-weights", type=fields.path, help="torch-fidelity's file; without it, downloaded")
     parser.add_argument("--dinov2-backbone", help="official file or URL, for the space dinov2")
     parser.add_argument("--held-out", help="real images for the ceiling's row; halves: of the reference")
     parser.add_argument(
@@ -63,14 +63,18 @@ def build_parser() -> flags.Parser:
     parser.add_argument(
         "--adm", action="store_true", help="also precision and recall as ADM has them: of all images, not of equal sets"
     )
-    parser.add_argument("--batch-size", type=flags.BATCH, default=250, help="images through the features at once")
+    parser.add_argument("--batch-size", type=fields.BATCH, default=250, help="images through the features at once")
     parser.add_argument(
-        "--bootstrap", type=flags.integer(0, 100_000), default=0, metavar="N", help="95 %% intervals from N resamplings"
+        "--bootstrap",
+        type=fields.integer(0, 100_000),
+        default=0,
+        metavar="N",
+        help="95 %% intervals from N resamplings",
     )
-    parser.add_argument("--output", type=flags.output_file, help="the JSON file to write")
-    parser.add_argument("--picture", type=flags.output_file, help="the PNG to write")
+    parser.add_argument("--output", type=fields.output_file, help="the JSON file to write")
+    parser.add_argument("--picture", type=fields.output_file, help="the PNG to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
-    parser.add_argument("--picture-columns", type=flags.integer(1, 1000), default=20, help="images a row of --picture")
+    parser.add_argument("--picture-columns", type=fields.integer(1, 1000), default=20, help="images a row of --picture")
     parser.add_argument(
         "--check", action="store_true", help="check the reference, the features and the outputs; samples need not exist"
     )

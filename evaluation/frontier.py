@@ -26,7 +26,7 @@ from evaluation.study.comparison import against_controls, domination, means_of
 from evaluation.study.jobs import Frontier
 from evaluation.study.rows import Table, check_more_flags, flags_in, read_table
 from scripts.jobs import ROOT, Job, run_all
-from train_cc.io import flags
+from train_cc.io import fields
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.figures import read_figures, write_figures
 from train_cc.io.products import check_output_dir, locked, record, record_of, write_atomically, write_record
@@ -35,19 +35,19 @@ from train_cc.io.threads import share_cores
 from train_cc.io.weights import WEIGHTS_NAME
 
 
-def build_parser() -> flags.Parser:
-    parser = flags.Parser(description=__doc__)
+def build_parser() -> fields.Parser:
+    parser = fields.Parser(description=__doc__)
     parser.add_argument("--recipe", choices=["digits", "fashion", "sitxl"], required=True, help="whose launchers")
-    parser.add_argument("--table", type=flags.path, help="the rows' file; without it scripts/frontier/RECIPE.toml")
-    parser.add_argument("--output-dir", type=flags.path, required=True, help="folder of all rows and of the tables")
-    parser.add_argument("--teacher", type=flags.path, required=True, help="model folder")
+    parser.add_argument("--table", type=fields.path, help="the rows' file; without it scripts/frontier/RECIPE.toml")
+    parser.add_argument("--output-dir", type=fields.path, required=True, help="folder of all rows and of the tables")
+    parser.add_argument("--teacher", type=fields.path, required=True, help="model folder")
     parser.add_argument("--rows", nargs="+", default=[], help="only these, and the cold starts that they need")
-    parser.add_argument("--seeds", nargs="+", type=flags.SEED, help="in place of the file's")
+    parser.add_argument("--seeds", nargs="+", type=fields.SEED, help="in place of the file's")
     parser.add_argument(
         "--train-flags", type=flags_in, default=[], help="more for every training, as --train-flags='--a 1 --b 2'"
     )
     parser.add_argument("--evaluate-flags", type=flags_in, default=[], help="more for every evaluation, likewise")
-    parser.add_argument("--jobs", type=flags.integer(1, 64), default=1, help="rows made at once")
+    parser.add_argument("--jobs", type=fields.integer(1, 64), default=1, help="rows made at once")
     parser.add_argument("--check", action="store_true", help="check the table and end")
     return parser
 

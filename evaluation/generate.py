@@ -12,7 +12,7 @@ same command continues after a stop, and changes nothing if it had finished.
 
 import argparse
 
-from train_cc.io import flags
+from train_cc.io import fields
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.products import apart, check_output_file
 from train_cc.io.saying import saying
@@ -21,33 +21,33 @@ MULTI_STEPS = 50  # of euler and heun, unless told otherwise: a teacher in one s
 SDE_STEPS = 250  # as published
 
 
-def build_parser() -> flags.Parser:
-    parser = flags.Parser(description=__doc__)
+def build_parser() -> fields.Parser:
+    parser = fields.Parser(description=__doc__)
     parser.add_argument(
         "--generator",
-        type=flags.path,
+        type=fields.path,
         required=True,
         help="a run's generator/, a teacher folder, a torch_units/step-N.pt, or org/name[@revision] on the hub",
     )
-    parser.add_argument("--output", type=flags.output_file, required=True, help="the .npz to write")
+    parser.add_argument("--output", type=fields.output_file, required=True, help="the .npz to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an --output and --png-dir of this command")
-    parser.add_argument("--png-dir", type=flags.path, help="also write the images as PNG files there")
-    parser.add_argument("--num-images", type=flags.COUNT, default=50_000, help="images in all")
-    parser.add_argument("--batch-size", type=flags.BATCH, default=250, help="images at once, per process")
+    parser.add_argument("--png-dir", type=fields.path, help="also write the images as PNG files there")
+    parser.add_argument("--num-images", type=fields.COUNT, default=50_000, help="images in all")
+    parser.add_argument("--batch-size", type=fields.BATCH, default=250, help="images at once, per process")
     parser.add_argument(
-        "--shard-size", type=flags.BATCH, default=1_000, help="images written at once, and kept on interruption"
+        "--shard-size", type=fields.BATCH, default=1_000, help="images written at once, and kept on interruption"
     )
     parser.add_argument(
         "--labels", choices=["balanced", "random"], default="balanced", help="equal numbers per class, or drawn"
     )
     parser.add_argument("--classes", nargs="+", help="only these, numbers or names, each once; without it all")
-    parser.add_argument("--names", type=flags.path, help="for --classes: a file with the classes' names, a line each")
+    parser.add_argument("--names", type=fields.path, help="for --classes: a file with the classes' names, a line each")
     add_sampling_arguments(parser)
-    parser.add_argument("--seed", type=flags.SEED, default=0, help="of noise and labels")
+    parser.add_argument("--seed", type=fields.SEED, default=0, help="of noise and labels")
     return parser
 
 
-def add_sampling_arguments(parser: flags.Parser) -> None:
+def add_sampling_arguments(parser: fields.Parser) -> None:
     parser.add_argument(
         "--sampler",
         choices=["few-step", "euler", "heun", "sde"],
@@ -56,18 +56,18 @@ def add_sampling_arguments(parser: flags.Parser) -> None:
     )
     parser.add_argument(
         "--num-steps",
-        type=flags.STEPS,
+        type=fields.STEPS,
         help=f"without it few-step: what --generator records, else 1; euler and heun: {MULTI_STEPS}; sde: {SDE_STEPS}",
     )
     parser.add_argument(
         "--timestep-shift",
-        type=flags.SHIFT,
+        type=fields.SHIFT,
         help="of the few-step sampler's time grid: without it what --generator records, else 1",
     )
-    parser.add_argument("--guidance-scale", type=flags.GUIDANCE, default=1.0, help="at most 1 is off")
+    parser.add_argument("--guidance-scale", type=fields.GUIDANCE, default=1.0, help="at most 1 is off")
     parser.add_argument(
         "--guidance-interval",
-        action=flags.TimeInterval,
+        action=fields.TimeInterval,
         nargs=2,
         default=[0.0, 1.0],
         metavar=("LOW", "HIGH"),
@@ -75,7 +75,7 @@ def add_sampling_arguments(parser: flags.Parser) -> None:
     )
     parser.add_argument(
         "--guidance-channels",
-        type=flags.integer(1, 1024),
+        type=fields.integer(1, 1024),
         metavar="N",
         help="guide the first N channels only (published scales of DiT and SiT: 3 of 4); without it all",
     )

@@ -10,26 +10,26 @@ class of `evaluation.generate` with the same seed and all classes.
 """
 
 from evaluation.generate import add_sampling_arguments, check_sampling
-from train_cc.io import flags
+from train_cc.io import fields
 from train_cc.io.errors import exits_on_input_error
 from train_cc.io.products import check_output_file
 
 
-def build_parser() -> flags.Parser:
-    parser = flags.Parser(description=__doc__)
+def build_parser() -> fields.Parser:
+    parser = fields.Parser(description=__doc__)
     parser.add_argument(
         "--generator",
-        type=flags.path,
+        type=fields.path,
         required=True,
         help="a run's generator/, a teacher folder, or a torch_units/step-N.pt",
     )
     parser.add_argument("--classes", nargs="+", required=True, help="numbers or names")
-    parser.add_argument("--grid", type=flags.output_file, required=True, help="the PNG to write")
+    parser.add_argument("--grid", type=fields.output_file, required=True, help="the PNG to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
-    parser.add_argument("--per-class", type=flags.integer(1, 1000), default=4, help="images of each class")
-    parser.add_argument("--names", type=flags.path, help="a file with the classes' names, a line each")
+    parser.add_argument("--per-class", type=fields.integer(1, 1000), default=4, help="images of each class")
+    parser.add_argument("--names", type=fields.path, help="a file with the classes' names, a line each")
     add_sampling_arguments(parser)
-    parser.add_argument("--seed", type=flags.SEED, default=0, help="of the noise")
+    parser.add_argument("--seed", type=fields.SEED, default=0, help="of the noise")
     return parser
 
 

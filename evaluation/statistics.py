@@ -16,27 +16,27 @@ within (D, D), the pooled within-class covariance, over N; space: JSON text, whi
 import argparse
 from collections.abc import Sequence
 
-from train_cc.io import flags
+from train_cc.io import fields
 from train_cc.io.errors import exits_on_input_error
 from train_cc.io.products import check_output_file
 from train_cc.io.saying import saying
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = flags.Parser(description=__doc__)
+    parser = fields.Parser(description=__doc__)
     parser.add_argument("--images", required=True, help="folder, .npz or data set")
-    parser.add_argument("--space", required=True, help=flags.FEATURE_SPACES)
-    parser.add_argument("--output", type=flags.output_file, required=True, help="the .npz to write")
+    parser.add_argument("--space", required=True, help=fields.FEATURE_SPACES)
+    parser.add_argument("--output", type=fields.output_file, required=True, help="the .npz to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
-    parser.add_argument("--image-size", type=flags.integer(1, 8192), help="of a folder's images: ADM's centre crop")
+    parser.add_argument("--image-size", type=fields.integer(1, 8192), help="of a folder's images: ADM's centre crop")
     parser.add_argument("--dinov2-backbone", help="official file or URL, for the space dinov2")
-    parser.add_argument("--inception-weights", type=flags.path, help="torch-fidelity's file; without it, downloaded")
+    parser.add_argument("--inception-weights", type=fields.path, help="torch-fidelity's file; without it, downloaded")
     parser.add_argument("--data-dir", help="folder of Fashion-MNIST's idx files; without it torchvision downloads them")
-    parser.add_argument("--batch-size", type=flags.BATCH, default=250, help="per process")
+    parser.add_argument("--batch-size", type=fields.BATCH, default=250, help="per process")
     parser.add_argument(
-        "--shard-size", type=flags.integer(1, 10**9), default=10_000, help="images summed at once, and kept if stopped"
+        "--shard-size", type=fields.integer(1, 10**9), default=10_000, help="images summed at once, and kept if stopped"
     )
-    parser.add_argument("--workers", type=flags.integer(0, 256), help="a process, to read a folder; default: by cores")
+    parser.add_argument("--workers", type=fields.integer(0, 256), help="a process, to read a folder; default: by cores")
     return parser
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from train_cc.io.errors import InputError, exits_on_input_error, report
-from train_cc.io.flags import Parser, path
+from train_cc.io.fields import Parser, path
 from train_cc.io.products import RECORD, record_of
 from train_cc.io.threads import usable_cores, without_ours
 

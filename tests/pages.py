@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-from train_cc.io import flags
+from train_cc.io import fields
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -77,9 +77,9 @@ class Parsed(Exception):
     pass
 
 
-def parsed(module: str, words: list[str]) -> flags.Parser:
+def parsed(module: str, words: list[str]) -> fields.Parser:
     """The parser of a command, which has read ``words``. Raises `SystemExit` where it refuses them."""
-    reading = flags.Parser.parse_known_args
+    reading = fields.Parser.parse_known_args
 
     def stop(parser, arguments=None, namespace=None):
         _, rest = reading(parser, arguments, namespace)
@@ -92,7 +92,7 @@ def parsed(module: str, words: list[str]) -> flags.Parser:
             parser.error(f"unknown: {' '.join(rest)}")
         raise Parsed(parser)
 
-    with patch.object(flags.Parser, "parse_known_args", stop):
+    with patch.object(fields.Parser, "parse_known_args", stop):
         main = importlib.import_module(module).main
         try:
             main(words)

@@ -14,7 +14,7 @@ import pytest
 
 from tests.pages import OF_LAUNCHERS, PAGES, REQUIRED, ROOT, Command, Parsed, blocks, commands, parsed
 from train_cc import cold_start, dmdr_refl
-from train_cc.io import flags
+from train_cc.io import fields
 
 FLAGS = ROOT / "docs" / "flags.md"
 HEAD = """# Every flag of a stage and of the other commands
@@ -66,12 +66,12 @@ def lines_of_others() -> list[str]:
     return lines
 
 
-def parser_of(module: str) -> flags.Parser:
+def parser_of(module: str) -> fields.Parser:
     def stop(parser, *_):
         raise Parsed(parser)
 
     main = importlib.import_module(module).main
-    with patch.object(flags.Parser, "parse_known_args", stop), pytest.raises(Parsed) as found:
+    with patch.object(fields.Parser, "parse_known_args", stop), pytest.raises(Parsed) as found:
         main([])
     return found.value.args[0]
 

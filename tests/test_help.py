@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_structure import ROOT
-from train_cc.io import flags
+from train_cc.io import fields
 
 FOLDERS = ("train_cc", "evaluation", "convert_weight")
 
@@ -34,7 +34,7 @@ class Asked(Exception):
 
 def parsers(command: str, words: list[str], monkeypatch, parse: bool) -> list[argparse.ArgumentParser]:
     """The parsers that ``command`` hands ``words`` to; each parses them, if asked. Nothing else of it runs."""
-    found, whole, known = [], flags.Parser.parse_args, flags.Parser.parse_known_args
+    found, whole, known = [], fields.Parser.parse_args, fields.Parser.parse_known_args
 
     def recorded(self, args=None, namespace=None):
         found.append(self)
@@ -52,9 +52,9 @@ def parsers(command: str, words: list[str], monkeypatch, parse: bool) -> list[ar
         raise Asked
 
     with monkeypatch.context() as patched, contextlib.suppress(Asked):
-        patched.setattr(flags.Parser, "parse_args", recorded)
+        patched.setattr(fields.Parser, "parse_args", recorded)
         if command == "evaluation.benchmark":
-            patched.setattr(flags.Parser, "parse_known_args", recorded_in_part)
+            patched.setattr(fields.Parser, "parse_known_args", recorded_in_part)
         importlib.import_module(command).main(words)
     return found
 

@@ -7,8 +7,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from train_cc.io.fields import setting
-from train_cc.io.flags import TimeInterval
+from train_cc.io.fields import TimeInterval, setting
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 

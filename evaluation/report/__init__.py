@@ -7,17 +7,17 @@ No network, no server: open the file in a browser. Several runs are laid over on
 `frontier/frontier.{json,png}` beside a run, and `figures.json` in its subfolders, are shown too.
 """
 
-from train_cc.io import flags
+from train_cc.io import fields
 from train_cc.io.errors import exits_on_input_error
 from train_cc.io.read import require_folder
 
 
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    parser = flags.Parser(description=__doc__)
-    parser.add_argument("runs", type=flags.path, nargs="+", metavar="RUN", help="a run's --output-dir")
-    parser.add_argument("--output", type=flags.output_file, help="default: report.html in the first run's folder")
-    parser.add_argument("--curves", type=flags.path, metavar="FOLDER", help="also write every chart there, as SVG")
+    parser = fields.Parser(description=__doc__)
+    parser.add_argument("runs", type=fields.path, nargs="+", metavar="RUN", help="a run's --output-dir")
+    parser.add_argument("--output", type=fields.output_file, help="default: report.html in the first run's folder")
+    parser.add_argument("--curves", type=fields.path, metavar="FOLDER", help="also write every chart there, as SVG")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     args = parser.parse_args(argv)
     for folder in args.runs:

@@ -18,9 +18,10 @@ from pathlib import Path
 from evaluation import evaluate, generate
 from evaluation.figures.tables import HELD_OUT
 from scripts.jobs import tomllib, words_of
-from train_cc.io import flags
+from train_cc.io import fields
 from train_cc.io.errors import InputError
-from train_cc.io.read import parsing, printable, require_file, require_keys
+from train_cc.io.fields import require_keys
+from train_cc.io.read import parsing, printable, require_file
 from train_cc.setup.arguments import build_parser
 
 # What the frontier gives every training and sampling itself.
@@ -86,11 +87,11 @@ def read_table(path: Path) -> Table:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     require_keys(content, NEEDED, OPTIONAL, path)
     words = {name: words_of(content.get(name, ""), f"{path}: {name}") for name in ("generate", "evaluate", "train")}
-    seeds = [value_of(flags.SEED, seed, f"{path}: seeds") for seed in part(content, "seeds", list, path)]
+    seeds = [value_of(fields.SEED, seed, f"{path}: seeds") for seed in part(content, "seeds", list, path)]
     table = Table(
         read_rows(content, words["train"], words["generate"], path),
         list(dict.fromkeys(seeds)),
-        *(value_of(flags.COUNT, content[name], f"{path}: {name}") for name in ("base_steps", "extra_steps")),
+        *(value_of(fields.COUNT, content[name], f"{path}: {name}") for name in ("base_steps", "extra_steps")),
         Path(" ".join(words_of(content["reference"], f"{path}: reference"))),
         words["generate"],
         words["evaluate"],

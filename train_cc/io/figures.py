@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from train_cc.io.errors import InputError
+from train_cc.io.fields import Number
 from train_cc.io.products import write_atomically
-from train_cc.io.read import Number, parsing, read_json, require_plain, shown
+from train_cc.io.read import parsing, read_json, require_plain, shown
 
 METRICS = ("FID", "Recall", "IS", "Precision", "accuracy", "Density", "Coverage", "KID", "SW", "FDr", "SWr")
 METRICS += ("ADM recall", "ADM precision")  # of all images against all, whatever their counts

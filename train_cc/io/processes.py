@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from train_cc.io.errors import InputError
-from train_cc.io.flags import integer
+from train_cc.io.fields import integer
 
 MOST = 2**20
 NO_DEVICE = ("", "-1", "NoDevFiles", "none", "void")  # words for none: CUDA's, Slurm's, the container toolkit's

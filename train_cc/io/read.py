@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train_cc.io.errors import InputError
-from train_cc.io.flags import Number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -222,21 +221,6 @@ def shown(value: object) -> str:
         return repr(value)[:80]
     except (ValueError, RecursionError):
         return f"a {type(value).__name__} too large to show"
-
-
-def check_numbers(config: Mapping, allowed: Mapping[str, Number], source: Path | str) -> None:
-    """Every key of ``allowed`` that is in ``config`` holds such a number. Raises `InputError`."""
-    for name, number in allowed.items():
-        if name in config and (told := number.problem(config[name])):
-            raise InputError(f"{source}: {name} is {shown(config[name])}; allowed: {told}")
-
-
-def require_keys(config: Mapping, needed: Sequence[str], optional: Sequence[str], source: Path | str) -> None:
-    """``config`` has all of ``needed``, and besides them at most ``optional`` and private keys (``_name``)."""
-    missing = [name for name in needed if name not in config]
-    unknown = [str(name) for name in config if name not in needed and name not in optional and str(name)[:1] != "_"]
-    if missing or unknown:
-        raise InputError(f"{source} does not fit: missing {missing[:8]}, unknown {unknown[:8]}")
 
 
 def kind_of(config: Mapping, expected: str) -> str:

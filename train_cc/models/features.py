@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from train_cc.io.errors import InputError
-from train_cc.io.flags import FEATURE_SPACES, JUDGING_SPACES
+from train_cc.io.fields import FEATURE_SPACES, JUDGING_SPACES
 from train_cc.io.read import parsing, read_torch, require_file, sha256
 from train_cc.io.remote import download
 from train_cc.models.classifier import ImageClassifier

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from train_cc.io.errors import InputError
-from train_cc.io.fields import check, setting
-from train_cc.io.flags import number
+from train_cc.io.fields import check, check_numbers, number, setting
 from train_cc.io.products import write_atomically
 from train_cc.io.read import (
-    check_numbers,
     kind_of,
     parsing,
     read_json,

@@ -4,7 +4,7 @@
 """
 
 from train_cc.io.errors import exits_on_input_error
-from train_cc.io.flags import Parser, integer, number
+from train_cc.io.fields import Parser, integer, number
 from train_cc.pretrain.data import PURPOSES, add_data_arguments, add_training_arguments
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from train_cc.io.class_names import DATASETS
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.flags import COUNT, LEARNING_RATE, SEED, Parser, integer, output_file, path
+from train_cc.io.fields import COUNT, LEARNING_RATE, SEED, Parser, integer, output_file, path
 from train_cc.io.products import need_space, product, record
 
 if TYPE_CHECKING:

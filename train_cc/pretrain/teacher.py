@@ -5,7 +5,7 @@
 """
 
 from train_cc.io.errors import exits_on_input_error
-from train_cc.io.flags import COUNT_OR_0, DECAY, Parser, integer, number
+from train_cc.io.fields import COUNT_OR_0, DECAY, Parser, integer, number
 from train_cc.pretrain.data import add_data_arguments, add_training_arguments
 
 

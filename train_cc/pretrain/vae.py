@@ -7,7 +7,7 @@ the latents, and a teacher of them, stay:
 """
 
 from train_cc.io.errors import exits_on_input_error
-from train_cc.io.flags import DECAY, Parser, integer, number, path
+from train_cc.io.fields import DECAY, Parser, integer, number, path
 from train_cc.pretrain.data import DATASETS, add_data_arguments, add_training_arguments
 
 

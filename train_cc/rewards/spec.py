@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from train_cc.io.errors import InputError
-from train_cc.io.fields import setting
-from train_cc.io.flags import number
+from train_cc.io.fields import number, setting
 
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/"
 DINOV2_BACKBONE = DINOV2_URL + "dinov2_vitl14_pretrain.pth"

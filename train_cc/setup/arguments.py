@@ -7,8 +7,7 @@ from pathlib import Path
 
 from train_cc import settings
 from train_cc.io.errors import InputError
-from train_cc.io.fields import add_flags, flag_of, marked
-from train_cc.io.flags import Arguments, Parser, replaced
+from train_cc.io.fields import Arguments, Parser, add_flags, flag_of, marked, replaced
 from train_cc.io.products import record_of
 from train_cc.rewards.spec import Rewards, require_sense, rewards_of
 

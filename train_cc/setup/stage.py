@@ -9,7 +9,7 @@ from train_cc.distillation.loop import train
 from train_cc.distillation.run import Run, trainable
 from train_cc.distillation.state import restore
 from train_cc.io.errors import InputError
-from train_cc.io.flags import replaced
+from train_cc.io.fields import replaced
 from train_cc.io.products import locked
 from train_cc.io.remote import model_folder, pinned
 from train_cc.io.saying import saying
