@@ -31,67 +31,62 @@ class At(NamedTuple):
 Reading = Callable[[float], At]  # of the level u = sigma / (alpha + sigma), 0: data, 1: noise
 
 
-def flow(sign: int, reverse: bool) -> Reading:
-    """The straight path: sign (noise - x0), at time u or 1 - u."""
-    return lambda u: At(1 - u, u, 1 - u if reverse else u, -sign, sign)
+def straight(of_x0: float, of_noise: float, reverse: bool) -> Reading:
+    """x_t = (1 - u) x0 + u noise, at time u or 1 - u."""
+    return lambda u: At(1 - u, u, 1 - u if reverse else u, of_x0, of_noise)
 
 
 READINGS = {
-    "as converted": flow(1, False),
-    "with the other sign": flow(-1, False),
-    "with reversed time": flow(1, True),
-    "with the other sign and reversed time": flow(-1, True),  # the other --time-direction
+    "as converted": straight(-1, 1, False),
+    "with the other sign": straight(1, -1, False),
+    "with reversed time": straight(-1, 1, True),
+    "with the other sign and reversed time": straight(1, -1, True),  # the other --time-direction
 }
-
-KNOWN = ("as converted", "with the other sign and reversed time")
-
-
-def _angle(u: float) -> float:
-    return math.atan2(u, 1 - u)
+RIGHT, OTHER_TIME = "as converted", "with the other sign and reversed time"
 
 
-def _linear_time(u: float) -> float:
-    """The time, 0 to 999, at which DDPM's linear schedule (beta from 1e-4 to 0.02) has the noise level u."""
+def _linear_time(angle: float) -> float:
+    """The time, 0 to 999, at which DDPM's linear schedule (beta from 1e-4 to 0.02) has alpha = cos(angle)."""
     clean = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().log1p().cumsum(0).div(2).exp()
-    return float((clean > math.cos(_angle(u))).sum().clamp(max=999))
+    return float((clean > math.cos(angle)).sum().clamp(max=999))
 
 
-def _cosine_time(u: float) -> float:
-    return 999 * max(0.0, (_angle(u) / (math.pi / 2)) * 1.008 - 0.008)
+def _cosine_time(angle: float) -> float:
+    return 999 * max(0.0, _arc(angle) * 1.008 - 0.008)
 
 
-def ddpm(predicts: str, time_of: Callable[[float], float]) -> Reading:
-    """A path with alpha^2 + sigma^2 = 1: eps, x0, or v = alpha noise - sigma x0."""
+def _arc(angle: float) -> float:
+    return angle / (math.pi / 2)
+
+
+def _reversed_arc(angle: float) -> float:
+    return 1 - _arc(angle)
+
+
+def circular(predicts: str, time_of: Callable[[float], float], scale: float = 1) -> Reading:
+    """alpha = cos(angle), sigma = sin(angle); the target: ``scale`` times eps, x0, or v = alpha noise - sigma x0."""
 
     def at(u: float) -> At:
-        alpha, sigma = math.cos(_angle(u)), math.sin(_angle(u))
+        angle = math.atan2(u, 1 - u)
+        alpha, sigma = math.cos(angle), math.sin(angle)
         of_x0, of_noise = {"eps": (0.0, 1.0), "x0": (1.0, 0.0), "v": (-sigma, alpha)}[predicts]
-        return At(alpha, sigma, time_of(u), of_x0, of_noise)
-
-    return at
-
-
-def _cosine_flow(reverse: bool) -> Reading:
-    """x_t = cos(pi t / 2) x0 + sin(pi t / 2) noise, and its time derivative."""
-
-    def at(u: float) -> At:
-        alpha, sigma, t = math.cos(_angle(u)), math.sin(_angle(u)), _angle(u) / (math.pi / 2)
-        sign = -math.pi / 2 if reverse else math.pi / 2
-        return At(alpha, sigma, 1 - t if reverse else t, -sign * sigma, sign * alpha)
+        return At(alpha, sigma, time_of(angle), scale * of_x0, scale * of_noise)
 
     return at
 
 
 OTHERS = {
-    f"a DiT that predicts {predicts} on a DDPM path, at integer times": [ddpm(predicts, time) for time in schedules]
-    for predicts, schedules in dict.fromkeys(("eps", "v", "x0"), (_linear_time, _cosine_time)).items()
+    f"a DiT that predicts {predicts} on a DDPM path, at integer times": [
+        circular(predicts, time_of) for time_of in (_linear_time, _cosine_time)
+    ]
+    for predicts in ("eps", "v", "x0")
 } | {
     "a network that predicts eps, at times in [0, 1]": [
-        *(lambda u, reverse=reverse: At(1 - u, u, 1 - u if reverse else u, 0, 1) for reverse in (False, True)),
-        ddpm("eps", lambda u: _angle(u) / (math.pi / 2)),
-        ddpm("eps", lambda u: 1 - _angle(u) / (math.pi / 2)),
+        *(straight(0, 1, reverse) for reverse in (False, True)),
+        *(circular("eps", time_of) for time_of in (_arc, _reversed_arc)),
     ],
-    "a flow model on a cosine path": [_cosine_flow(False), _cosine_flow(True)],
+    # The velocity is the time derivative of x_t.
+    "a flow model on a cosine path": [circular("v", _arc, math.pi / 2), circular("v", _reversed_arc, -math.pi / 2)],
 }
 
 
@@ -164,9 +159,9 @@ def measure(network: Network, reading: Reading, noise: Tensor, y: Tensor, num_st
     return Measured(slope, rest, error, tuple(shares), spread)
 
 
-def own_noise(model, elements: int = 2**13) -> tuple[Tensor, Tensor]:
+def own_noise(model) -> tuple[Tensor, Tensor]:
     """At least four inputs of pure noise, more of a small network, and labels, each of them twice."""
-    count = 2 * max(2, min(64, elements // (2 * math.prod(model.sample_shape))))
+    count = 2 * max(2, min(64, 2**12 // math.prod(model.sample_shape)))
     draws = Draws(0)
     return draws.noise(count, *model.sample_shape), draws.integers(model.null_class, count // 2).repeat_interleave(2)
 
@@ -202,19 +197,17 @@ def require_denoising(model, direction: str = "data-at-0", strict: bool = True) 
         print(f"check: read {name}: slope {measured.slope:.2f}{words}")
     if not all(math.isfinite(measured.slope) for measured in readings.values()):
         raise InputError("the converted model's outputs are not finite: its weights are no trained SiT's")
-    fits = {name: measured.error for name, measured in readings.items() if measured.is_flow()}
-    errors = {name: measured.error for name, measured in readings.items()}
-    known = [name for name in KNOWN if name in fits and fits[name] <= min(errors.values())]
-    if known == ["as converted"]:
-        return
-    if known:
+    best = min(readings, key=lambda name: readings[name].error)
+    if best in (RIGHT, OTHER_TIME) and readings[best].is_flow():
+        if best == RIGHT:
+            return
         other = "data-at-0" if direction == "data-at-1" else "data-at-1"
-        raise InputError(f"this is a flow model only if read {known[0]}: give --time-direction {other}")
+        raise InputError(f"this is a flow model only if read {best}: give --time-direction {other}")
     # Conversion reversed the time of a file with data at 1; its kind shows in the network as it was.
     network = (lambda x, t, y: -model(x, 1 - t, y)) if direction == "data-at-1" else model
     if kind := other_kind(network, *own_noise(model)):
         raise InputError(f"this is {kind}; expected: a flow model, of noise - data on the straight path")
-    if fits:
+    if fits := {name: measured.error for name, measured in readings.items() if measured.is_flow()}:
         raise InputError(f"this is a flow model only if read {min(fits, key=fits.get)}, which no known file is")
     words = "the check cannot tell what this network predicts: no reading denoises"
     words += " (random or damaged weights, or a generator of few steps, which is no flow any more?)"
