@@ -1,4 +1,4 @@
-"""Pure renames: from the tensors of a published checkpoint to those of our `SiT`. No files, no modules."""
+"""Conversion of the content of a published checkpoint to our `SiT`, by renames and exact folds. No files."""
 
 import math
 import re
@@ -9,31 +9,22 @@ from torch import Tensor
 
 from convert_weight.foreign import content_kind, network_kind
 from train_cc.io.errors import InputError
-from train_cc.io.weights import block_count, require_tensors
-from train_cc.models.sit import SIT_SIZES, check_sit_config
+from train_cc.io.weights import block_count, fit, load_weights, require_tensors
+from train_cc.models.sit import SIT_SIZES, SiT, check_sit_config, sit_shapes
 
 State = dict[str, Tensor]
 GUESS = "guessed: "
-
+UNSAID = f"{GUESS}it predicts a velocity, as SiT's files do; a DiT's eps has the same names"
+FOLDED = "folded v(x, t) = -v_theirs(x, 1 - t) in"
 
 # Keys under which training code nests a network's weights, the preferred ones first. No other key is followed.
-NESTS = [
-    "generator",
-    "gen",
-    "gen_model",
-    "model",
-    "module",
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "net",
-    "network",
-    "weights",
-]
-NESTS += ["model_weights", "params", "student", "sit", "dit", "transformer", "shadow", "shadow_params"]
+NESTS = ["generator", "gen", "gen_model", "model", "module", "state_dict", "model_state_dict", "model_state", "net"]
+NESTS += ["network", "weights", "model_weights", "params", "student", "sit", "dit", "transformer"]
+NESTS += ["shadow", "shadow_params"]
 # Before names or inside them: DDP, torch.compile, FSDP, activation checkpointing.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
 ANCHOR = "x_embedder.proj.weight"
+LAST_LAYER = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 
 def is_average(key: str) -> bool:
@@ -77,12 +68,10 @@ def unnest(content: object) -> tuple[State, str]:
     if not any(value.numel() for value in state.values()):
         how = "zero_to_fp32.py, which DeepSpeed writes beside the checkpoint, makes one file of all"
         raise InputError(f"this is a part of a DeepSpeed ZeRO-3 checkpoint, whose tensors are empty here; {how}")
-    if not place:
-        return require_tensors(state, "this file", expected), "a bare state dict"
-    words = f'"{".".join(place)}"'
-    others = sorted({str(name)[:40].split(".")[0] for name in content} - {place[0]})[:8]
+    source = f'"{".".join(place)}"' if place else "this file"
+    others = sorted({str(name)[:40].split(".")[0] for name in content} - {*place[:1]})[:8]
     beside = f" of a checkpoint with {', '.join(others)}" if others else ""
-    return require_tensors(state, words, expected), f"{words}{beside}"
+    return require_tensors(state, source, expected), f"{source}{beside}" if place else "a bare state dict"
 
 
 def nothing_found(content: object, expected: str) -> str:
@@ -129,13 +118,12 @@ def classes_of(rows: int, num_classes: int | None) -> tuple[int, str | None]:
     return num_classes, None
 
 
-def time_direction(state: State, config: dict, repa: bool, chosen: str | None) -> tuple[str, str | None]:
+def direction_of(variance: bool, repa: bool, chosen: str | None) -> tuple[str, str | None]:
     """Return data-at-0 or data-at-1, and the words for a guess. REPA's own files are known by their projectors."""
-    two = has_variance_channels(state, config)
-    if chosen is not None or (repa and not two):
+    if chosen is not None or (repa and not variance):
         return chosen or "data-at-0", None
-    guess = "data-at-1" if two and not repa else "data-at-0"
-    why = f"{'two sets' if two else 'one set'} of output channels{', projectors' if repa else ''}"
+    guess = "data-at-1" if variance and not repa else "data-at-0"
+    why = f"{'two sets' if variance else 'one set'} of output channels{', projectors' if repa else ''}"
     return guess, f"{GUESS}time has {guess}, from {why}; --time-direction decides"
 
 
@@ -145,8 +133,7 @@ def config_of(state: State, num_heads: int | None) -> dict:
     missing = [name for name in needed if name not in state]
     if missing:
         raise InputError(f"this is no SiT: missing {', '.join(missing)}; it has {', '.join(sorted(state)[:6])}, ...")
-    patches, table, fc1 = (state[name].shape for name in (needed[1], needed[2], needed[3]))
-    position = state["pos_embed"].shape
+    position, patches, table, fc1 = (state[name].shape for name in needed)
     tokens = position[1] if len(position) == 3 else 0
     side = math.isqrt(tokens)
     square = len(patches) == 4 and patches[2] == patches[3] and side**2 == tokens > 0
@@ -159,12 +146,9 @@ def config_of(state: State, num_heads: int | None) -> dict:
     known = [entry["num_heads"] for entry in SIT_SIZES.values() if size.items() <= entry.items()]
     if num_heads is None and not known:
         raise InputError(f"a SiT of depth {depth} and width {hidden} is in no size table; give --num-heads")
-    heads = num_heads or known[0]
-    if hidden % heads:
-        raise InputError(f"--num-heads {heads} does not divide the width {hidden}")
     ratio = fc1[0] / hidden
     config = size | {
-        "num_heads": heads,
+        "num_heads": num_heads or known[0],
         "patch_size": patch,
         "in_channels": channels,
         "input_size": side * patch,
@@ -176,21 +160,11 @@ def config_of(state: State, num_heads: int | None) -> dict:
     return config
 
 
-def has_variance_channels(state: State, config: dict) -> bool:
-    """True if the output has twice the input's channels: the SiT authors' files, whose time runs the other way."""
-    weight = state.get("final_layer.linear.weight")
-    rows = 2 * config["patch_size"] ** 2 * config["in_channels"]
-    return weight is not None and weight.ndim == 2 and weight.shape[0] == rows
-
-
 def keep_velocity_channels(state: State, config: dict) -> State:
     """The first half of the output channels: rows ``view(p * p, 2 C, D)[:, :C]``, bias likewise."""
-    patch, channels = config["patch_size"], config["in_channels"]
-    out = dict(state)
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        value = state[name]
-        out[name] = value.reshape(patch * patch, 2 * channels, *value.shape[1:])[:, :channels].flatten(0, 1).clone()
-    return out
+    patches, channels = config["patch_size"] ** 2, config["in_channels"]
+    kept = {name: state[name].unflatten(0, (patches, -1))[:, :channels].flatten(0, 1).clone() for name in LAST_LAYER}
+    return state | kept
 
 
 def reverse_time(state: State) -> State:
@@ -200,13 +174,56 @@ def reverse_time(state: State) -> State:
     cos w(1 - t) = cos w cos wt + sin w sin wt, sin w(1 - t) = sin w cos wt - cos w sin wt.
     The map goes into the first layer of the time MLP, the sign into the last layer.
     """
-    out = dict(state)
     weight = state["t_embedder.mlp.0.weight"].double()
     half = weight.shape[1] // 2
     w = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half).double()
     of_cos, of_sin = weight[:, :half], weight[:, half:]
     folded = torch.cat([of_cos * w.cos() + of_sin * w.sin(), of_cos * w.sin() - of_sin * w.cos()], dim=1)
-    out["t_embedder.mlp.0.weight"] = folded.to(state["t_embedder.mlp.0.weight"].dtype)
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        out[name] = -state[name]
-    return out
+    changed = {name: -state[name] for name in LAST_LAYER}
+    return state | changed | {"t_embedder.mlp.0.weight": folded.to(state["t_embedder.mlp.0.weight"].dtype)}
+
+
+def size_name(config: dict) -> str | None:
+    """The name of a size in the table, such as SiT-XL/2."""
+    return next((name for name, size in SIT_SIZES.items() if size.items() <= config.items()), None)
+
+
+def convert(
+    content: object,
+    num_heads: int | None = None,
+    encoder_depth: int = 8,
+    time_direction: str | None = None,
+    num_classes: int | None = None,
+) -> tuple[SiT, list[str]]:
+    """Return the model, and lines about what was recognised, guessed and dropped. Raises `InputError`."""
+    state, place = unnest(content)
+    notes = [f"weights: {place}"]
+    if kind := network_kind(state):
+        raise InputError(f"this is {kind}; a SiT is expected")
+    projectors = [name for name in state if re.match(r"projectors?\.", name)]  # they serve REPA's training only
+    state = {name: value for name, value in state.items() if name not in projectors}
+    if projectors:
+        notes.append(f"dropped: {len(projectors)} tensors of REPA's projectors")
+    if any(name.startswith("decoder_blocks.") for name in state):
+        state = rename_decoder_blocks(state, encoder_depth)
+        notes.append(f"legacy names: decoder_blocks.N became blocks.N + {encoder_depth}")
+    config = config_of(state, num_heads)
+    config["num_classes"], null_row = classes_of(config["num_classes"] + 1, num_classes)
+    # Twice the input's channels: the SiT authors' files, whose time runs the other way.
+    rows = 2 * config["patch_size"] ** 2 * config["in_channels"]
+    variance = all(name in state and state[name].shape[:1] == (rows,) for name in LAST_LAYER)
+    direction, time = direction_of(variance, bool(projectors), time_direction)
+    notes += [guess for guess in (null_row, time, None if projectors else UNSAID) if guess]
+    if variance:
+        state = keep_velocity_channels(state, config)
+        notes.append(f"kept {config['in_channels']} of {2 * config['in_channels']} output channels")
+    fit(sit_shapes(config), state, "this SiT")
+    if direction == "data-at-1":
+        state = reverse_time(state)
+        notes.append(f"data at time 1, as in the SiT authors' files: {FOLDED}")
+    with torch.device("meta"):
+        model = SiT(**config)
+    load_weights(model, state, "this SiT")
+    size, count = size_name(config) or "a SiT outside the size table", sum(map(torch.numel, state.values()))
+    notes.append(f"recognised: {size}, {config}, {count} elements")
+    return model.eval(), notes

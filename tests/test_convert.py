@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from convert_weight import denoising, export_generator, sit_convert
 from convert_weight.exports import save_pipeline
 from convert_weight.pipeline import DMDRPipeline
-from convert_weight.state_dicts import reverse_time
+from convert_weight.state_dicts import config_of, convert, reverse_time
 from evaluation.standins import write_dinov2, write_vae
 from tests.conftest import random_sit, refused, run_cold_start, tree
 from tests.releases import authors_state, repa_state, sit_shapes
@@ -79,7 +79,7 @@ def inputs(batch=3):
 
 
 def converted(state, **options):
-    return sit_convert.convert(state, num_heads=HEADS, **options)
+    return convert(state, num_heads=HEADS, **options)
 
 
 def test_repa_release_is_the_plain_reading():
@@ -207,8 +207,6 @@ def test_time_runs_as_the_flag_says_whatever_the_channels(two_sets, direction):
     "depth,hidden,patch,heads", [(12, 384, 4, 6), (12, 768, 8, 12), (24, 1024, 8, 16), (28, 1152, 2, 16)]
 )
 def test_sizes_are_read_off_the_tensors(depth, hidden, patch, heads):
-    from convert_weight.state_dicts import config_of
-
     shapes = sit_shapes(depth=depth, hidden=hidden, patch=patch, classes=77)
     config = config_of({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, None)
     assert config == {

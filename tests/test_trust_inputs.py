@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from convert_weight import denoising, sit_convert
 from convert_weight.exports import save_pipeline
 from convert_weight.pipeline import DMDRPipeline
+from convert_weight.state_dicts import convert
 from evaluation.standins import write_dinov2, write_vae
 from tests.conftest import TINY, random_sit, refused
 from tests.releases import repa_state
@@ -74,11 +75,11 @@ def read_dinov2(folder: Path) -> DINOv2Classifier:
 
 
 def read_repa(folder: Path) -> SiT:
-    return sit_convert.convert(sit_convert.read_checkpoint(folder / "last.pt"), num_heads=HEADS)[0]
+    return convert(sit_convert.read_checkpoint(folder / "last.pt"), num_heads=HEADS)[0]
 
 
 def read_legacy(folder: Path) -> SiT:
-    return sit_convert.convert(sit_convert.read_checkpoint(folder / "legacy.pt"), num_heads=HEADS)[0]
+    return convert(sit_convert.read_checkpoint(folder / "legacy.pt"), num_heads=HEADS)[0]
 
 
 def change_json(path: Path, **changes: object) -> None:
@@ -317,7 +318,7 @@ SPOILS = [
 def test_odd_tensors_are_refused_by_conversion_and_nothing_is_written(tmp_path, how, capsys):
     state = spoil(repa_state(**SMALL), how)
     with pytest.raises(InputError):
-        sit_convert.convert(state, num_heads=HEADS)
+        convert(state, num_heads=HEADS)
     try:
         torch.save(state, tmp_path / "in.pt")
     except (RuntimeError, NotImplementedError):  # torch cannot save it
@@ -332,7 +333,7 @@ def test_a_tensor_that_names_more_than_it_holds_is_refused():
     state = repa_state(**SMALL)
     name = "blocks.1.mlp.fc1.weight"
     with pytest.raises(InputError, match="holds fewer"):
-        sit_convert.convert(state | {name: torch.zeros(1).expand(state[name].shape)}, num_heads=HEADS)
+        convert(state | {name: torch.zeros(1).expand(state[name].shape)}, num_heads=HEADS)
 
 
 def test_what_merely_lies_in_memory_otherwise_converts_to_the_same(tmp_path):
@@ -341,9 +342,9 @@ def test_what_merely_lies_in_memory_otherwise_converts_to_the_same(tmp_path):
     buffer = torch.cat([value.flatten() for value in state.values()])
     sizes = [value.numel() for value in state.values()]
     shared = {name: part.view(state[name].shape) for name, part in zip(state, buffer.split(sizes), strict=True)}
-    expected = sit_convert.convert(state, num_heads=HEADS)[0].state_dict()
+    expected = convert(state, num_heads=HEADS)[0].state_dict()
     for each in (other, shared):
-        found = sit_convert.convert(each, num_heads=HEADS)[0].state_dict()
+        found = convert(each, num_heads=HEADS)[0].state_dict()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
