@@ -1,9 +1,10 @@
-"""Writing a generator folder, a pipeline and an adapter, each read again and compared: what export_generator runs."""
+"""The products of export_generator: a generator folder, a pipeline with its model card, an adapter, each compared."""
 
 import argparse
 import contextlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
@@ -12,12 +13,12 @@ from peft import PeftModel
 from torch import nn
 
 from convert_weight import pipeline
-from convert_weight.card import model_card
 from train_cc.distillation.state import generator_from, generator_state, sampling_of, weights_kind
 from train_cc.draws import Draws
 from train_cc.io.class_names import class_names
 from train_cc.io.errors import InputError
-from train_cc.io.figures import read_figures
+from train_cc.io.fields import flag_of, marked
+from train_cc.io.figures import columns_of, markdown_table, read_figures, with_arrow
 from train_cc.io.products import need_space, product, record_of, write_atomically
 from train_cc.io.read import sha256
 from train_cc.models import network
@@ -25,10 +26,9 @@ from train_cc.models.generator import generator_lora_rank, save_generator
 from train_cc.models.lora import GENERATOR_TARGETS, save_adapter
 from train_cc.models.sit import SiT, check_sit_config
 from train_cc.models.vae import load_vae, require_decoder, require_latent_space
-from train_cc.run.checkpoint import Checkpoint, open_checkpoint
+from train_cc.run.checkpoint import open_checkpoint
+from train_cc.setup.arguments import GROUPS
 
-INDEX = "model_index.json"
-CARD = "README.md"
 # What the pipeline's own files are named, and the modules that they are copies of.
 CODE = {"pipeline.py": pipeline, "generator/sit.py": network}
 
@@ -43,15 +43,6 @@ def require_same_outputs(before: SiT, after: nn.Module, tolerance: float = 0) ->
         expected, again = before(x, t, y), after(x, t, y)
         if (again - expected).abs().max() > tolerance * expected.abs().max():
             raise InputError("what was written gives other outputs than the checkpoint's: is the disk failing?")
-
-
-def save_lora(generator: SiT, checkpoint: Checkpoint, weights: str, teacher: Path, folder: Path) -> None:
-    """Read again, on the teacher, its outputs are ``generator``'s, where it is merged, to the rounding of fp32."""
-    recorded = checkpoint.units["arguments"]
-    rank = generator_lora_rank(recorded["use_lora_gen"], recorded["lora_rank"])
-    save_adapter(generator_state(checkpoint, weights), rank, GENERATOR_TARGETS, str(teacher), folder)
-    adapted = PeftModel.from_pretrained(SiT.from_pretrained(teacher), folder).eval()
-    require_same_outputs(generator, adapted, 1e-4)
 
 
 def save_folder(generator: SiT, sampling: dict, provenance: dict, folder: Path) -> None:
@@ -80,7 +71,80 @@ def save_pipeline(
         **sampling,
         "id2label": {str(number): name for number, name in enumerate(names)} if names else None,
     }
-    write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    write_atomically(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+
+
+# The model card -----------------------------------------------------------------------------------------------------
+
+USE = """\
+---
+library_name: diffusers
+tags: [dmdr, sit, class-conditional, distillation]
+---
+
+# {name}
+
+A class-conditional SiT generator of {size} x {size} {kind}, {classes} classes. It makes an image in {steps}.
+It was distilled from a flow model by distribution matching ([DMDR](https://arxiv.org/abs/2511.13649)).
+
+## Use
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+image = pipeline(class_labels={example}).images[0]
+```
+
+`class_labels` takes a number from 0 to {last}{named}, or a list of them.
+`trust_remote_code=True` runs `pipeline.py` and `generator/sit.py` of this repository. They need torch, timm, diffusers
+and pillow.
+"""
+
+
+def figures_table(results: Mapping) -> str:
+    """A table of the rows of a results.json in one feature space, named without the path of its network."""
+    rows = results["rows"]
+    columns = columns_of(rows.values())
+    lines = [
+        [name, row.get("images", ""), *(f"{row['figures'][c]:.3g}" if c in row["figures"] else "" for c in columns)]
+        for name, row in rows.items()
+    ]
+    kind, _, source = str(results.get("features", "")).partition(":")
+    space = f"{kind}:{Path(source).name}" if source else kind
+    head = ["", "images", *map(with_arrow, columns)]
+    return (f"Features: {space}\n\n" if space else "") + markdown_table(head, lines) + "\n"
+
+
+def model_card(
+    name: str, config: Mapping, names: list[str] | None, recorded: Mapping, hashes: Mapping, figures: Mapping | None
+) -> str:
+    """Markdown. ``name``: on the hub, or the folder's. ``config``: the generator's. ``recorded``: the run's arguments.
+
+    ``hashes``: file -> SHA-256. ``figures``: the content of a results.json.
+    """
+    steps, classes = recorded["num_steps"], config["num_classes"]
+    label = classes // 5
+    use = USE.format(
+        name=name,
+        size=config["input_size"],
+        kind="pixels" if config["in_channels"] in (1, 3) else "latents",
+        classes=classes,
+        steps="one step" if steps == 1 else f"{steps} steps",
+        example=f'"{names[label].split(", ")[0]}"' if names else label,
+        last=classes - 1,
+        named=", or a name of a class" if names else "",
+    )
+    values = {key: recorded.get(key) for key in marked("recipe", *GROUPS.values()) if key not in ("reward", "tilt")}
+    recipe = [[f"`{flag_of(key)}`", value] for key, value in values.items() if value is not None]
+    if rewards := [f"{kind}, weight {weight:g}" for kind, weight, *_ in recorded.get("reward") or []]:
+        recipe.append(["`--reward`", "; ".join(rewards)])
+    files = [[file, f"`{sha}`"] for file, sha in hashes.items()]
+    parts = [use, "## Recipe\n", markdown_table(["flag", "value"], recipe), ""]
+    parts += ["## Origin\n", markdown_table(["file", "SHA-256"], files), ""]
+    if figures is not None:
+        parts += ["## Figures\n", *map(figures_table, (figures, *figures.get("more_spaces", [])))]
+    return "\n".join(parts)
 
 
 # The command -----------------------------------------------------------------------------------------------------
@@ -105,7 +169,15 @@ def export(args: argparse.Namespace, targets: dict[str, Path], content: dict) ->
     }
     teacher, sampling = args.teacher or Path(recorded["teacher"]), sampling_of(recorded)
     if args.pipeline is not None:
-        vae, names = vae_of(args, checkpoint, recorded), names_of(args, checkpoint, teacher)
+        config = check_sit_config(checkpoint.units["model_config"], args.checkpoint)
+        vae_name, vae = args.vae or recorded["vae"], None
+        require_decoder(config["in_channels"], vae_name, args.checkpoint)
+        if vae_name != "none":
+            vae = load_vae(vae_name)
+            require_latent_space(provenance["latent_space_sha256"], vae, vae_name)
+        # The teacher's record names its data set, on the machine that trained it.
+        dataset = record_of(teacher).get("arguments", {}).get("dataset")
+        names = class_names(args.class_names, config["num_classes"], dataset)
         figures = None if args.results is None else read_figures(args.results)
     generator = generator_from(checkpoint, args.weights, args.teacher)
     size = sum(value.nbytes for value in generator.state_dict().values())
@@ -119,35 +191,17 @@ def export(args: argparse.Namespace, targets: dict[str, Path], content: dict) ->
             if flag == "--output-dir":
                 save_folder(generator, sampling, provenance, fresh)
             elif flag == "--adapter":
-                save_lora(generator, checkpoint, args.weights, teacher, fresh)
+                rank = generator_lora_rank(True, recorded["lora_rank"])
+                save_adapter(generator_state(checkpoint, args.weights), rank, GENERATOR_TARGETS, str(teacher), fresh)
+                adapted = PeftModel.from_pretrained(SiT.from_pretrained(teacher), fresh).eval()
+                require_same_outputs(generator, adapted, 1e-4)  # ``generator`` has it merged: equal but for rounding
             else:
                 shared = {name: value for name, value in provenance.items() if name != "run"}  # a path of this machine
                 save_pipeline(generator, vae, sampling, names, shared, fresh)
-                name, hashes = args.push_to_hub or folder.name, hashes_of(fresh, content, provenance)
-                card = model_card(name, generator.config, names, recorded, hashes, figures)
-                write_atomically(fresh / CARD, card)
+                hashes = {str(path.relative_to(fresh)): sha256(path) for path in sorted(fresh.rglob("*.safetensors"))}
+                hashes |= {"the checkpoint": content["inputs"]["checkpoint"], "the teacher": shared["teacher_sha256"]}
+                hashes |= {f"reward {n + 1}": each for n, each in enumerate(shared["rewards_sha256"])}
+                name = args.push_to_hub or folder.name
+                card = model_card(name, config, names, recorded, hashes, figures)
+                write_atomically(fresh / "README.md", card)
     return checkpoint.step
-
-
-def vae_of(args: argparse.Namespace, checkpoint: Checkpoint, recorded: dict) -> nn.Module | None:
-    """The pipeline's; None in pixel space."""
-    name, config = args.vae or recorded["vae"], check_sit_config(checkpoint.units["model_config"], args.checkpoint)
-    require_decoder(config["in_channels"], name, args.checkpoint)
-    if name == "none":
-        return None
-    vae = load_vae(name)
-    require_latent_space(checkpoint.units.get("latent_space_sha256"), vae, name)
-    return vae
-
-
-def names_of(args: argparse.Namespace, checkpoint: Checkpoint, teacher: Path) -> list[str] | None:
-    """Names of the classes; the teacher's record names its data set, on the machine that trained it."""
-    dataset = record_of(teacher).get("arguments", {}).get("dataset")
-    return class_names(args.class_names, checkpoint.units["model_config"]["num_classes"], dataset)
-
-
-def hashes_of(folder: Path, content: dict, provenance: dict) -> dict[str, str]:
-    """SHA-256 for the card: of the weights in ``folder``, and of their sources."""
-    own = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*.safetensors"))}
-    made_from = {"the checkpoint": content["inputs"]["checkpoint"], "the teacher": provenance["teacher_sha256"]}
-    return own | made_from | {f"reward {n + 1}": each for n, each in enumerate(provenance["rewards_sha256"])}
