@@ -82,9 +82,8 @@ def main(argv: list[str] | None = None) -> None:
         inputs["results"] = sha256(require_file(args.results, "a results.json"))
     content = record("export_generator", vars(args), inputs=inputs)
     if all([check_product(folder, content, args.overwrite, flag) for flag, folder in targets.items()]):
-        print(
-            f"there already, by the same command: {' and '.join(map(str, targets.values()))}; --overwrite makes it anew"
-        )
+        folders = " and ".join(map(str, targets.values()))
+        print(f"there already, by the same command: {folders}; --overwrite makes it anew")
     else:
         with saying("writing and verifying"):
             step = export(args, targets, content)

@@ -16,38 +16,31 @@ from train_cc.io.read import read_safetensors, read_torch, require_file
 
 EXPECTED = "a SiT checkpoint or a model folder"
 
-# First match wins: what must be in some name (all of a row), and how such a network is called.
-NETWORKS = [
-    (
-        (r"(^|\.)lora_[A-Z]|\.lora[._]", r"^(?!.*lora)"),
-        "a network with a LoRA in it, such as the estimator of DMDR's authors",
-    ),
-    ((r"lora",), "a LoRA without its network"),
-    ((r"(^|\.)first_stage_model\.",), "a latent diffusion checkpoint with a U-Net and a VAE"),
-    ((r"(^|\.)single_transformer_blocks\.|(^|\.)(double|single)_blocks\.",), "a Flux transformer"),
-    ((r"(^|\.)joint_blocks\.|(^|\.)context_embedder\.",), "an MMDiT (Stable Diffusion 3)"),
-    ((r"^([a-z_]+\.)?transformer_blocks\.",), "a diffusers DiT (transformer_blocks)"),
-    ((r"(^|\.)(quant_conv|post_quant_conv)\.|(^|\.)decoder\.conv_in\.",), "a VAE"),
-    ((r"(^|\.)decoder\.", r"(^|\.)encoder\.conv_in\."), "a VAE"),
-    ((r"(^|\.)(down_blocks|input_blocks)\.",), "a U-Net"),
-    ((r"(^|\.)(enc|dec)\.\d+x\d+_",), "a U-Net of EDM"),
-    ((r"(^|\.)in_blocks\.", r"(^|\.)out_blocks\."), "a U-ViT"),
-    (
-        (r"\.mlp\.w(12|3|1|2)\.|\.mlp\.gate_proj\.|(^|\.)feat_rope\.",),
-        "a LightningDiT (SwiGLU, RMSNorm, rotary positions)",
-    ),
-    ((r"\.attn\.(q|k)_norm\.",), "a SiT or LightningDiT with qk-norm, which is not supported"),
-    ((r"(^|\.)cross_attn\.",), "a DiT with cross attention, such as PixArt"),
-    ((r"^bn\.running_mean",), "a SiT of REPA-E, whose latents are normalised by its batch norm"),
-    ((r"(^|\.)cls_token$", r"(^|\.)patch_embed\.proj\."), "a vision transformer, such as DINOv2"),
-    ((r"(^|\.)layer4\.\d+\.conv",), "a ResNet"),
-]
+# Kind -> patterns, each of which some name of such a network matches, with a point before it. The first match wins.
+NETWORKS = {
+    "a network with a LoRA in it, such as the estimator of DMDR's authors": (r"\.lora[._]", r"^(?!.*lora)"),
+    "a LoRA without its network": (r"lora",),
+    "a latent diffusion checkpoint with a U-Net and a VAE": (r"\.first_stage_model\.",),
+    "a Flux transformer": (r"\.single_transformer_blocks\.|\.(double|single)_blocks\.",),
+    "an MMDiT (Stable Diffusion 3)": (r"\.joint_blocks\.|\.context_embedder\.",),
+    "a diffusers DiT (transformer_blocks)": (r"^\.([a-z_]+\.)?transformer_blocks\.",),
+    "a VAE": (r"\.(quant_conv|post_quant_conv)\.|\.(encoder|decoder)\.conv_in\.",),
+    "a U-Net": (r"\.(down_blocks|input_blocks)\.",),
+    "a U-Net of EDM": (r"\.(enc|dec)\.\d+x\d+_",),
+    "a U-ViT": (r"\.in_blocks\.", r"\.out_blocks\."),
+    "a LightningDiT (SwiGLU, RMSNorm, rotary positions)": (r"\.mlp\.(w12|w3|w1|w2|gate_proj)\.|\.feat_rope\.",),
+    "a SiT or LightningDiT with qk-norm, which is not supported": (r"\.attn\.(q|k)_norm\.",),
+    "a DiT with cross attention, such as PixArt": (r"\.cross_attn\.",),
+    "a SiT of REPA-E, whose latents are normalised by its batch norm": (r"^\.bn\.running_mean",),
+    "a vision transformer, such as DINOv2": (r"\.cls_token$", r"\.patch_embed\.proj\."),
+    "a ResNet": (r"\.layer4\.\d+\.conv",),
+}
 
 
 def network_kind(names: Iterable[str]) -> str | None:
     """The kind of a known network that is no SiT, by the names of its tensors."""
-    names = [str(name) for name in names]
-    for patterns, kind in NETWORKS:
+    names = [f".{name}" for name in names]
+    for kind, patterns in NETWORKS.items():
         if all(any(re.search(pattern, name) for name in names) for pattern in patterns):
             return kind
     return None
@@ -134,13 +127,12 @@ def plain_classes() -> list:
     allowed = [argparse.Namespace, types.SimpleNamespace, dict, list, tuple, int, float, bool, str]
     allowed += [datetime.datetime, datetime.date, datetime.timedelta, datetime.timezone]
     for name, kind in paths.items():  # as pure paths, on any system; 3.13 moved them
-        names = (f"{module}.{pure}{name}Path" for module in ("pathlib", "pathlib._local") for pure in ("", "Pure"))
-        allowed += [(kind, each) for each in names]
+        modules = ("pathlib", "pathlib._local")
+        allowed += [kind, *((kind, f"{module}.{pure}{name}Path") for module in modules for pure in ("", "Pure"))]
     for name in ("scalar", "_reconstruct"):
         allowed += [(getattr(multiarray, name), f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")]
     kinds = [np.dtype(code) for code in np.typecodes["All"] if code != "O"]
-    allowed += [*paths.values(), np.ndarray, np.dtype]
-    return [*allowed, *{type(kind) for kind in kinds}, *{kind.type for kind in kinds}]
+    return [*allowed, np.ndarray, np.dtype, *{type(kind) for kind in kinds}, *{kind.type for kind in kinds}]
 
 
 def read_checkpoint(path: Path) -> object:
@@ -153,10 +145,8 @@ def read_checkpoint(path: Path) -> object:
     if is_safetensors(path):
         return read_safetensors(path, EXPECTED)
     if module := whole_module(path):
-        raise InputError(
-            f"{path} is a whole pickled module, of class {module}, which was not run. {EXPECTED} is expected: "
-            "where its code is, save its state_dict()"
-        )
+        how = f"{EXPECTED} is expected: where its code is, save its state_dict()"
+        raise InputError(f"{path} is a whole pickled module, of class {module}, which was not run. {how}")
     return read_torch(path, EXPECTED, allowed=plain_classes())
 
 
@@ -170,6 +160,5 @@ def require_checkpoint_file(folder: Path) -> None:
         raise InputError(f"{folder} is a distributed checkpoint in parts; {how}")
     weights = [str(path) for path in files if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")]
     if weights := [path for path in weights if "optim" not in path]:
-        raise InputError(
-            f"{folder} is no model folder (no config.json); --input takes one file: {', '.join(weights[:4])}"
-        )
+        expected = f"--input takes one file: {', '.join(weights[:4])}"
+        raise InputError(f"{folder} is no model folder (no config.json); {expected}")

@@ -144,7 +144,6 @@ def main(argv: list[str] | None = None) -> None:
         check(args, model, notes)
         target = target or args.save_dir / (size_name(model.config) or "SiT-custom").replace("/", "-")
         if not is_there(args, target, content):
-            args.save_dir.mkdir(parents=True, exist_ok=True)
             need_space(args.save_dir, sum(value.nbytes for value in model.state_dict().values()))
     with saying(f"writing {target}"), product(target, content, args.overwrite, "--name") as place:
         if place is None:

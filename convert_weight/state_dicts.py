@@ -93,10 +93,9 @@ def nothing_found(content: object, expected: str) -> str:
 def rename_decoder_blocks(state: State, encoder_depth: int) -> State:
     """Legacy files name block N + encoder_depth ``decoder_blocks.N``."""
 
-    def rename(name: str) -> str:
-        return re.sub(r"^decoder_blocks\.(\d{1,4})\.", lambda m: f"blocks.{int(m[1]) + encoder_depth}.", name)
-
-    renamed = {rename(name): value for name, value in state.items()}
+    block = re.compile(r"^decoder_blocks\.(\d{1,4})\.")
+    names = {name: block.sub(lambda m: f"blocks.{int(m[1]) + encoder_depth}.", name) for name in state}
+    renamed = {names[name]: value for name, value in state.items()}
     if len(renamed) != len(state):
         raise InputError(f"decoder_blocks overlap with blocks at --encoder-depth {encoder_depth}")
     return renamed
@@ -143,12 +142,12 @@ def config_of(state: State, num_heads: int | None) -> dict:
     hidden, channels, patch, _ = patches
     depth = block_count(state, "this SiT (is --encoder-depth wrong?)")
     size = {"depth": depth, "hidden_size": hidden}
-    known = [entry["num_heads"] for entry in SIT_SIZES.values() if size.items() <= entry.items()]
-    if num_heads is None and not known:
+    heads = num_heads or next((row["num_heads"] for row in SIT_SIZES.values() if size.items() <= row.items()), None)
+    if heads is None:
         raise InputError(f"a SiT of depth {depth} and width {hidden} is in no size table; give --num-heads")
     ratio = fc1[0] / hidden
     config = size | {
-        "num_heads": num_heads or known[0],
+        "num_heads": heads,
         "patch_size": patch,
         "in_channels": channels,
         "input_size": side * patch,
