@@ -159,11 +159,15 @@ def config_of(state: State, num_heads: int | None) -> dict:
     return config
 
 
-def keep_velocity_channels(state: State, config: dict) -> State:
-    """The first half of the output channels: rows ``view(p * p, 2 C, D)[:, :C]``, bias likewise."""
+def velocity_channels(state: State, config: dict) -> State:
+    """The last layer for the first half of the output channels, if there are twice the input's; {} if not.
+
+    The SiT authors' files have them, and their time runs the other way. Rows: ``view(p * p, 2 C, D)[:, :C]``.
+    """
     patches, channels = config["patch_size"] ** 2, config["in_channels"]
-    kept = {name: state[name].unflatten(0, (patches, -1))[:, :channels].flatten(0, 1).clone() for name in LAST_LAYER}
-    return state | kept
+    if not all(name in state and state[name].shape[:1] == (2 * patches * channels,) for name in LAST_LAYER):
+        return {}
+    return {name: state[name].unflatten(0, (patches, -1))[:, :channels].flatten(0, 1).clone() for name in LAST_LAYER}
 
 
 def reverse_time(state: State) -> State:
@@ -208,13 +212,11 @@ def convert(
         notes.append(f"legacy names: decoder_blocks.N became blocks.N + {encoder_depth}")
     config = config_of(state, num_heads)
     config["num_classes"], null_row = classes_of(config["num_classes"] + 1, num_classes)
-    # Twice the input's channels: the SiT authors' files, whose time runs the other way.
-    rows = 2 * config["patch_size"] ** 2 * config["in_channels"]
-    variance = all(name in state and state[name].shape[:1] == (rows,) for name in LAST_LAYER)
-    direction, time = direction_of(variance, bool(projectors), time_direction)
+    velocity = velocity_channels(state, config)
+    direction, time = direction_of(bool(velocity), bool(projectors), time_direction)
     notes += [guess for guess in (null_row, time, None if projectors else UNSAID) if guess]
-    if variance:
-        state = keep_velocity_channels(state, config)
+    if velocity:
+        state |= velocity
         notes.append(f"kept {config['in_channels']} of {2 * config['in_channels']} output channels")
     fit(sit_shapes(config), state, "this SiT")
     if direction == "data-at-1":
