@@ -227,7 +227,8 @@ def hub_at(tmp_path, monkeypatch):
     def point(address: str) -> None:
         monkeypatch.setattr(constants, "ENDPOINT", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        for module in (constants, file_download):  # huggingface_hub 0.34 has a copy in the second
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.chdir(tmp_path)
         remote._snapshot.cache_clear()
@@ -324,7 +325,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
+def server(tmp_path, hub_at):
     """A hub with one repository, org/sit, whose files lie in ``folder``; ``asked``: paths that were asked for."""
     folder, asked = tmp_path / "hub_files", []
 
@@ -364,17 +365,9 @@ def server(tmp_path, monkeypatch):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    for module in (constants, file_download):  # huggingface_hub 0.34 has a copy in the second
-        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    remote._snapshot.cache_clear()
+    hub_at(f"http://127.0.0.1:{server.server_address[1]}")
     yield folder, asked
     server.shutdown()
-    remote._snapshot.cache_clear()
 
 
 def test_a_teacher_is_trained_from_by_its_name_and_its_commit_is_recorded(server, teacher, tmp_path):
