@@ -8,7 +8,7 @@ import pickletools
 import re
 import types
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from train_cc.io.errors import InputError
@@ -46,10 +46,8 @@ def network_kind(names: Iterable[str]) -> str | None:
     return None
 
 
-def content_kind(content: object) -> str | None:
+def content_kind(content: Mapping) -> str | None:
     """The kind of a file's content that holds no network of ours."""
-    if not isinstance(content, dict):
-        return None
     keys = {str(key) for key in content}
     if "param_groups" in keys or "optimizer_state_dict" in keys or "fp32_flat_groups" in keys:
         return "an optimizer's state; its network is in another file (mp_rank_00_model_states.pt, model.safetensors)"
@@ -68,8 +66,7 @@ STARTS = [
     (b"GGUF", "a GGUF file"),
     (b"\x89HDF", "an HDF5 file"),
     (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
-    (b"\x89PNG", "a picture"),
-    (b"\xff\xd8\xff", "a picture"),
+    ((b"\x89PNG", b"\xff\xd8\xff"), "a picture"),
 ]
 
 

@@ -76,23 +76,22 @@ def unnest(content: object) -> tuple[State, str]:
 
 def nothing_found(content: object, expected: str) -> str:
     """The words for a file without a SiT, with its kind if that is known."""
+    words = f"no weights found: {expected} is expected; this is"
+    if not isinstance(content, Mapping):
+        return f"{words} a {type(content).__name__}"
     state, where = content, content
     while isinstance(where, Mapping):  # down to the first dict of tensors
         state = where
         where = next((value for key, value in where.items() if str(key).lower() in NESTS or is_average(str(key))), None)
-    if kind := content_kind(content) or (network_kind(state) if isinstance(state, Mapping) else None):
+    if kind := content_kind(content) or network_kind(state):
         return f"this is {kind}; a SiT is expected"
-    if isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values()):
+    if state and all(isinstance(value, Tensor) for value in state.values()):
         return f"this is no SiT: missing {ANCHOR}; it has {', '.join(sorted(map(str, state))[:6])}, ..."
-    kind = f"a {type(content).__name__}"
-    if isinstance(content, Mapping):
-        kind = f"keys {sorted(str(name)[:40] for name in content)[:6]}"
-    return f"no weights found: {expected} is expected; this is {kind}"
+    return f"{words} keys {sorted(str(name)[:40] for name in content)[:6]}"
 
 
 def rename_decoder_blocks(state: State, encoder_depth: int) -> State:
     """Legacy files name block N + encoder_depth ``decoder_blocks.N``."""
-
     block = re.compile(r"^decoder_blocks\.(\d{1,4})\.")
     names = {name: block.sub(lambda m: f"blocks.{int(m[1]) + encoder_depth}.", name) for name in state}
     renamed = {names[name]: value for name, value in state.items()}
