@@ -15,10 +15,18 @@ from safetensors.torch import load_file
 from convert_weight import export_generator
 from tests.conftest import flags, random_sit, refused, run_cold_start
 from train_cc import cold_start
+from train_cc.io.fields import replaced
 from train_cc.models import SiT
 from train_cc.setup.arguments import validate
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_parsed_arguments_do_not_change():
+    args = cold_start.stage_parser().parse_args(["--teacher", "t", "--output-dir", "o"])
+    with pytest.raises(AttributeError, match="seed"):
+        args.seed = 5
+    assert (replaced(args, seed=5).seed, args.seed) == (5, 30)
 
 
 def test_every_default_is_legal():

@@ -57,7 +57,7 @@ def test_every_library_that_is_imported_is_a_dependency():
                 if isinstance(node, ast.ImportFrom) and node.module:
                     names = [node.module]
                 found |= {name.split(".")[0] for name in names}
-    libraries = found - set(sys.stdlib_module_names) - {*PACKAGES, "torchao", "triton", "__future__"}
+    libraries = found - set(sys.stdlib_module_names) - {*PACKAGES, "scripts", "torchao", "triton", "__future__"}
     distributions = packages_distributions()
     assert "torch" in libraries
     declared = bounds(PROJECT["dependencies"]).keys()

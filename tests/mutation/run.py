@@ -108,7 +108,7 @@ MODULES = {
     "train_cc/models/network.py": [
         "test_models::test_the_embeddings_are_those_written_out",
         "test_models::test_a_new_model_starts_as_dit_does",
-        "test_models::test_a_block_normalises_with_the_papers_epsilon",
+        "test_models::test_a_norm_has_the_papers_epsilon",
         "test_models::test_tokens_are_patches_with_channels_fastest",
         "test_models::test_labels_are_never_dropped",
         "test_models::test_sit_xl_has_the_released_names_and_shapes",

@@ -167,10 +167,10 @@ def is_url(source: str | Path) -> bool:
     return str(source).startswith(("http://", "https://"))
 
 
-def download(url: str, target: Path, hint: str) -> Path:
+def download(url: str, target: Path, hint: str, sha256: str | None = None) -> Path:
     """The PyTorch file of ``url`` as ``target``, whole or not there. Processes of one machine wait for each other.
 
-    Raises `InputError`, ``hint`` in it, without a connection, for a web page or a file that was cut short.
+    Raises `InputError`, ``hint`` in it, without a connection, for a web page, a file cut short, or another ``sha256``.
     """
     if target.exists():  # also where nothing can be written
         return target
@@ -186,11 +186,11 @@ def download(url: str, target: Path, hint: str) -> Path:
             if not target.exists():
                 socket.setdefaulttimeout(60)  # torch's has none
                 with writing(target):
-                    torch.hub.download_url_to_file(url, str(part))
+                    torch.hub.download_url_to_file(url, str(part), hash_prefix=sha256)
                 if not zipfile.is_zipfile(part):  # the directory of an archive is at its end
                     raise InputError(f"what {url} sent was deleted: it is no whole PyTorch file; {again}")
                 os.replace(part, target)
-        except (http.client.HTTPException, OSError, ValueError) as error:
+        except (http.client.HTTPException, OSError, ValueError, RuntimeError) as error:
             if isinstance(error, InputError) or getattr(error, "errno", None) in OF_THE_DISK:
                 raise
             raise InputError(f"cannot download {url} ({first_line(error)}); {again}") from error

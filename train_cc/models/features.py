@@ -211,4 +211,5 @@ def downloaded_inception() -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
     if path.is_file() and sha256(path) != INCEPTION_SHA256:
         path.unlink()
-    return download(INCEPTION_URL, path, hint="fetch it where you can, and give its file by --inception-weights")
+    hint = "fetch it where you can, and give its file by --inception-weights"
+    return download(INCEPTION_URL, path, hint, INCEPTION_SHA256)
