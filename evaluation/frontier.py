@@ -14,15 +14,15 @@ from pathlib import Path
 
 from evaluation.figures.tables import (
     HELD_OUT,
+    means_of,
     named_space,
     over_seeds,
     rewarded_here,
     rewarded_within,
     suffered,
     table,
-    table_over_seeds,
 )
-from evaluation.study.comparison import against_controls, domination, means_of
+from evaluation.study.comparison import against_controls, domination
 from evaluation.study.jobs import Frontier
 from evaluation.study.rows import Table, check_more_flags, flags_in, read_table
 from scripts.jobs import ROOT, Job, run_all
@@ -100,9 +100,8 @@ def text_of(rows: Table, spaces: list[dict], means: list[dict], title: str) -> s
         made_by = [(name, row.get("generation")) for name, row in named]
         parts += [f"## {named_space(space['features'])}", *rewarded_here(made_by, space.get("features_sha256", ""))]
         parts += rewarded_within(dict(named))
-        parts += [table_over_seeds(space["rows"], count, size)]
-        if all(row["seeds"] == 1 for row in mean["rows"].values()):
-            parts[-1] = table(space["rows"], count, size)
+        one_seed = all(row["seeds"] == 1 for row in mean["rows"].values())
+        parts += [table((space if one_seed else mean)["rows"], count, size)]
         parts += [f"Missing: {space['missing']}."] if "missing" in space else []
         parts.append(against_controls(mean["rows"], against))
         parts.append("\n".join(f"- {line}" for line in domination(mean["rows"], published)))

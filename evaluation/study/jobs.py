@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import hashlib
 import importlib
 import json
 import os
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from evaluation import evaluate, generate
+from evaluation.samples.files import content_sha256
 from evaluation.study.rows import JUDGING, SAMPLING, Row, Table
 from scripts.jobs import ROOT, Command, Job, finished
 from scripts.processes import make_plan
@@ -183,11 +183,3 @@ def words_in(value: object) -> Iterator[str]:
         yield "".join(os.path.realpath(part) if part.strip(":.") and os.path.exists(part) else part for part in parts)
     elif value is not None:
         yield str(value)
-
-
-def content_sha256(path: Path) -> str:
-    """The hash of a file, or of the names and contents of a model folder's files."""
-    if not path.is_dir():
-        return sha256(path)
-    lines = "".join(f"{file.name} {sha256(file)}\n" for file in sorted(path.iterdir()) if file.is_file())
-    return hashlib.sha256(lines.encode()).hexdigest()
