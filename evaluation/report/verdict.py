@@ -80,14 +80,11 @@ def reward_too_strong(series: Series) -> list[str]:
 
 
 def gradients_oppose(series: Series) -> list[str]:
-    cosines = {
-        name: series.part(column, 0.1, 1) for name, column in rewards_in(series, "grad_cosine_reward_{}_x0").items()
-    }
     return [
         f"the gradients of the reward {name} and of matching at x0 point against each other (cosine {cosine:.2f}): "
         "lower its weight"
-        for name, cosine in cosines.items()
-        if cosine < -0.3
+        for name, column in rewards_in(series, "grad_cosine_reward_{}_x0").items()
+        if (cosine := series.part(column, 0.1, 1)) < -0.3
     ]
 
 
@@ -110,12 +107,11 @@ def reward_is_hacked(series: Series) -> list[str]:
 
 def class_collapsed(series: Series) -> list[str]:
     names = ("holdout", *(f"reward_{name}" for name in rewards_in(series, "preview_coverage_reward_{}")))
-    coverage = {name: series.part(f"preview_coverage_{name}", 0.75, 1) for name in names}
     return [
         f"{1 - last:.0%} of the previews' classes are no longer recognised once by the {name} classifier: "
         "a class has collapsed"
-        for name, last in coverage.items()
-        if last < 0.85
+        for name in names
+        if (last := series.part(f"preview_coverage_{name}", 0.75, 1)) < 0.85
     ][:1]
 
 
@@ -235,8 +231,7 @@ def say_figures(words: OfRun, run: RunLog, runs: list[RunLog], table: FigureTabl
     space = table.space.rpartition("/")[2] or "space not recorded"
     figures, where = table.rows[name], f" ({table.count:,} images, {space})"
     text = ", ".join(f"{metric} {value:.3g}" for metric, value in figures.items()) + where
-    hashes = run.record.get("sha256")
-    teacher = row_made_by(hashes.get("teacher", ""), table, multi_step=True) if isinstance(hashes, dict) else ""
+    teacher = row_made_by(run.recorded("sha256").get("teacher", ""), table, multi_step=True)
     base, base_words = base_of(run, runs, table)
     if base:
         against_control(words, figures, table.rows[base], base_words, where)
