@@ -47,7 +47,6 @@ def build_parser() -> fields.Parser:
         "--inception",
         nargs="?",
         type=fields.path,
-        const=None,
         default=argparse.SUPPRESS,
         help="the same as --space inception; [weights file]",
     )

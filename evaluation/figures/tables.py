@@ -146,7 +146,7 @@ def means_of_classes(group: list[dict], which: str) -> dict[int, float]:
 
 
 def warning_lines(judged: list[dict]) -> Iterator[str]:
-    """The warnings about all rows; ``judged``: a dict of "rows" for each space, as `spaces.figures_of` makes it."""
+    """The warnings about all rows; ``judged``: a dict of "rows" for each space, as `spaces.judge_all` returns it."""
     for space in judged:
         made_by = [(name, row["generation"]) for name, row in space["rows"].items()]
         yield from (f"{space['features']}: {line}" for line in rewarded_here(made_by, space["features_sha256"]))

@@ -38,10 +38,9 @@ class Series:
         """
         by_step: dict[int, dict[str, list[float]]] = {}
         for turn in turns:
-            figures = by_step.setdefault(turn["step"], {})
             for name in ("loss_fake", "grad_norm_estimator", "update_ratio_estimator"):
                 if np.isfinite(value := finite_or_nan(turn.get(name))):
-                    figures.setdefault(name, []).append(value)
+                    by_step.setdefault(turn["step"], {}).setdefault(name, []).append(value)
         merged = [
             row | {name: sum(values) / len(values) for name, values in by_step.get(row["step"], {}).items()}
             for row in rows

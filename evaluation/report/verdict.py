@@ -7,6 +7,7 @@ A rule maps a log to warnings. The thresholds are far from the values of healthy
 by runs made to fail (docs/results.md). Remedies: docs/troubleshooting.md.
 """
 
+import itertools
 import re
 from dataclasses import dataclass, field
 
@@ -115,14 +116,8 @@ def class_collapsed(series: Series) -> list[str]:
     ][:1]
 
 
-RULES = (
-    estimator_falls_behind,
-    generator_too_fast,
-    reward_too_strong,
-    gradients_oppose,
-    reward_is_hacked,
-    class_collapsed,
-)
+RULES = (estimator_falls_behind, generator_too_fast, reward_too_strong)
+RULES += (gradients_oppose, reward_is_hacked, class_collapsed)
 
 
 def warnings_of(series: Series) -> list[str]:
@@ -135,17 +130,11 @@ def collapsed_recall(rows: dict[str, dict]) -> list[str]:
     return [
         f"{name}: recall {figures['Recall']:.2f} is less than half of {before['Recall']:.2f} ({base}), "
         "while precision rose: diversity has collapsed; lower --reward-weight or the guidance scale"
-        for name, figures in rows.items()
-        for base, before in rows.items()
-        if is_base(base, name)
-        and {"Precision", "Recall"} <= figures.keys() & before.keys()
-        and figures["Precision"] > before["Precision"]
-        and figures["Recall"] < 0.5 * before["Recall"]
+        for (name, figures), (base, before) in itertools.product(rows.items(), repeat=2)
+        if (base.startswith(("control", "cold start")) and name.startswith("DMDR")) or name == f"{base} + RL"
+        if {"Precision", "Recall"} <= figures.keys() & before.keys()
+        if figures["Precision"] > before["Precision"] and figures["Recall"] < 0.5 * before["Recall"]
     ]
-
-
-def is_base(base: str, name: str) -> bool:
-    return (base.startswith(("control", "cold start")) and name.startswith("DMDR")) or name == f"{base} + RL"
 
 
 # The verdict ------------------------------------------------------------------------------------------------------
@@ -295,7 +284,7 @@ def against_control(words: OfRun, figures: dict, base: dict, base_words: str, wh
     precision, recall = (figures[name] - base[name] for name in ("Precision", "Recall"))
     values = f"precision {figures['Precision']:.3f} against {base['Precision']:.3f}, recall {figures['Recall']:.3f} "
     values += f"against {base['Recall']:.3f}, FID {figures['FID']:.2f} against {base['FID']:.2f}"
-    state = "good"
+    state = "partly" if precision < NOISE and min(precision, recall) <= -NOISE else "good"
     if abs(precision) < NOISE and abs(recall) < NOISE:
         effect = "The reward moved neither precision nor recall by more than another seed would"
     elif precision >= NOISE and recall <= -NOISE:
@@ -303,12 +292,9 @@ def against_control(words: OfRun, figures: dict, base: dict, base_words: str, wh
     elif precision >= NOISE:
         effect = f"The reward raises precision by {precision:.2f}; recall moved by {recall:+.2f}"
     elif recall <= -NOISE:
-        effect, state = (
-            f"The reward cost {-recall:.2f} of recall, and precision moved by {precision:+.2f} alone",
-            "partly",
-        )
+        effect = f"The reward cost {-recall:.2f} of recall, and precision moved by {precision:+.2f} alone"
     elif precision <= -NOISE:
-        effect, state = f"The reward cost {-precision:.2f} of precision, and recall moved by {recall:+.2f}", "partly"
+        effect = f"The reward cost {-precision:.2f} of precision, and recall moved by {recall:+.2f}"
     else:
         effect = f"The reward moved precision by {precision:+.2f} and recall by {recall:+.2f}"
     words.say(f"{effect}, against {base_words}: {values}{where}.", state)
