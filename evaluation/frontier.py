@@ -79,13 +79,8 @@ def spaces_of(places: list[Path]) -> list[dict]:
         for space, each in zip(found, judged, strict=True):
             if space["features"] != each["features"]:
                 raise InputError(f"{path} is of {each['features']}, other rows of {space['features']}; move it away")
-            space["rows"] |= {name: figures for name, figures in each["rows"].items() if name != HELD_OUT}
-            space["real"] = each["rows"].get(HELD_OUT)
-    counts = {row["images"] for space in found for row in space["rows"].values()}
-    if len(counts) > 1:
-        raise InputError(f"the rows of {places[0].parents[1]} are of {sorted(counts)} images, which do not compare")
-    for space in found:
-        space["rows"] |= {HELD_OUT: space.pop("real")} if space["real"] else {}
+            space["rows"].pop(HELD_OUT, None)  # it is the last row of every file
+            space["rows"] |= each["rows"]
     return found
 
 

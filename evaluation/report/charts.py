@@ -54,6 +54,13 @@ def panels_by_band(name: str) -> dict[str, str]:
     }
 
 
+def panels_of_classifiers(name: str, unit: str) -> dict[str, str]:
+    return {
+        f"preview_{name}_reward_*": f"rewarding {{}}: {unit}",
+        f"preview_{name}_holdout": f"held-out classifier: {unit}",
+    }
+
+
 CHARTS = (
     Chart(
         CLOSER,
@@ -158,20 +165,14 @@ CHARTS = (
     Chart(
         PREVIEWS,
         "Previews: accuracy",
-        {
-            "preview_accuracy_reward_*": "rewarding {}: accuracy, 0 to 1",
-            "preview_accuracy_holdout": "held-out classifier: accuracy, 0 to 1",
-        },
+        panels_of_classifiers("accuracy", "accuracy, 0 to 1"),
         "By the rewarding classifier, and by one that never rewards. Healthy: they go together. Unhealthy: the first "
         "rises and the second does not; the reward is being hacked.",
     ),
     Chart(
         PREVIEWS,
         "Previews: class coverage",
-        {
-            "preview_coverage_reward_*": "rewarding {}: share of classes",
-            "preview_coverage_holdout": "held-out classifier: share of classes",
-        },
+        panels_of_classifiers("coverage", "share of classes"),
         "The share of the classes asked for that are recognised at least once. Healthy: near 1. Unhealthy: it falls; "
         "a class has collapsed.",
     ),
