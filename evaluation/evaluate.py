@@ -47,7 +47,6 @@ def build_parser() -> fields.Parser:
         "--inception",
         nargs="?",
         type=fields.path,
-        const=None,
         default=argparse.SUPPRESS,
         help="the same as --space inception; [weights file]",
     )
@@ -117,10 +116,10 @@ def named_samples(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    for flag, path in (("--output", args.output), ("--picture", args.picture)):
-        if path is not None:
-            check_output_file(path, args.overwrite, flag)
-    apart((("--output", args.output), ("--picture", args.picture)))
+    outputs = [(flag, path) for flag, path in (("--output", args.output), ("--picture", args.picture)) if path]
+    for flag, path in outputs:
+        check_output_file(path, args.overwrite, flag)
+    apart(outputs)
 
 
 def check_samples(samples: list[Path], reference: Path) -> tuple[int, ...]:

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from evaluation.figures.tables import (
     HELD_OUT,
+    means_of,
     named_space,
     over_seeds,
     rewarded_here,
     rewarded_within,
     suffered,
     table,
-    table_over_seeds,
 )
-from evaluation.study.comparison import against_controls, domination, means_of
+from evaluation.study.comparison import against_controls, domination
 from evaluation.study.jobs import Frontier
 from evaluation.study.rows import Table, check_more_flags, flags_in, read_table
 from scripts.jobs import ROOT, Job, run_all
@@ -79,13 +79,8 @@ def spaces_of(places: list[Path]) -> list[dict]:
         for space, each in zip(found, judged, strict=True):
             if space["features"] != each["features"]:
                 raise InputError(f"{path} is of {each['features']}, other rows of {space['features']}; move it away")
-            space["rows"] |= {name: figures for name, figures in each["rows"].items() if name != HELD_OUT}
-            space["real"] = each["rows"].get(HELD_OUT)
-    counts = {row["images"] for space in found for row in space["rows"].values()}
-    if len(counts) > 1:
-        raise InputError(f"the rows of {places[0].parents[1]} are of {sorted(counts)} images, which do not compare")
-    for space in found:
-        space["rows"] |= {HELD_OUT: space.pop("real")} if space["real"] else {}
+            space["rows"].pop(HELD_OUT, None)  # it is the last row of every file
+            space["rows"] |= each["rows"]
     return found
 
 
@@ -100,9 +95,8 @@ def text_of(rows: Table, spaces: list[dict], means: list[dict], title: str) -> s
         made_by = [(name, row.get("generation")) for name, row in named]
         parts += [f"## {named_space(space['features'])}", *rewarded_here(made_by, space.get("features_sha256", ""))]
         parts += rewarded_within(dict(named))
-        parts += [table_over_seeds(space["rows"], count, size)]
-        if all(row["seeds"] == 1 for row in mean["rows"].values()):
-            parts[-1] = table(space["rows"], count, size)
+        one_seed = all(row["seeds"] == 1 for row in mean["rows"].values())
+        parts += [table((space if one_seed else mean)["rows"], count, size)]
         parts += [f"Missing: {space['missing']}."] if "missing" in space else []
         parts.append(against_controls(mean["rows"], against))
         parts.append("\n".join(f"- {line}" for line in domination(mean["rows"], published)))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluation.figures.tables import HELD_OUT, named_space
+from evaluation.figures.tables import HELD_OUT, means_of, named_space
 from evaluation.study import comparison, scatter
 from evaluation.study.rows import Row
 
@@ -40,7 +40,7 @@ def test_who_dominates_whom():
 
 def test_means_over_seeds():
     rows = {f"a, seed {k}": {"figures": {"FID": float(k)}, "images": 8} for k in (1, 2, 3)}
-    found = comparison.means_of(rows | {"held-out real": {"figures": {"FDr": 1.0}, "images": 4}})
+    found = means_of(rows | {"held-out real": {"figures": {"FDr": 1.0}, "images": 4}})
     assert found["a"]["figures"]["FID"] == 2 and found["a"]["standard_deviations"]["FID"] == 1
     assert found["held-out real"]["seeds"] == 1 and found["held-out real"]["standard_deviations"] == {}
 

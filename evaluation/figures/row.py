@@ -4,7 +4,7 @@ FID is of all samples, as ADM has it. Precision, recall, density, coverage and s
 images there are on each side: they are means over disjoint sets of one size, the same for all rows of a table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +109,7 @@ class Tally:
     sums: Tensor
     counts: Tensor
 
-    def mean(self, rows: Tensor | slice = slice(None)) -> float:
+    def mean(self, rows: Tensor | slice) -> float:
         return (self.sums[rows].sum() / self.counts[rows].sum()).item()
 
 
@@ -132,10 +132,7 @@ class Sets:
                 times[side][rows] += 1
         self.tallies = {name: (side, Tally(total, times[side])) for name, (side, total) in sums.items()}
 
-    def figures(self) -> dict[str, float]:
-        return {name: tally.mean() for name, (_, tally) in self.tallies.items()}
-
-    def distances(self, rows: Tensor | slice = slice(None), frechet: bool = True) -> dict[str, float]:
+    def distances(self, rows: Tensor | slice, frechet: bool) -> dict[str, float]:
         """SW (against sets of the reference) and FD (of the sets, against the statistics) of some of the samples."""
         sides = (self.generated[rows], self.reference.features)
         distances = {"SW": mean_over(self.pairs, sliced_wasserstein, *sides)}
@@ -168,16 +165,10 @@ def row_of(
 ) -> dict:
     """``size``: of the sets. ``real``: the distances of held-out real images, for the ratios; ``ceiling``: of these."""
     sets = None if reference.features is None else Sets(embedded.features, reference, size)
-    figures, errors, distances = {"FID": reference.distance(embedded.features)}, {}, {}
-    if embedded.logits is not None:
-        figures["IS"] = inception_score(embedded.logits)
-    if embedded.right is not None:
-        figures["accuracy"] = embedded.right.mean().item()
-    if sets is not None:
-        distances = sets.distances(frechet=ceiling or real is not None)
-        figures |= sets.figures() | {"SW": distances["SW"]} | ratios(distances, real)
-        if min(len(embedded.features), len(reference.features)) >= 2 * LEAST_SUBSETS:
-            figures["KID"], errors["KID"] = kid(reference.features, embedded.features)
+    figures, distances = figures_of(embedded, reference, sets, real, ceiling or real is not None, [slice(None)] * 2)
+    errors = {}
+    if sets is not None and min(len(embedded.features), len(reference.features)) >= 2 * LEAST_SUBSETS:
+        figures["KID"], errors["KID"] = kid(reference.features, embedded.features)
     if reference.whole is not None:
         adm = neighbours(reference.whole, embedded.features).figures()
         figures |= {"ADM recall": adm["Recall"], "ADM precision": adm["Precision"]}
@@ -189,6 +180,23 @@ def row_of(
         row["draws"] = bootstrap(embedded, reference, sets, rounds, real)
         row["intervals"] = intervals(row)
     return row | {"notes": notes_of(embedded)}
+
+
+def figures_of(
+    embedded: Embedded, reference: Reference, sets: Sets | None, real: dict | None, frechet: bool, rows: Sequence
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The figures but KID, and the distances, of ``rows`` of the generated images and of the reference's."""
+    generated, distances = rows[0], {}
+    figures = {"FID": reference.distance(embedded.features[generated])}
+    if embedded.logits is not None:
+        figures["IS"] = inception_score(embedded.logits[generated])
+    if embedded.right is not None:
+        figures["accuracy"] = embedded.right[generated].mean().item()
+    if sets is not None:
+        distances = sets.distances(generated, frechet)
+        figures |= {name: tally.mean(rows[side]) for name, (side, tally) in sets.tallies.items()}
+        figures |= {"SW": distances["SW"]} | ratios(distances, real)
+    return figures, distances
 
 
 def notes_of(embedded: Embedded) -> list[str]:
@@ -239,16 +247,7 @@ def bootstrap(
     for i in range(rounds):
         generator = rng_of(seed, i)
         rows = [torch.randint(count, (count,), generator=generator) for count in counts]
-        figures = {"FID": reference.distance(embedded.features[rows[0]])}
-        if sets is not None:
-            figures |= {name: tally.mean(rows[side]) for name, (side, tally) in sets.tallies.items()}
-            distances = sets.distances(rows[0], real is not None)
-            figures |= {"SW": distances["SW"]} | ratios(distances, real)
-        if embedded.logits is not None:
-            figures["IS"] = inception_score(embedded.logits[rows[0]])
-        if embedded.right is not None:
-            figures["accuracy"] = embedded.right[rows[0].numpy()].mean().item()
-        for name, value in figures.items():
+        for name, value in figures_of(embedded, reference, sets, real, real is not None, rows)[0].items():
             drawn.setdefault(name, []).append(value)
     return drawn
 

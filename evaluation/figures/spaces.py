@@ -162,17 +162,11 @@ def judge(
         row = row_of(embedded, reference, size, settings.bootstrap, ceiling and ceiling["distances"])
         rows[name] = row | {"generation": provenance}
     if ceiling is not None:
-        rows[HELD_OUT] = row_of_real(ceiling, len(embedded.features))
+        compared = ceiling["images"] == len(embedded.features)  # else its FID and IS do not compare
+        figures = {name: value for name, value in ceiling["figures"].items() if compared or name not in ("FID", "IS")}
+        rows[HELD_OUT] = ceiling | {"figures": figures | dict.fromkeys(FD_AND_SW, 1.0), "generation": None}
     source = {"features": space.name, "features_sha256": space.sha256, "fid_reference": reference.source}
     return source | ({} if images else {"missing": NO_IMAGES}) | {"rows": rows}
-
-
-def row_of_real(row: dict, count: int) -> dict:
-    """The ceiling: without FID and IS if its images are not as many as the samples, since these do not compare."""
-    figures = row["figures"] | dict.fromkeys(FD_AND_SW, 1.0)
-    if row["images"] != count:
-        figures = {name: value for name, value in figures.items() if name not in ("FID", "IS")}
-    return row | {"figures": figures, "generation": None}
 
 
 def embed_samples(path: Path, space: FeatureSpace, batch: int) -> tuple[Embedded, dict | None]:

@@ -44,16 +44,18 @@ def cell_of(row: dict, metric: str) -> str:
     cell = figure_text(metric, row["figures"][metric])
     if metric in row.get("standard_errors", {}):
         cell += f" +- {row['standard_errors'][metric]:.1g}"
+    elif metric in row.get("standard_deviations", {}):
+        cell += f" +- {figure_text(metric, row['standard_deviations'][metric])}"
     elif metric in row.get("intervals", {}):
         cell += " ({} to {})".format(*(figure_text(metric, end) for end in row["intervals"][metric]))
     return cell
 
 
 def table(rows: dict[str, dict], count: int, size: int | None = None) -> str:
-    """A Markdown table, a line per row; ``rows``: name -> {"figures", "intervals", "standard_errors"}."""
-    columns = columns_of(rows.values())
-    lines = [[name, *(cell_of(row, each) for each in columns)] for name, row in rows.items()]
-    return markdown_table(["", *heads_of(columns, count, size)], lines)
+    """A Markdown table, a line per row: figures with their spreads, and the number of seeds in rows of `means_of`."""
+    columns, seeds = columns_of(rows.values()), [each for each in ("seeds",) if each in next(iter(rows.values()))]
+    lines = [[name, *map(row.get, seeds), *(cell_of(row, each) for each in columns)] for name, row in rows.items()]
+    return markdown_table(["", *seeds, *heads_of(columns, count, size)], lines)
 
 
 # Rewards ----------------------------------------------------------------------------------------------------------
@@ -97,17 +99,19 @@ def over_seeds(rows: dict[str, dict]) -> dict[str, list[dict]]:
     return groups
 
 
-def table_over_seeds(rows: dict[str, dict], count: int, size: int | None = None) -> str:
-    """A Markdown table of means over seeds, each with the standard deviation of one seed."""
-    columns, lines = columns_of(rows.values()), []
+def means_of(rows: dict[str, dict]) -> dict[str, dict]:
+    """Rows named "NAME, seed N", by NAME: means, the standard deviations of one seed, and the number of seeds."""
+    means = {}
     for name, group in over_seeds(rows).items():
-        cells = [name, len(group)]
-        for column in columns:
-            values = [row["figures"][column] for row in group if column in row["figures"]]
-            spread = f" +- {figure_text(column, statistics.stdev(values))}" if len(values) > 1 else ""
-            cells.append(f"{figure_text(column, statistics.mean(values))}{spread}" if values else "-")
-        lines.append(cells)
-    return markdown_table(["", "seeds", *heads_of(columns, count, size)], lines)
+        columns = columns_of(group)
+        values = {each: [row["figures"][each] for row in group if each in row["figures"]] for each in columns}
+        means[name] = {
+            "figures": {metric: statistics.mean(each) for metric, each in values.items()},
+            "standard_deviations": {m: statistics.stdev(each) for m, each in values.items() if len(each) > 1},
+            "seeds": len(group),
+            "images": group[0]["images"],
+        }
+    return means
 
 
 def suffered(rows: dict[str, dict], together: bool = False, number: int = 3) -> list[str]:
@@ -142,7 +146,7 @@ def means_of_classes(group: list[dict], which: str) -> dict[int, float]:
 
 
 def warning_lines(judged: list[dict]) -> Iterator[str]:
-    """The warnings about all rows; ``judged``: a dict of "rows" for each space, as `spaces.figures_of` makes it."""
+    """The warnings about all rows; ``judged``: a dict of "rows" for each space, as `spaces.judge_all` returns it."""
     for space in judged:
         made_by = [(name, row["generation"]) for name, row in space["rows"].items()]
         yield from (f"{space['features']}: {line}" for line in rewarded_here(made_by, space["features_sha256"]))
@@ -156,10 +160,10 @@ def print_tables(judged: list[dict], means: dict[str, dict], size: int, seeds: b
     for space in judged:
         print(table(space["rows"], count, size))
         if seeds:
-            print(table_over_seeds(space["rows"], count, size))
+            print(table(means_of(space["rows"]), count, size))
         sets = space.get("missing", f"sets of {size} images")
         print(f"features: {space['features']}; FID reference: {space['fid_reference']}; {sets}")
         print("".join(f"{line}\n" for line in suffered(space["rows"], seeds)))
     if means and len(judged) > 1:
-        print(f"the mean over {len(judged)} spaces:\n{(table_over_seeds if seeds else table)(means, count)}")
+        print(f"the mean over {len(judged)} spaces:\n{table(means_of(means) if seeds else means, count)}")
         print("".join(f"{line}\n" for line in rewarded_within(means)))

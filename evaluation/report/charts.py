@@ -4,6 +4,7 @@ A run has a colour, a column of a panel a line style.
 """
 
 import io
+import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
 from evaluation.report.run_log import RunLog
 from train_cc.run.logbook import BANDS, band_columns
@@ -51,6 +51,13 @@ def panels_by_band(name: str) -> dict[str, str]:
     return {
         column: f"t from {low / 100:g} to {low / 100 + 0.25:g}"
         for low, column in zip(BANDS, band_columns(name), strict=True)
+    }
+
+
+def panels_of_classifiers(name: str, unit: str) -> dict[str, str]:
+    return {
+        f"preview_{name}_reward_*": f"rewarding {{}}: {unit}",
+        f"preview_{name}_holdout": f"held-out classifier: {unit}",
     }
 
 
@@ -102,10 +109,7 @@ CHARTS = (
     Chart(
         SIZE,
         "Gradient norms",
-        {
-            "grad_norm_generator": "generator: norm of the gradient",
-            "grad_norm_estimator": "estimator: norm of the gradient",
-        },
+        {f"grad_norm_{name}": f"{name}: norm of the gradient" for name in ("generator", "estimator")},
         "Before clipping at --max-grad-norm. Healthy: level after the start. Unhealthy: a hundred times that.",
         logarithmic=True,
     ),
@@ -161,20 +165,14 @@ CHARTS = (
     Chart(
         PREVIEWS,
         "Previews: accuracy",
-        {
-            "preview_accuracy_reward_*": "rewarding {}: accuracy, 0 to 1",
-            "preview_accuracy_holdout": "held-out classifier: accuracy, 0 to 1",
-        },
+        panels_of_classifiers("accuracy", "accuracy, 0 to 1"),
         "By the rewarding classifier, and by one that never rewards. Healthy: they go together. Unhealthy: the first "
         "rises and the second does not; the reward is being hacked.",
     ),
     Chart(
         PREVIEWS,
         "Previews: class coverage",
-        {
-            "preview_coverage_reward_*": "rewarding {}: share of classes",
-            "preview_coverage_holdout": "held-out classifier: share of classes",
-        },
+        panels_of_classifiers("coverage", "share of classes"),
         "The share of the classes asked for that are recognised at least once. Healthy: near 1. Unhealthy: it falls; "
         "a class has collapsed.",
     ),
@@ -215,18 +213,16 @@ def panels_of(chart: Chart, runs: list[RunLog]) -> list[dict[str, str]]:
 
 
 def draw_panel(axis: Axes, panel: dict[str, str], runs: list[RunLog], logarithmic: bool) -> None:
-    styles = [STYLES[i % len(STYLES)] for i in range(len(panel))]
-    for number, run in enumerate(runs):
-        for name, style in zip(panel, styles, strict=True):
-            steps, mean, low, high = thin(run.series.steps, run.series.of_column(name))
-            if not len(steps):
-                continue
+    styles = dict(zip(panel, itertools.cycle(STYLES), strict=False))
+    for (number, run), name in itertools.product(enumerate(runs), panel):
+        steps, mean, low, high = thin(run.series.steps, run.series.of_column(name))
+        if len(steps):
             options = {"color": run_colour(number), "linewidth": 1.4, "marker": "." if len(steps) < 40 else None}
-            axis.plot(steps, mean, style, **options)
+            axis.plot(steps, mean, styles[name], **options)
             axis.fill_between(steps, low, high, color=run_colour(number), alpha=0.18, linewidth=0)
     axis.set_title("\n".join(panel.values()), fontsize=10)
     if len(panel) > 1:
-        lines = [plt.Line2D([], [], color="gray", linestyle=style) for style in styles]
+        lines = [plt.Line2D([], [], color="gray", linestyle=style) for style in styles.values()]
         axis.legend(lines, [title.partition(":")[0] for title in panel.values()], fontsize=8)
     axis.set_xlabel("generator updates", fontsize=9)
     axis.tick_params(labelsize=9)
@@ -235,32 +231,28 @@ def draw_panel(axis: Axes, panel: dict[str, str], runs: list[RunLog], logarithmi
         axis.set_yscale("log")
 
 
-@plt.rc_context(PLAIN)
 def draw_panels(chart: Chart, runs: list[RunLog]) -> list[str]:
     """An SVG for each panel, for a page that is light or dark; [] if no run has any of the columns."""
-    pictures = []
-    for panel in panels_of(chart, runs):
-        figure, axis = plt.subplots(figsize=(4.0, 2.7))
-        draw_panel(axis, panel, runs, chart.logarithmic)
-        svg = svg_of(figure).replace("#000000", "currentColor").replace("fill: #ffffff", "fill: none")
-        pictures.append(svg.replace("<text style=", '<text fill="currentColor" style='))
-    return pictures
+    pictures = [draw(chart, runs, [panel], (4.0, 2.7)) for panel in panels_of(chart, runs)]
+    pictures = [svg.replace("#000000", "currentColor").replace("fill: #ffffff", "fill: none") for svg in pictures]
+    return [svg.replace("<text style=", '<text fill="currentColor" style=') for svg in pictures]
 
 
-@plt.rc_context(PLAIN)
 def draw_together(chart: Chart, runs: list[RunLog]) -> str:
     """All panels of the chart as one SVG file, with a legend of the runs, dark on white."""
     panels = panels_of(chart, runs)
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * max(2, len(panels)), 2.8), squeeze=False)
+    size = (3.6 * max(2, len(panels)), 2.8)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{draw(chart, runs, panels, size, legend=len(runs) > 1)}'
+
+
+@plt.rc_context(PLAIN)
+def draw(chart: Chart, runs: list[RunLog], panels: list[dict], size: tuple[float, float], legend: bool = False) -> str:
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         draw_panel(axis, panel, runs, chart.logarithmic)
-    if len(runs) > 1:
+    if legend:
         lines = [plt.Line2D([], [], color=run_colour(number)) for number in range(len(runs))]
         axes[0][0].legend(lines, [run.name for run in runs], fontsize=8)
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{svg_of(figure)}'
-
-
-def svg_of(figure: Figure) -> str:
     figure.tight_layout()
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -19,8 +19,8 @@ from train_cc.io.class_names import class_names, dataset_of
 from train_cc.io.errors import InputError
 from train_cc.io.fields import flag_of, marked
 from train_cc.io.figures import columns_of, with_arrow
-from train_cc.io.products import apart, check_output_file, check_parent, write_atomically
-from train_cc.io.read import first_line, parsing, printable, read_json
+from train_cc.io.products import apart, check_output_file, write_atomically
+from train_cc.io.read import parsing, printable, read_json
 from train_cc.run.pictures import GAP
 from train_cc.setup.arguments import GROUPS
 
@@ -46,12 +46,11 @@ def facts_of(run: RunLog) -> dict[str, str]:
     seconds = seconds[np.isfinite(seconds)]
     machine = next((match for _, line in run.lines if (match := MACHINE.search(line))), None)
     took = f"{timedelta(seconds=round(float(seconds.sum())))}" if len(seconds) and seconds.sum() < 1e9 else "?"
-    versions = run.record.get("versions")
-    versions = versions if isinstance(versions, dict) else {}
+    versions = run.recorded("versions")
     versions = [f"{name} {argument_text(versions[name])}" for name in ("python", "torch") if name in versions]
     return {
         "stage": argument_text(run.record.get("stage", "?")),
-        "began": f"{run.lines[0][0]:%Y-%m-%d %H:%M}" if run.lines else "?",
+        "began": run.lines[0][0] if run.lines else "?",
         "training took": took + (f" ({np.median(seconds):.3g} s an update)" if len(seconds) else ""),
         "device": f"{machine[1]} x {machine[2]}{machine[3]}, precision {machine[4]}" if machine else "?",
         "updates in the log": f"{run.updates:,}",
@@ -120,8 +119,7 @@ def whole_picture(path: Path, caption: str) -> dict[str, str]:
     try:
         return embedded(caption, read_picture(path))
     except (InputError, OSError) as error:
-        problem = str(error) if isinstance(error, InputError) else f"{path}: {first_line(error)}"
-        return {"caption": caption, "problem": printable(problem)}
+        return {"caption": caption, "problem": printable(str(error))}
 
 
 def pictures_beside(runs: list[RunLog]) -> list[dict[str, str]]:
@@ -207,7 +205,6 @@ def write_report(folders: list[Path], output: Path | None, curves: Path | None, 
     check_output_file(target, overwrite or output is None)
     if curves is not None:
         apart((("--output", target), ("--curves", curves)))
-        check_parent(curves / "x.svg")
         for chart in CHARTS:
             check_output_file(curve_path(curves, chart), overwrite, "--curves:")
     runs = read_runs(folders)

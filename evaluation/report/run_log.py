@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +9,13 @@ import numpy as np
 from evaluation.figures.tables import HELD_OUT
 from train_cc.io.errors import InputError
 from train_cc.io.figures import read_figures
-from train_cc.io.read import printable, read_json, require_folder, sha256
+from train_cc.io.read import printable, read_json, sha256
 from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.run.folder import CHECKPOINT_STEP, exported_step
-from train_cc.run.logbook import parse_json_lines
+from train_cc.run.logbook import read_json_lines
 
 LARGEST = 1e100  # what a log can say of a loss, and an axis can show
-LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)")
+LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d):\d\d (.*)")
 
 
 def finite_or_nan(value: object) -> float:
@@ -39,10 +38,9 @@ class Series:
         """
         by_step: dict[int, dict[str, list[float]]] = {}
         for turn in turns:
-            figures = by_step.setdefault(turn["step"], {})
             for name in ("loss_fake", "grad_norm_estimator", "update_ratio_estimator"):
                 if np.isfinite(value := finite_or_nan(turn.get(name))):
-                    figures.setdefault(name, []).append(value)
+                    by_step.setdefault(turn["step"], {}).setdefault(name, []).append(value)
         merged = [
             row | {name: sum(values) / len(values) for name, values in by_step.get(row["step"], {}).items()}
             for row in rows
@@ -77,11 +75,16 @@ class RunLog:
     problems: list[str] = field(default_factory=list)
     generator_sha256: str = ""  # of generator/, if it exists
     exported: int | None = None  # the step of generator/, if recorded
-    lines: list[tuple[datetime, str]] = field(default_factory=list)  # of log.txt
+    lines: list[tuple[str, str]] = field(default_factory=list)  # of log.txt: the minute and the text
+
+    def recorded(self, name: str) -> dict:
+        """A part of args.json, or {} if it has none."""
+        part = self.record.get(name)
+        return part if isinstance(part, dict) else {}
 
     @property
     def arguments(self) -> dict:
-        return self.record.get("arguments", {})
+        return self.recorded("arguments")
 
     @property
     def updates(self) -> int:
@@ -113,11 +116,7 @@ class FigureTable:
 
 
 def is_step(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
-
-
-def read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return type(value) is int and 0 <= value < 2**53
 
 
 def read_rows(path: Path, problems: list[str]) -> list[dict]:
@@ -125,8 +124,8 @@ def read_rows(path: Path, problems: list[str]) -> list[dict]:
     if not path.is_file():
         problems.append(f"{path.name} is missing")
         return []
-    lines, torn = parse_json_lines(read_text(path))
-    rows = [row for row in lines if isinstance(row, dict) and is_step(row.get("step"))]
+    lines, torn = read_json_lines(path)
+    rows = [row for row in lines if is_step(row["step"])]
     if torn := torn + len(lines) - len(rows):
         problems.append(f"{path.name}: {torn} line(s) cannot be read and are left out")
     if not rows:
@@ -150,24 +149,14 @@ def read_record(folder: Path, problems: list[str]) -> dict:
     return record
 
 
-def read_log(path: Path) -> list[tuple[datetime, str]]:
-    """The dated lines of log.txt; [] if there is none."""
-    rows = []
-    for match in filter(None, map(LOG_LINE.match, read_text(path).splitlines())):
-        try:
-            rows.append((datetime.fromisoformat(match[1]), printable(match[2])))
-        except ValueError:
-            continue
-    return rows
-
-
 def read_run(folder: Path) -> RunLog:
-    require_folder(folder, "a run's --output-dir")
     run = RunLog(printable(folder.resolve().name), folder)
     run.record = read_record(folder, run.problems)
     rows, turns = (read_rows(folder / "loss_logs" / f"loss_{name}_log.jsonl", run.problems) for name in ("gen", "gui"))
     run.series = Series.of(rows, turns)
-    run.lines = read_log(folder / "log.txt")
+    if (folder / "log.txt").is_file():
+        lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        run.lines = [(match[1], printable(match[2])) for match in map(LOG_LINE.match, lines) if match]
     for path in (folder / "samples").glob("step-*/grid.png"):
         number = re.fullmatch(CHECKPOINT_STEP, path.parent.name)
         if number and path.is_file():

@@ -7,6 +7,7 @@ A rule maps a log to warnings. The thresholds are far from the values of healthy
 by runs made to fail (docs/results.md). Remedies: docs/troubleshooting.md.
 """
 
+import itertools
 import re
 from dataclasses import dataclass, field
 
@@ -80,14 +81,11 @@ def reward_too_strong(series: Series) -> list[str]:
 
 
 def gradients_oppose(series: Series) -> list[str]:
-    cosines = {
-        name: series.part(column, 0.1, 1) for name, column in rewards_in(series, "grad_cosine_reward_{}_x0").items()
-    }
     return [
         f"the gradients of the reward {name} and of matching at x0 point against each other (cosine {cosine:.2f}): "
         "lower its weight"
-        for name, cosine in cosines.items()
-        if cosine < -0.3
+        for name, column in rewards_in(series, "grad_cosine_reward_{}_x0").items()
+        if (cosine := series.part(column, 0.1, 1)) < -0.3
     ]
 
 
@@ -110,23 +108,16 @@ def reward_is_hacked(series: Series) -> list[str]:
 
 def class_collapsed(series: Series) -> list[str]:
     names = ("holdout", *(f"reward_{name}" for name in rewards_in(series, "preview_coverage_reward_{}")))
-    coverage = {name: series.part(f"preview_coverage_{name}", 0.75, 1) for name in names}
     return [
         f"{1 - last:.0%} of the previews' classes are no longer recognised once by the {name} classifier: "
         "a class has collapsed"
-        for name, last in coverage.items()
-        if last < 0.85
+        for name in names
+        if (last := series.part(f"preview_coverage_{name}", 0.75, 1)) < 0.85
     ][:1]
 
 
-RULES = (
-    estimator_falls_behind,
-    generator_too_fast,
-    reward_too_strong,
-    gradients_oppose,
-    reward_is_hacked,
-    class_collapsed,
-)
+RULES = (estimator_falls_behind, generator_too_fast, reward_too_strong)
+RULES += (gradients_oppose, reward_is_hacked, class_collapsed)
 
 
 def warnings_of(series: Series) -> list[str]:
@@ -139,17 +130,11 @@ def collapsed_recall(rows: dict[str, dict]) -> list[str]:
     return [
         f"{name}: recall {figures['Recall']:.2f} is less than half of {before['Recall']:.2f} ({base}), "
         "while precision rose: diversity has collapsed; lower --reward-weight or the guidance scale"
-        for name, figures in rows.items()
-        for base, before in rows.items()
-        if is_base(base, name)
-        and {"Precision", "Recall"} <= figures.keys() & before.keys()
-        and figures["Precision"] > before["Precision"]
-        and figures["Recall"] < 0.5 * before["Recall"]
+        for (name, figures), (base, before) in itertools.product(rows.items(), repeat=2)
+        if (base.startswith(("control", "cold start")) and name.startswith("DMDR")) or name == f"{base} + RL"
+        if {"Precision", "Recall"} <= figures.keys() & before.keys()
+        if figures["Precision"] > before["Precision"] and figures["Recall"] < 0.5 * before["Recall"]
     ]
-
-
-def is_base(base: str, name: str) -> bool:
-    return (base.startswith(("control", "cold start")) and name.startswith("DMDR")) or name == f"{base} + RL"
 
 
 # The verdict ------------------------------------------------------------------------------------------------------
@@ -235,8 +220,7 @@ def say_figures(words: OfRun, run: RunLog, runs: list[RunLog], table: FigureTabl
     space = table.space.rpartition("/")[2] or "space not recorded"
     figures, where = table.rows[name], f" ({table.count:,} images, {space})"
     text = ", ".join(f"{metric} {value:.3g}" for metric, value in figures.items()) + where
-    hashes = run.record.get("sha256")
-    teacher = row_made_by(hashes.get("teacher", ""), table, multi_step=True) if isinstance(hashes, dict) else ""
+    teacher = row_made_by(run.recorded("sha256").get("teacher", ""), table, multi_step=True)
     base, base_words = base_of(run, runs, table)
     if base:
         against_control(words, figures, table.rows[base], base_words, where)
@@ -300,7 +284,7 @@ def against_control(words: OfRun, figures: dict, base: dict, base_words: str, wh
     precision, recall = (figures[name] - base[name] for name in ("Precision", "Recall"))
     values = f"precision {figures['Precision']:.3f} against {base['Precision']:.3f}, recall {figures['Recall']:.3f} "
     values += f"against {base['Recall']:.3f}, FID {figures['FID']:.2f} against {base['FID']:.2f}"
-    state = "good"
+    state = "partly" if precision < NOISE and min(precision, recall) <= -NOISE else "good"
     if abs(precision) < NOISE and abs(recall) < NOISE:
         effect = "The reward moved neither precision nor recall by more than another seed would"
     elif precision >= NOISE and recall <= -NOISE:
@@ -308,12 +292,9 @@ def against_control(words: OfRun, figures: dict, base: dict, base_words: str, wh
     elif precision >= NOISE:
         effect = f"The reward raises precision by {precision:.2f}; recall moved by {recall:+.2f}"
     elif recall <= -NOISE:
-        effect, state = (
-            f"The reward cost {-recall:.2f} of recall, and precision moved by {precision:+.2f} alone",
-            "partly",
-        )
+        effect = f"The reward cost {-recall:.2f} of recall, and precision moved by {precision:+.2f} alone"
     elif precision <= -NOISE:
-        effect, state = f"The reward cost {-precision:.2f} of precision, and recall moved by {recall:+.2f}", "partly"
+        effect = f"The reward cost {-precision:.2f} of precision, and recall moved by {recall:+.2f}"
     else:
         effect = f"The reward moved precision by {precision:+.2f} and recall by {recall:+.2f}"
     words.say(f"{effect}, against {base_words}: {values}{where}.", state)

@@ -1,28 +1,12 @@
-"""Rows over seeds: means and spreads, differences from controls, and rows beyond the published ones."""
+"""Means over seeds: differences from controls, and rows beyond the published ones."""
 
 import math
-import statistics
 
-from evaluation.figures.tables import figure_text, over_seeds
-from train_cc.io.figures import METRICS, markdown_table
+from evaluation.figures.tables import figure_text
+from train_cc.io.figures import markdown_table
 
 COMPARED = ("FID", "Recall", "Precision", "FDr", "SWr")
 LARGE = 3.0  # standard errors that a difference must have to count
-
-
-def means_of(rows: dict[str, dict]) -> dict[str, dict]:
-    """Rows named "NAME, seed N", by NAME: means, the standard deviations of one seed, and the number of seeds."""
-    means = {}
-    for name, group in over_seeds(rows).items():
-        values = {metric: [row["figures"][metric] for row in group if metric in row["figures"]] for metric in METRICS}
-        values = {metric: each for metric, each in values.items() if each}
-        means[name] = {
-            "figures": {metric: statistics.mean(each) for metric, each in values.items()},
-            "standard_deviations": {m: statistics.stdev(each) for m, each in values.items() if len(each) > 1},
-            "seeds": len(group),
-            "images": group[0]["images"],
-        }
-    return means
 
 
 def difference(row: dict, other: dict, metric: str) -> tuple[float, float | None]:

@@ -2,8 +2,8 @@
 
 import argparse
 import functools
-import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from evaluation import evaluate, generate
+from evaluation.samples.files import content_sha256
 from evaluation.study.rows import JUDGING, SAMPLING, Row, Table
 from scripts.jobs import ROOT, Command, Job, finished
 from scripts.processes import make_plan
 from train_cc.io.errors import InputError
 from train_cc.io.fields import flag_of, marked
 from train_cc.io.products import write_atomically
-from train_cc.io.read import read_json, require_plain, sha256
+from train_cc.io.read import read_json, sha256
 from train_cc.settings import Output
 
 LAUNCHERS = {"cold_start": "scripts/cold_start_{}.sh", "dmdr": "scripts/dmdr_{}_refl.sh"}
@@ -50,10 +51,10 @@ class Frontier:
         for row in self.table.rows:
             for seed in self.table.seeds:
                 needs = [self.table.row(row.cold_start).named(seed)] if row.cold_start else []
-                log = self.folder / "logs" / f"seed-{seed}" / f"{row.folder}.txt"
+                log = self.place("logs", row, seed, ".txt")
                 jobs.append(Job(row.named(seed), self.make(row, seed), log, needs))
         for row in self.table.rows:
-            log = self.folder / "logs" / "figures" / f"{row.folder}.txt"
+            log = self.place("logs/figures", row, suffix=".txt")
             needs = [row.named(seed) for seed in self.table.seeds]
             jobs.append(Job(f"figures of {row.name}", self.evaluate(row), log, needs))
         return jobs
@@ -105,10 +106,9 @@ class Frontier:
 
     def check(self) -> Iterator[Command]:
         """Spaces and reference are what evaluation can use, before anything is trained for it."""
-        judging, places = self.judging.items(), [self.place("rows", row) for row in self.table.rows]
-        if not all(
-            (at / "figures.json").exists() and judging <= recorded_in(self.note_of(at)).items() for at in places
-        ):
+        places = [self.place("rows", row) for row in self.table.rows]
+        judged = [recorded_in(self.note_of(at)) if (at / "figures.json").exists() else {} for at in places]
+        if not all(self.judging.items() <= settings.items() for settings in judged):
             yield self.judge([Path("none.npz")], "--check")
 
     def evaluate(self, row: Row) -> Iterator[Command]:
@@ -140,9 +140,9 @@ class Frontier:
             ]
             if not differing:
                 return True
-            aside = self.folder / "stale" / f"{note.stem}-"
+            names = (self.folder / "stale" / f"{note.stem}-{number}" for number in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
             aside.parent.mkdir(exist_ok=True)
-            aside = next(path for k in range(1, 10**6) if not (path := Path(f"{aside}{k}")).exists())
             os.replace(product, aside)
             print(f"stale: {product} was made with {'; '.join(differing[:6])}; now in stale/{aside.name}", flush=True)
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -153,11 +153,10 @@ class Frontier:
 def recorded_in(note: Path) -> dict[str, str]:
     """The settings in a note; {} if it is damaged."""
     try:
-        content = read_json(note, "the settings of a product")
-        require_plain(content, note)
+        settings = read_json(note, "the settings of a product").get("settings")
     except InputError:
         return {}
-    return content["settings"] if isinstance(content.get("settings"), dict) else {}
+    return {name: str(value) for name, value in settings.items()} if isinstance(settings, dict) else {}
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, str]:
@@ -183,11 +182,3 @@ def words_in(value: object) -> Iterator[str]:
         yield "".join(os.path.realpath(part) if part.strip(":.") and os.path.exists(part) else part for part in parts)
     elif value is not None:
         yield str(value)
-
-
-def content_sha256(path: Path) -> str:
-    """The hash of a file, or of the names and contents of a model folder's files."""
-    if not path.is_dir():
-        return sha256(path)
-    lines = "".join(f"{file.name} {sha256(file)}\n" for file in sorted(path.iterdir()) if file.is_file())
-    return hashlib.sha256(lines.encode()).hexdigest()

@@ -20,7 +20,7 @@ from evaluation.figures.tables import HELD_OUT
 from scripts.jobs import tomllib, words_of
 from train_cc.io import fields
 from train_cc.io.errors import InputError
-from train_cc.io.fields import require_keys
+from train_cc.io.fields import check_numbers, require_keys
 from train_cc.io.read import parsing, printable, require_file
 from train_cc.setup.arguments import build_parser
 
@@ -87,11 +87,15 @@ def read_table(path: Path) -> Table:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     require_keys(content, NEEDED, OPTIONAL, path)
     words = {name: words_of(content.get(name, ""), f"{path}: {name}") for name in ("generate", "evaluate", "train")}
-    seeds = [value_of(fields.SEED, seed, f"{path}: seeds") for seed in part(content, "seeds", list, path)]
+    check_numbers(content, {"base_steps": fields.COUNT, "extra_steps": fields.COUNT}, path)
+    seeds = part(content, "seeds", list, path)
+    for seed in seeds:
+        check_numbers({"seeds": seed}, {"seeds": fields.SEED}, path)
     table = Table(
         read_rows(content, words["train"], words["generate"], path),
         list(dict.fromkeys(seeds)),
-        *(value_of(fields.COUNT, content[name], f"{path}: {name}") for name in ("base_steps", "extra_steps")),
+        content["base_steps"],
+        content["extra_steps"],
         Path(" ".join(words_of(content["reference"], f"{path}: reference"))),
         words["generate"],
         words["evaluate"],
@@ -147,13 +151,6 @@ def part(content: dict, key: str, kind: type, path: Path) -> dict | list:
     if not isinstance(value, kind):
         raise InputError(f"{path}: {key} is {str(value)[:80]!r}; a {kind.__name__} is expected")
     return value
-
-
-def value_of(kind, value: object, where: str) -> int:
-    try:
-        return kind(str(value))
-    except argparse.ArgumentTypeError as error:
-        raise InputError(f"{where} {error}") from None
 
 
 def check_flags(row: Row, where: str) -> set[int]:
