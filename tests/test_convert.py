@@ -373,7 +373,7 @@ def test_what_is_there_is_not_written_for(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
-    def full(*args):
+    def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", full)
