@@ -129,7 +129,9 @@ def start(job: Job, environment: Mapping[str, str], beside: bool) -> None:
 
     Beside another job its waiting threads sleep at once (train_cc/io/threads.py); all jobs keep all threads.
     """
-    variables = ({"GOMP_SPINCOUNT": "0"} if beside else {}) | dict(environment) | job.command.variables
+    # Unbuffered: an error is the last line of its log.
+    variables = {"PYTHONUNBUFFERED": "1"} | ({"GOMP_SPINCOUNT": "0"} if beside else {})
+    variables |= dict(environment) | job.command.variables
     if job.log is not None:
         job.log.parent.mkdir(parents=True, exist_ok=True)
     log = job.log.open("ab" if job.process else "wb") if job.log else contextlib.nullcontext()
