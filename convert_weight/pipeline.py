@@ -123,7 +123,7 @@ class DMDRPipeline(DiffusionPipeline):
         return x0
 
     def _decode(self, x0: torch.Tensor) -> torch.Tensor:
-        """-> images in [0, 1], (B, C, H, W). Raises `ValueError` where they are not finite."""
+        """Return images in [0, 1], (B, C, H, W). Raises `ValueError` if they are not finite."""
         if self.vae is not None:
             x0 = self._decode_latents(self._unscaled(x0))
         if not torch.isfinite(x0).all():

@@ -75,7 +75,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class PeakMemory:
-    """Of this process (CPU: resident memory, libraries included) or of its GPU (allocated), in bytes."""
+    """Bytes of this process (CPU: resident memory, libraries included) or of its GPU (allocated)."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"

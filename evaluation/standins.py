@@ -42,7 +42,7 @@ def write_dinov2(
     classes: int = 1000,
     seed: int = 0,
 ) -> tuple[Path, Path]:
-    """-> (backbone file, head file). ``layers``: 4 or 1, which of the two linear heads."""
+    """Return (backbone file, head file). ``layers``: 4 or 1, for one of the two linear heads."""
     folder.mkdir(parents=True, exist_ok=True)
     backbone, head = folder / "pretrain.pth", folder / f"linear{layers}_head.pth"
     torch.save(random_state(dinov2_shapes(width, depth, registers), seed, spread=0.2), backbone)

@@ -222,7 +222,7 @@ def read_jobs(file: Path, names: list[str]) -> list[Job]:
 
 
 def commands_of(commands: list[Command], always: bool) -> Iterator[Command]:
-    """What is left to run: launchers one by one, or all modules in one process."""
+    """Yield the commands that are left: launchers one by one, or all modules in one process."""
     left = [command for command in commands if always or not finished(product_of(command))]
     if left and left[0].words[0] != "bash":
         modules = [word for command in left for word in (",", *command.words)]

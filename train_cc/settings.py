@@ -14,7 +14,7 @@ DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run starts from, where and when it writes."""
+    """Start, output folder, and the times at which a run writes."""
 
     output_dir: Path = setting(help="the run's folder", start=True)
     overwrite: bool = setting(False, "delete an earlier run in --output-dir", start=True)
@@ -68,7 +68,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Method:
-    """What is computed (docs/method.md)."""
+    """Numbers of the method (docs/method.md)."""
 
     num_steps: int = setting(1, "steps K of the generator", high=1000, recipe=True)
     timestep_shift: float = setting(1.0, "shift s of the generator's time grid", low=1e-3, high=1e3, recipe=True)

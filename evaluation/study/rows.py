@@ -165,7 +165,7 @@ def check_flags(row: Row, where: str) -> set[int]:
 
 
 def check_more_flags(table: Table, training: list[str], judging: list[str]) -> None:
-    """What a command line adds to every training and every evaluation. Raises `InputError`."""
+    """Check the flags that a command line adds to every training and evaluation. Raises `InputError`."""
     parse(build_parser(""), TRAINING, training, "--train-flags")
     parse(evaluate.build_parser(), JUDGING + table.evaluate, judging, "--evaluate-flags")
 

@@ -90,7 +90,7 @@ class Run:
 
     @property
     def memories(self) -> dict[str, Frechet]:
-        """Of the rewards of a distribution, by name."""
+        """Statistics of the rewards on a distribution, by the rewards' names."""
         return {reward.name: reward.memory for reward in self.rewards if reward.memory is not None}
 
     @property

@@ -159,7 +159,7 @@ def weights_kind(checkpoint: Checkpoint, weights: str) -> str:
 
 
 def generator_state(checkpoint: Checkpoint, weights: str) -> dict[str, Tensor]:
-    """What was trained of the generator; ``weights``: "ema", "raw", or "auto" (EMA where there is one)."""
+    """Trained weights of the generator; ``weights``: "ema", "raw", or "auto" (EMA if there is one)."""
     state = checkpoint.read("accelerator_1/generator.safetensors")
     if weights_kind(checkpoint, weights) == "ema":
         average = checkpoint.read(AVERAGE)

@@ -142,7 +142,7 @@ def output_file(text: str) -> Path:
 
 
 class Arguments(argparse.Namespace):
-    """What a command line asks for. It does not change; `replaced` makes another."""
+    """Parsed flags, which do not change; `replaced` makes others."""
 
     def __init__(self, **values: Any):
         self.__dict__.update(values)

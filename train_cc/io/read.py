@@ -1,4 +1,4 @@
-"""Where reading ends and using begins: a file from outside is parsed and checked here, and not again.
+"""Readers of files from outside: a file is parsed and checked here, and not again.
 
 No pickle runs code: torch files are read with ``weights_only=True``, .npz with ``allow_pickle=False``.
 """

@@ -241,7 +241,7 @@ def parameters_of(run: Run) -> dict[str, tuple[int, int]]:
 
 
 def things_of(run: Run) -> dict[str, list]:
-    """What is on the device between two cycles, by its line of the plan."""
+    """Weights and states on the device between two cycles, by their lines of the plan."""
     things: dict[str, list] = {}
     for name, learner in run.learners.items():
         trained = f" {learner.plain.trained}" if hasattr(learner.plain, "trained") else ""
@@ -320,7 +320,7 @@ def decoded(decode: Callable[[Tensor], Tensor], x0: Tensor, at_once: int) -> Ten
 
 @torch.no_grad()
 def plan_previews(run: Run) -> None:
-    """What `panel.preview` computes; the teacher's row takes its memory at every step, so that one is enough."""
+    """Compute `panel.preview`; one step of the teacher's row takes as much memory as all of them."""
     noise, y, draws = preview_inputs(run)
     with averaged(run), run.session.generator_accelerator.autocast():
         x0 = few_step_sample(run.generator, noise, y, run.method.num_steps, run.method.timestep_shift, draws.noise_like)

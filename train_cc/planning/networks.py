@@ -91,7 +91,7 @@ class NetworksToCome(Networks):
         return self.faked(judge.requires_grad_(False).eval())
 
     def dinov2(self, backbone: str, head: str) -> DINOv2Classifier:
-        """Of files that are not here yet: the size that the name says, ViT-L where it says none."""
+        """The files' network; if they are missing, one of the size in their name, or ViT-L."""
         if all([official_file(source, download_it=False) for source in (backbone, head)]):
             return self.faked(super().dinov2(backbone, head))
         width, depth = next((size for name, size in DINOV2_SIZES.items() if name in str(backbone)), (1024, 24))

@@ -1,4 +1,4 @@
-"""What a command would do and need: arguments, images, checkpoints, memory, FLOP, hours (`--dry-run`).
+"""The plan of a command (`--dry-run`): arguments, images, checkpoints, memory, FLOP, hours.
 
 Inputs are checked as a run checks them, the teacher's weights by their header alone. The rest is computed
 (`train_cc.planning.memory`).

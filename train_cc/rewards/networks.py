@@ -1,4 +1,4 @@
-"""Where the networks of a run come from: files, and the hub."""
+"""Networks of a run, read from files and from the hub."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -89,7 +89,7 @@ class Checkpoint:
         return self.units["format_version"] > 1
 
     def file(self, name: str) -> Path:
-        """Where "accelerator_1/optimizer.pt" and the like lie."""
+        """The path of a file such as "accelerator_1/optimizer.pt"."""
         accelerator, file = name.split("/")
         return self.path.parent.parent / accelerator / f"step-{self.step}" / file
 
@@ -107,7 +107,7 @@ class Checkpoint:
         return name in self.units["files"] or ("/" not in name and name in self.units)
 
     def complete(self) -> bool:
-        """Whether all files are where this process looks for them, by their sizes."""
+        """True if this process sees all files, with their sizes."""
         files = ((self.file(name), entry["size"]) for name, entry in self.units["files"].items())
         return all(path.is_file() and path.stat().st_size == size for path, size in files)
 
@@ -161,13 +161,13 @@ def complete_steps(root: Path) -> list[int]:
 
 
 def kept(root: Path) -> str:
-    """What an error says of the checkpoints that there are."""
+    """Words of an error for the checkpoints that there are."""
     steps = complete_steps(root)
     return f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
 
 
 def newest_intact(root: Path) -> tuple[Checkpoint | None, dict[int, str]]:
-    """-> the newest checkpoint of ``root`` that is whole, and for each newer step what is wrong with it.
+    """Return the newest whole checkpoint of ``root``, and by newer step its damage.
 
     Raises `InputError` where there are checkpoints and none is whole, or newer code than this wrote one.
     """
@@ -220,7 +220,7 @@ def write_checkpoint(root: Path, step: int, parts: dict[str, dict], units: dict)
 
 
 def nbytes(content: dict) -> int:
-    """Of all tensors in a nested dict."""
+    """Bytes of all tensors in a nested dict."""
     values = [nbytes(value) if isinstance(value, dict) else getattr(value, "nbytes", 0) for value in content.values()]
     return sum(values)
 
@@ -249,7 +249,7 @@ def set_aside(root: Path, step: int) -> None:
 
 
 def delete_leftovers(root: Path) -> None:
-    """What a kill left in ``root``: temporary files, and files of steps without a torch_units file."""
+    """Delete what a kill left in ``root``: temporary files, and files of steps without a torch_units file."""
     units = root / "torch_units"
     for step in steps_in(units, ".pt.tmp"):
         (units / f"step-{step}.pt.tmp").unlink()

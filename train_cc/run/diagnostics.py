@@ -1,4 +1,4 @@
-"""What the figures of an update are made of: bands of t, gradients at x0, sizes of updates. Pure tensors, no sync."""
+"""Figures of an update: bands of t, gradients at x0, sizes of updates. Pure tensors, no sync."""
 
 from collections.abc import Iterable
 
@@ -43,7 +43,7 @@ def first_overflow(**stages: Tensor) -> dict[str, Tensor]:
 
 
 def gathered(figure: Tensor) -> Tensor:
-    """What sharded tensors add up to, as a plain tensor; any other is as it is."""
+    """The whole of a sharded figure as a plain tensor; any other is returned as it is."""
     return figure.full_tensor() if isinstance(figure, DTensor) else figure
 
 

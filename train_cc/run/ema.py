@@ -15,7 +15,7 @@ def decay_at(n: int, decay: float) -> float:
 
 
 def warmed_up_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
-    """-> ``average(averaged, current, n)``: the n-th update of ``averaged``, in place, as `AveragedModel` calls it."""
+    """Return ``average(averaged, current, n)``, the n-th update of ``averaged`` in place, for `AveragedModel`."""
 
     def average(averaged: list[Tensor], current: list[Tensor], n: Tensor | int) -> None:
         get_ema_multi_avg_fn(decay_at(int(n), decay))(averaged, current, n)
@@ -25,7 +25,7 @@ def warmed_up_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Ten
 
 @dataclass
 class Average:
-    """Of named weights. ``updates`` is n, part of a checkpoint."""
+    """The average of named weights. ``updates`` is n, part of a checkpoint."""
 
     decay: float
     values: dict[str, Tensor]

@@ -46,12 +46,12 @@ FOLDERS = ("checkpoints", "generator", "loss_logs", "samples", "dmdr")
 
 
 def is_run(folder: Path) -> bool:
-    """Whether ``folder`` holds a training run of ours: its record says so."""
+    """True if the record of ``folder`` is a training run's."""
     return record_of(folder).get("stage") in STAGES
 
 
 def is_unused(folder: Path) -> bool:
-    """Whether nothing but a killed start's lock and empty folders for a run to fill are there, links to them too."""
+    """True if ``folder`` has at most a killed start's lock and empty folders, or links to them, for a run to fill."""
     if not folder.exists():
         return True
     others = [path for path in folder.iterdir() if not LEFTOVER.fullmatch(path.name)]

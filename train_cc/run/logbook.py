@@ -1,4 +1,4 @@
-"""What a run writes down: its arguments, its log, and one JSON object a line of losses."""
+"""Logs of a run: readable lines, and one JSON object of losses per line."""
 
 import json
 import logging
@@ -66,7 +66,7 @@ class JsonLines:
         self._file = path.open("a")
 
     def write(self, rows: Iterable[dict]) -> None:
-        """What is not finite, such as a gradient's norm that overflowed in fp16, is null: JSON has no such number."""
+        """Write ``rows``; a number that is not finite, such as a norm that overflowed in fp16, becomes null."""
         lines = ({name: None if number_lost(value) else value for name, value in row.items()} for row in rows)
         self._file.write("".join(json.dumps(line) + "\n" for line in lines))
         self._file.flush()
@@ -77,14 +77,14 @@ def number_lost(value: object) -> bool:
 
 
 def read_json_lines(path: Path) -> tuple[list[dict], int]:
-    """-> the rows of ``path``, objects with a whole number ``step``, and how many of its lines are no such rows."""
+    """Return the rows of ``path``, objects with a whole number ``step``, and the number of its other lines."""
     found, torn = parse_json_lines(path.read_text(encoding="utf-8", errors="replace"))
     rows = [row for row in found if isinstance(row, dict) and type(row.get("step")) is int]
     return rows, torn + len(found) - len(rows)
 
 
 def parse_json_lines(text: str) -> tuple[list, int]:
-    """-> what the whole lines hold, and how many lines are torn."""
+    """Return the content of the whole lines, and the number of torn ones."""
     rows, torn = [], 0
     for line in text.splitlines():
         try:

@@ -69,7 +69,7 @@ class Session:
 
     @property
     def mesh_shape(self) -> tuple[int, ...]:
-        """Of the processes where networks are sharded: (replicas, shards of each), or (shards,).
+        """Processes of sharded networks: (replicas, shards of each), or (shards,).
 
         A copy a node, so that weights are gathered over its own links and gradients alone travel between nodes. With
         one process a node, one copy over all.
@@ -92,7 +92,7 @@ class Session:
         return self.generator_accelerator.gather(values)
 
     def agree(self, number: int) -> bool:
-        """Whether all processes hold the same ``number``."""
+        """True if all processes have the same ``number``."""
         return len(set(self.generator_accelerator.gather(torch.tensor([number], device=self.device)).tolist())) == 1
 
     def place(self, accelerator: Accelerator, network: nn.Module) -> nn.Module:
@@ -138,7 +138,7 @@ def resolve_precision(wanted: str) -> str:
 
 
 def agreed_precision(configured: str, wanted: str) -> str:
-    """Of the accelerate config and the flag, "no" and "auto" where they leave it to the other. Raises `InputError`."""
+    """The precision: config "no" and flag "auto" defer to the other. Raises `InputError`."""
     if configured not in (*COMPUTE_DTYPES, "no"):
         raise InputError(f"ACCELERATE_MIXED_PRECISION is {configured}; allowed: {', '.join(COMPUTE_DTYPES)}")
     precision = configured if wanted == "auto" and configured != "no" else resolve_precision(wanted)
@@ -151,7 +151,7 @@ def agreed_precision(configured: str, wanted: str) -> str:
 
 
 def sharding_asked() -> bool:
-    """Whether the accelerate config is one for FSDP."""
+    """True if the accelerate config is one for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 

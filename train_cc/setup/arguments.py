@@ -72,6 +72,6 @@ def validate(args: argparse.Namespace) -> tuple[Arguments, list[str]]:
 
 
 def installed(library: str) -> bool:
-    """Whether ``library`` can be imported. A mere folder of its name is none: wandb writes one where it is run."""
+    """True if ``library`` can be imported. A folder of its name does not count: wandb writes one."""
     spec = importlib.util.find_spec(library)
     return spec is not None and spec.origin is not None

@@ -72,7 +72,7 @@ def refuse_distilled(args: argparse.Namespace) -> None:
 
 
 def load_teacher(args: argparse.Namespace, networks: Networks) -> tuple[SiT, dict, int]:
-    """-> the teacher, its config, and the channels of an image; the other flags fit them. Raises `InputError`."""
+    """Return the teacher, its config, and the channels of an image. Raises `InputError` if other flags do not fit."""
     if not args.teacher_is_distilled:
         refuse_distilled(args)
     teacher = networks.sit(args.teacher)

@@ -1,4 +1,4 @@
-"""Where a run starts from, found under its lock: a checkpoint of its own folder, one of another, or nothing."""
+"""The start of a run, found under its lock: a checkpoint of its own folder, one of another, or nothing."""
 
 import argparse
 import json
@@ -60,7 +60,7 @@ def check_own(args: argparse.Namespace) -> None:
 
 
 def find_start(stage: str, args: argparse.Namespace, space: int) -> Start:
-    """What the run starts from; to be called with the lock held.
+    """The start of the run; call it with the lock held.
 
     Raises `InputError` for an output folder that holds something which this run would neither continue nor replace,
     a checkpoint that is not whole, or a disk with less than ``space`` bytes. Changes nothing.
@@ -101,7 +101,7 @@ def _search(args: argparse.Namespace) -> Start:
 
 
 def died_early(folder: Path) -> bool:
-    """Whether a run was killed here before its first checkpoint: nothing to resume, and the same command starts again.
+    """True if a run was killed here before its first checkpoint: the same command starts again.
 
     Not where the log or an exported generator tells of checkpoints that are gone: they were moved.
     """
@@ -137,7 +137,7 @@ def what_is_left(args: argparse.Namespace, start: Start) -> str:
 
 
 def other_flags(args: argparse.Namespace, folder: Path, checkpoint: Checkpoint) -> str:
-    """What this command asks for and the record of ``folder`` says otherwise, flag by flag."""
+    """Flags of this command that differ from the record of ``folder``, in words."""
     recorded = record_of(folder).get("arguments") or checkpoint.units["arguments"]
     asked = json.loads(json.dumps(vars(args), default=str))
     told = [
