@@ -25,7 +25,7 @@ from pathlib import Path
 
 from train_cc.io.errors import InputError, exits_on_input_error, report
 from train_cc.io.fields import Parser, path
-from train_cc.io.products import RECORD, record_of
+from train_cc.io.products import RECORD, is_whole, record_of
 from train_cc.io.threads import usable_cores, without_ours
 
 if sys.version_info >= (3, 11):
@@ -169,8 +169,7 @@ def finished(product: Path) -> bool:
         return product.exists()
     if not (product / RECORD).exists():  # a network from elsewhere
         return (product / "config.json").is_file() and any(product.glob("*.safetensors"))
-    names = record_of(product).get("finished")
-    return isinstance(names, list) and all((product / str(name)).is_file() for name in names)
+    return is_whole(product, record_of(product))
 
 
 def product_of(command: Command) -> Path:

@@ -118,12 +118,9 @@ BATCH = integer(1, 2**20)
 STEPS = integer(1, 10_000)  # of a solver
 SEED = integer(0, 2**63 - 1)
 LEARNING_RATE = number(0, 1e3, low_open=True)
-WEIGHT_DECAY = number(0, 1e3)
 DECAY = number(0, 1, high_open=True)  # of an average
 SHIFT = number(1e-3, 1e3)
 GUIDANCE = number(-1e3, 1e3)
-PEAK = number(0, 1e6, low_open=True)  # TFLOP/s
-BETA_PARAMETER = number(1e-2, 1e3)
 
 
 def path(text: str) -> Path:

@@ -269,8 +269,13 @@ def finished(target: Path, content: Mapping, read: Callable[[Path], Mapping] = r
     made = read(target) if target.is_file() or target.is_dir() else {}  # a pipe would be waited for
     if not isinstance(made, Mapping) or not made or differences(made, content):
         return False
+    return target.is_file() or is_whole(target, made)
+
+
+def is_whole(folder: Path, made: Mapping) -> bool:
+    """True if every name is in ``folder`` that its record ``made`` lists as finished."""
     names = names_in(made)
-    return target.is_file() or (bool(names) and all((target / name).exists() for name in names))
+    return bool(names) and all((folder / name).exists() for name in names)
 
 
 def names_in(made: Mapping) -> list[str]:
