@@ -108,13 +108,14 @@ def run_processes(plan: Plan, words: list[str]) -> int:
                 if received and not children():
                     print("stopped", file=sys.stderr)
                     os._exit(128 + received[0])
-        sent = 0
+        handed_on = set()  # a process can begin after the signal, or be missed while the others are counted
         while thread.is_alive():
             thread.join(0.2)
-            for number, process in itertools.product(received[sent:], children()):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
-            sent = len(received)
+            for (count, number), process in itertools.product(enumerate(received), children()):
+                if (count, process.pid) not in handed_on:
+                    handed_on.add((count, process.pid))
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
         os.environ.pop("DMDR_ERRORS")  # from here on `report` is for the terminal
         return show(errors[0], Path(folder), received, plan) if errors else 0
 

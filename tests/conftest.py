@@ -34,7 +34,7 @@ def pytest_configure(config) -> None:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """What `-m gpu` measured, as a table to paste into an issue."""
-    rows = getattr(sys.modules.get("tests.test_gpu"), "ROWS", [])
+    rows = getattr(sys.modules.get("tests.gpu.test_gpu"), "ROWS", [])
     if rows:
         terminalreporter.write_line(
             "\n".join(["", "| what | measured |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])

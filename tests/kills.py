@@ -33,12 +33,12 @@ import psutil
 import torch
 
 from evaluation.standins import write_vae
+from tests import ROOT
 from tests.conftest import flags, random_sit
 from tests.mutation.run import preload
 from tests.releases import repa_state
 from train_cc.models.classifier import ImageClassifier
 
-ROOT = Path(__file__).resolve().parents[1]
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod"}  # audit events; and `open` for writing
 LONGEST = 300  # seconds of an undisturbed command
 

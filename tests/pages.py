@@ -4,12 +4,11 @@ import importlib
 import re
 import shlex
 from dataclasses import dataclass, field
-from pathlib import Path
 from unittest.mock import patch
 
+from tests import ROOT
 from train_cc.io import fields
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 # Launcher -> the command that reads the flags after it.
 OF_LAUNCHERS = {

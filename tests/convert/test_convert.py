@@ -1,0 +1,568 @@
+"""Published checkpoints to model folders: every layout, against a plain reading of the format, and what is refused."""
+
+import argparse
+import errno
+import http.server
+import json
+import math
+import pickle
+import re
+import shutil
+import threading
+from collections import Counter, OrderedDict
+from datetime import datetime, timedelta, timezone
+from pathlib import PosixPath, PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from convert_weight import denoising, export_generator, sit_convert
+from convert_weight.exports import save_pipeline
+from convert_weight.pipeline import DMDRPipeline
+from convert_weight.state_dicts import config_of, convert, reverse_time
+from evaluation.standins import write_dinov2, write_vae
+from tests.conftest import random_sit, refused, run_cold_start, tree
+from tests.releases import authors_state, repa_state, sit_shapes
+from train_cc.io.errors import InputError
+from train_cc.io.products import record, write_record
+from train_cc.io.remote import download
+from train_cc.models import DINOv2Classifier, SiT
+from train_cc.models.generator import GenerationConfig, save_generator
+from train_cc.models.vae import load_vae
+
+SMALL = {"depth": 3, "hidden": 64, "input_size": 8, "classes": 10}
+HEADS = 4
+
+
+def plain_velocity(s, x, t, y, heads=HEADS, patch=2, out_channels=4):
+    """A straightforward reading of the format, with functions alone."""
+    hidden = s["pos_embed"].shape[-1]
+    tokens = F.conv2d(x, s["x_embedder.proj.weight"], s["x_embedder.proj.bias"], stride=patch)
+    side = tokens.shape[-1]
+    tokens = tokens.flatten(2).transpose(1, 2) + s["pos_embed"]
+
+    def linear(name, value):
+        return F.linear(value, s[f"{name}.weight"], s[f"{name}.bias"])
+
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    angles = t[:, None] * frequencies
+    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
+    c = c + s["y_embedder.embedding_table.weight"][y]
+
+    def modulated(value, shift, scale):
+        return F.layer_norm(value, (hidden,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    for i in range(1 + max(int(name.split(".")[1]) for name in s if name.startswith("blocks."))):
+        modulation = linear(f"blocks.{i}.adaLN_modulation.1", F.silu(c)).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        qkv = linear(f"blocks.{i}.attn.qkv", modulated(tokens, shift_msa, scale_msa))
+        q, k, v = qkv.view(len(x), -1, 3, heads, hidden // heads).permute(2, 0, 3, 1, 4)
+        attended = ((q @ k.transpose(-1, -2)) / math.sqrt(hidden // heads)).softmax(-1) @ v
+        attended = attended.transpose(1, 2).flatten(2)
+        tokens = tokens + gate_msa[:, None] * linear(f"blocks.{i}.attn.proj", attended)
+        h = F.gelu(linear(f"blocks.{i}.mlp.fc1", modulated(tokens, shift_mlp, scale_mlp)), approximate="tanh")
+        tokens = tokens + gate_mlp[:, None] * linear(f"blocks.{i}.mlp.fc2", h)
+    shift, scale = linear("final_layer.adaLN_modulation.1", F.silu(c)).chunk(2, dim=1)
+    out = linear("final_layer.linear", modulated(tokens, shift, scale))
+    out = out.view(len(x), side, side, patch, patch, out_channels)
+    return torch.einsum("nhwpqc->nchpwq", out).reshape(len(x), out_channels, side * patch, side * patch)
+
+
+def inputs(batch=3):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(batch, 4, 8, 8, generator=generator), torch.tensor([0.1, 0.5, 1.0]), torch.tensor([0, 4, 10])
+
+
+def converted(state, **options):
+    return convert(state, num_heads=HEADS, **options)
+
+
+def test_repa_release_is_the_plain_reading():
+    state = repa_state(**SMALL, spread=0.2)
+    model, told = converted(state)
+    expected = plain_velocity(state, *inputs())
+    assert expected.std() > 0.05
+    torch.testing.assert_close(model(*inputs()), expected, rtol=1e-5, atol=1e-5)
+    assert any("6 tensors of REPA's projectors" in line for line in told)
+    assert torch.equal(model.pos_embed, state["pos_embed"])
+
+
+def test_the_authors_checkpoint_runs_the_other_way():
+    state = authors_state(**SMALL, spread=0.1)
+    model, told = converted(state)
+    x, t, y = inputs()
+    theirs = plain_velocity(state, x, 1 - t, y, out_channels=8)[:, :4]
+    assert theirs.std() > 0.05
+    torch.testing.assert_close(model(x, t, y), -theirs, rtol=1e-5, atol=1e-5)
+    assert any("folded" in line for line in told)
+
+
+def test_reversing_time_twice_is_the_identity():
+    state = {name: value.double() for name, value in repa_state(**SMALL).items()}
+    again = reverse_time(reverse_time(state))
+    for name, value in state.items():
+        torch.testing.assert_close(again[name], value)
+
+
+def renamed(state, rename):
+    return {rename(name): value for name, value in state.items()}
+
+
+def in_blocks(name):
+    """torch.compile and checkpointing of single blocks: their wrappers stand inside of names."""
+    return re.sub(r"^(blocks\.\d+)\.", r"\1._checkpoint_wrapped_module._orig_mod.", name)
+
+
+LAYOUTS = {
+    "training checkpoint": lambda s: {
+        "model": {name: value + 1 for name, value in s.items()},
+        "ema": s,
+        "args": argparse.Namespace(steps=4),
+    },
+    "legacy": lambda s: renamed(s, lambda name: name.replace("blocks.2.", "decoder_blocks.0.")),
+    "DDP": lambda s: renamed(s, "module.{}".format),
+    "compiled": lambda s: renamed(s, "_orig_mod.{}".format),
+    "both": lambda s: {"model": renamed(s, "_orig_mod.module.{}".format)},
+    "three": lambda s: {"state_dict": renamed(s, "module._orig_mod.model.{}".format)},
+    "inside": lambda s: renamed(s, in_blocks),
+    "ema prefix": lambda s: renamed(s, "ema.{}".format) | renamed(s, "model.{}".format) | {"step": torch.zeros(())},
+    "lightning": lambda s: {"state_dict": renamed(s, "net.{}".format) | {"loss.weight": torch.ones(2)}, "epoch": 3},
+    "swa": lambda s: {"ema": renamed(s, "module.{}".format) | {"n_averaged": torch.tensor(9)}},
+    "two levels": lambda s: {"checkpoint": 1, "model": {"ema_state_dict": s}},
+    "ema of another name": lambda s: {"net": {name: value + 1 for name, value in s.items()}, "params_ema": s},
+    "generator": lambda s: {"generator": s, "discriminator": {"w": torch.ones(1)}, "step": 7},
+    "ema of ema": lambda s: {"model_ema": {"decay": 0.999, "shadow": s}},
+    "deepspeed": lambda s: {"module": renamed(s, "module.{}".format), "ds_version": "0.15", "optimizer": None},
+    "parameters": lambda s: {name: torch.nn.Parameter(value) for name, value in s.items()},
+    "half precision": lambda s: {name: value.bfloat16() for name, value in s.items()},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_layouts_of_the_field_convert_to_one_model(tmp_path, layout, suffix):
+    state = repa_state(**SMALL)
+    path, content = tmp_path / f"file.{suffix}", LAYOUTS[layout](state)
+    if suffix == "safetensors":
+        if not all(isinstance(value, torch.Tensor) for value in content.values()):
+            pytest.skip("safetensors do not nest")
+        save_file({name: value.detach().clone() for name, value in content.items()}, path)
+    else:
+        torch.save(content, path)
+    content = sit_convert.read_checkpoint(path)
+    found, expected = (converted(each, encoder_depth=2)[0].state_dict() for each in (content, state))
+    if layout == "half precision":
+        expected = {name: value.bfloat16().float() for name, value in expected.items()}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+VALUES = {
+    "numpy scalars": [np.float64(0.1), np.float32(1), np.int64(3), np.bool_(True)],
+    "dtypes": [np.dtype("float32"), np.float16, torch.float16, np.dtype("int64")],
+    "an array": np.arange(5.0),
+    "paths": [PosixPath("/a/b"), PurePosixPath("c"), PureWindowsPath("C:/x")],
+    "namespaces": argparse.Namespace(deep=argparse.Namespace(at=SimpleNamespace(x=np.float64(1)))),
+    "containers": [Counter(a=1), OrderedDict(b=2), {1, 2}],
+    "a time": [datetime(2025, 1, 1, tzinfo=timezone.utc), timedelta(seconds=3)],
+}
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_plain_values_beside_the_weights_are_read(tmp_path, values):
+    state = repa_state(**SMALL)
+    torch.save({"ema": state, "args": VALUES[values]}, tmp_path / "file.pt")
+    assert converted(sit_convert.read_checkpoint(tmp_path / "file.pt"))[1][0].startswith('weights: "ema"')
+
+
+@pytest.mark.parametrize("two_sets", [False, True])
+@pytest.mark.parametrize("direction", ["data-at-0", "data-at-1"])
+def test_time_runs_as_the_flag_says_whatever_the_channels(two_sets, direction):
+    state = (authors_state if two_sets else repa_state)(**SMALL, spread=0.1)
+    model, notes = converted(state, time_direction=direction)
+    x, t, y = inputs()
+    reverse = direction == "data-at-1"
+    theirs = plain_velocity(state, x, 1 - t if reverse else t, y, out_channels=8 if two_sets else 4)[:, :4]
+    torch.testing.assert_close(model(x, t, y), -theirs if reverse else theirs, rtol=1e-5, atol=1e-5)
+    assert not any("--time-direction" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "depth,hidden,patch,heads", [(12, 384, 4, 6), (12, 768, 8, 12), (24, 1024, 8, 16), (28, 1152, 2, 16)]
+)
+def test_sizes_are_read_off_the_tensors(depth, hidden, patch, heads):
+    shapes = sit_shapes(depth=depth, hidden=hidden, patch=patch, classes=77)
+    config = config_of({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, None)
+    assert config == {
+        "depth": depth,
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "patch_size": patch,
+        "in_channels": 4,
+        "input_size": 32,
+        "num_classes": 77,
+        "mlp_ratio": 4.0,
+    }
+
+
+def test_repa_xl_layout_has_the_published_counts():
+    shapes = sit_shapes()
+    from tests.releases import repa_projectors
+
+    whole = shapes | repa_projectors(1152)
+    assert len(whole) == 298 and sum(math.prod(s) for s in whole.values()) == 683_242_512
+    assert len(shapes) == 292 and sum(math.prod(s) for s in shapes.values()) == 675_111_184
+
+
+def convert_file(content, tmp_path, *more):
+    torch.save(content, tmp_path / "last.pt")
+    words = ["--input", tmp_path / "last.pt", "--save-dir", tmp_path / "out", "--num-heads", HEADS, *more]
+    sit_convert.main([str(word) for word in words])
+
+
+def test_the_command_writes_a_model_folder_with_its_source(tmp_path, capsys):
+    state = repa_state(**SMALL)
+    convert_file(state, tmp_path)
+    assert "recognised" in capsys.readouterr().out
+    folder = tmp_path / "out" / "SiT-custom"
+    model = SiT.from_pretrained(folder)
+    torch.testing.assert_close(model(*inputs()), plain_velocity(state, *inputs()), rtol=1e-5, atol=1e-5)
+    source = json.loads((folder / "source.json").read_text())
+    assert len(source["sha256"]) == 64 and source["bytes"] == (tmp_path / "last.pt").stat().st_size
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    convert_file(state, tmp_path)  # as after a kill when all was done
+    assert "there already" in capsys.readouterr().out
+    message = refused(convert_file, repa_state(seed=1, **SMALL), tmp_path, capsys=capsys)
+    assert "another source" in message and "--overwrite" in message
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    again = ["--input", str(folder), "--save-dir", str(tmp_path / "out"), "--name", "again"]
+    sit_convert.main(again)
+    other = SiT.from_pretrained(tmp_path / "out" / "again").state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in model.state_dict().items())
+
+
+def test_a_generators_folder_keeps_its_steps_rewards_and_latents(tmp_path):
+    save_generator(random_sit(), tmp_path / "g", 2, 1.5, rewards_sha256=["0" * 64])
+    given = ["--input", str(tmp_path / "g"), "--save-dir", str(tmp_path), "--name"]
+    sit_convert.main([*given, "h"])
+    kept = GenerationConfig.read(tmp_path / "h")
+    assert kept.sampling == (2, 1.5) and kept.rewards_sha256 == ["0" * 64]
+    random_sit().save_pretrained(tmp_path / "g2")
+    sit_convert.main(["--input", str(tmp_path / "g2"), *given[2:], "i"])
+    assert GenerationConfig.read(tmp_path / "i") == GenerationConfig()
+
+
+class Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def spoiled(how, tmp_path):
+    state = repa_state(**SMALL)
+    if how == "missing key":
+        del state["blocks.1.attn.qkv.bias"]
+    elif how == "unexpected key":
+        state["surplus.weight"] = torch.zeros(1)
+    elif how == "missing block":
+        state = {name: value for name, value in state.items() if not name.startswith("blocks.1.")}
+    elif how == "other shape":
+        state["blocks.1.mlp.fc2.weight"] = torch.zeros(64, 3)
+    elif how == "nested wrongly":
+        return {"state": state}
+    elif how == "no model":
+        return {"weight": torch.zeros(2)}
+    elif how == "code":
+        return {"ema": state, "args": Code(tmp_path / "code-ran")}
+    return state
+
+
+SPOILED = {
+    "missing key": r"blocks\.1\.attn\.qkv\.bias",
+    "unexpected key": r"surplus\.weight",
+    "missing block": r"blocks \[1\] are missing",
+    "other shape": r"blocks\.1\.mlp\.fc2\.weight \(64, 3\)",
+    "nested wrongly": "no weights found",
+    "no model": "no SiT",
+    "code": "not run",
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_files_that_do_not_fit_are_refused(tmp_path, capsys, how):
+    message = refused(convert_file, spoiled(how, tmp_path), tmp_path, capsys=capsys)
+    assert re.search(SPOILED[how], message), message
+    assert not (tmp_path / "out").exists() and not (tmp_path / "code-ran").exists()
+
+
+def test_damaged_files_and_unknown_sizes_are_refused(tmp_path, capsys, monkeypatch):
+    def told(*words):
+        arguments = ["--input", tmp_path / "f.pt", "--save-dir", tmp_path / "out", *words]
+        return refused(sit_convert.main, [str(word) for word in arguments], capsys=capsys)
+
+    assert "does not exist" in told()
+    torch.save(repa_state(**SMALL), tmp_path / "f.pt")
+    assert "--num-heads" in told()
+    assert "does not divide" in told("--num-heads", 7)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 10))
+    assert "nothing was written" in told("--num-heads", 4)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "f.pt").write_bytes((tmp_path / "f.pt").read_bytes()[:5000])
+    assert "truncated" in told()
+    (tmp_path / "f.pt").write_bytes(pickle.dumps(Code(tmp_path / "code-ran")))
+    assert "not run" in told() and not (tmp_path / "code-ran").exists()
+
+
+# Sign and time direction
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_check_tells_right_from_wrong(sign, reverse):
+    """On the exact velocity of class-dependent Gaussians, read rightly, negated, and reversed."""
+    from tests.paper.test_math import gaussian_velocity
+
+    class Exact:
+        sample_shape, null_class = (1, 8, 8), 10
+
+        def __call__(self, x, t, y):
+            mu = (y.view(-1, 1, 1, 1) - 4.5) / 5
+            return sign * gaussian_velocity(mu, 0.3)(x, 1 - t if reverse else t)
+
+    found = denoising.check_denoising(Exact(), num_steps=20)
+    name = "with the other sign" if sign < 0 else "as converted"
+    if reverse:
+        name = "with the other sign and reversed time" if sign < 0 else "with reversed time"
+    assert [each for each, measured in found.items() if measured.is_flow()] == [name], found
+
+
+# Downloads
+
+
+class Server:
+    """A local file server that can break off."""
+
+    def __init__(self, content, break_after=None, length=True):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                if length:
+                    self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content[:break_after])
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/last.pt"
+
+
+def test_what_is_there_is_not_written_for(tmp_path, monkeypatch):
+    """A cache can be read-only."""
+    (tmp_path / "last.pt").write_bytes(b"whole")
+    monkeypatch.setattr("train_cc.io.remote.check_parent", lambda path: pytest.fail("nothing is to be written"))
+    assert download("http://127.0.0.1:9/last.pt", tmp_path / "last.pt", "") == tmp_path / "last.pt"
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", full)
+    with pytest.raises(InputError, match=r"last.pt is not written: No space left"):
+        download("http://127.0.0.1:9/last.pt", tmp_path / "last.pt", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["a web page", "broken off", "cut without a length"])
+def test_what_is_no_whole_file_never_counts(tmp_path, how):
+    torch.save({"weight": torch.ones(1000)}, tmp_path / "whole.pt")
+    content = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "whole.pt").unlink()
+    if how == "a web page":
+        server = Server(b"<html>sign in</html>")
+    else:
+        server = Server(content, break_after=2000, length=how == "broken off")
+    with pytest.raises(InputError, match=r"no whole PyTorch file; .* `curl -L -C - .*, or take another$"):
+        download(server.url, tmp_path / "last.pt", "take another")
+    assert not list(tmp_path.iterdir())
+    download(Server(content).url, tmp_path / "last.pt", "")
+    assert (tmp_path / "last.pt").read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http://[", "https://127.0.0.1:99999/x", "http://a b/x", "http://127.0.0.1:9/x"]
+)
+def test_a_url_that_leads_nowhere_is_a_message(tmp_path, url):
+    with pytest.raises(InputError, match="cannot download"):
+        download(url, tmp_path / "x", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_dinov2_is_downloaded_whole_and_a_damaged_copy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    backbone, head = write_dinov2(tmp_path / "official", width=64, depth=4, classes=10)
+    backbone_url, head_url = Server(backbone.read_bytes()).url + "?a=b", str(head)
+    kept = tmp_path / "home" / "hub" / "checkpoints" / "last.pt"
+    model = DINOv2Classifier.from_official(backbone_url, head_url)
+    assert model.files == [kept, head] and kept.read_bytes() == backbone.read_bytes()
+    for damage in (backbone.read_bytes()[:5000], b"<html></html>"):
+        kept.write_bytes(damage)
+        with pytest.raises(InputError, match=f"{kept} .*delete it"):
+            DINOv2Classifier.from_official(backbone_url, head_url)
+    kept.unlink()
+    assert DINOv2Classifier.from_official(backbone_url, head_url).files[0] == kept
+
+
+def test_the_command_names_a_downloaded_file_that_is_damaged(tmp_path, capsys):
+    (tmp_path / "last.pt").write_bytes(b"<html></html>")
+    assert "delete" in refused(sit_convert.main, ["--save-dir", str(tmp_path)], capsys=capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+# Whose folder is it?
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/tmp/x", "../x", "a\nb", "x" * 300])
+def test_a_name_is_one_plain_folder_name(tmp_path, capsys, name):
+    (tmp_path / "mine.txt").write_text("kept")
+    message = refused(convert_file, repa_state(**SMALL), tmp_path, "--name", name, "--overwrite", capsys=capsys)
+    assert "name" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "mine.txt"]
+
+
+@pytest.mark.parametrize("what", ["a folder of somebody", "a folder of ours with more in it", "a run"])
+def test_what_is_not_ours_is_never_replaced(tmp_path, capsys, what):
+    target = tmp_path / "out" / "mine"
+    if what == "a folder of somebody":
+        target.mkdir(parents=True)
+        (target / "config.json").write_text("thesis")
+    elif what == "a folder of ours with more in it":
+        convert_file(repa_state(**SMALL), tmp_path, "--name", "mine")
+        (target / "thesis.txt").write_text("thesis")
+    else:
+        (target / "checkpoints").mkdir(parents=True)
+        write_record(target, record("cold_start", {}))
+    before = tree(tmp_path / "out")
+    for more in ([], ["--overwrite"]):
+        refused(convert_file, repa_state(seed=1, **SMALL), tmp_path, "--name", "mine", *more, capsys=capsys)
+        assert tree(tmp_path / "out") == before
+
+
+def test_overwriting_replaces_what_the_command_wrote(tmp_path):
+    for seed in (0, 1):
+        convert_file(repa_state(seed=seed, **SMALL), tmp_path, "--overwrite")
+        found = SiT.from_pretrained(tmp_path / "out" / "SiT-custom").state_dict()
+        assert torch.equal(found["pos_embed"], repa_state(seed=seed, **SMALL)["pos_embed"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["SiT-custom"]
+
+
+# The pipeline
+
+
+@pytest.fixture(autouse=True)
+def own_modules(tmp_path_factory, monkeypatch):
+    """diffusers copies a pipeline's code into a folder of the user."""
+    monkeypatch.setattr(
+        "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
+    )
+
+
+def read_pipeline(folder):
+    return DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+def test_pipeline_round_trip_is_bit_identical(tmp_path, pixels):
+    vae = None if pixels else load_vae(str(write_vae(tmp_path / "vae")))
+    pipeline = DMDRPipeline(random_sit(in_channels=1 if pixels else 4), vae, timestep_shift=2.0)
+    sampling = {"num_inference_steps": 1, "timestep_shift": 2.0}
+    save_pipeline(pipeline.generator, vae, sampling, None, {}, tmp_path / "pipeline")
+    other = read_pipeline(tmp_path / "pipeline")
+    images = [
+        p([2, 7], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+        for p in (pipeline, other)
+    ]
+    assert (images[0] == images[1]).all() and images[0].shape == ((2, 8, 8, 1) if pixels else (2, 64, 64, 3))
+    assert other.config.timestep_shift == 2.0
+    with pytest.raises(ValueError, match="0 to 9"):
+        other([10])
+
+
+@pytest.fixture(scope="module")
+def run(teacher, tmp_path_factory):
+    more = ["--num-steps", 2, "--timestep-shift", 1.5, "--ema-decay", 0.5]
+    return run_cold_start(teacher, tmp_path_factory.mktemp("run") / "run", *more)
+
+
+def export(run, *more):
+    words = ["--checkpoint", run / "checkpoints/torch_units/step-3.pt", *more]
+    export_generator.main([str(word) for word in words])
+
+
+def test_a_checkpoint_becomes_a_generator_and_a_pipeline_that_know_their_steps(run, tmp_path):
+    export(run, "--pipeline", tmp_path / "pipeline", "--output-dir", tmp_path / "generator")
+    told = json.loads((tmp_path / "generator" / "generation_config.json").read_text())
+    units = torch.load(run / "checkpoints/torch_units/step-3.pt", weights_only=True)
+    assert told == {
+        "num_inference_steps": 2,
+        "timestep_shift": 1.5,
+        "run": str(run),
+        "step": 3,
+        "weights": "ema",
+        "teacher_sha256": units["teacher_sha256"],
+        "rewards_sha256": [],
+        "latent_space_sha256": None,
+    }
+    pipeline = read_pipeline(tmp_path / "pipeline")
+    assert (pipeline.config.num_inference_steps, pipeline.config.timestep_shift) == (2, 1.5)
+    assert pipeline(class_labels=[3]).images[0].size == (8, 8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generator", "pipeline"]
+
+
+def test_an_export_replaces_nothing_but_exports(run, tmp_path, capsys):
+    before = tree(run)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("thesis")
+    for flag in ("--output-dir", "--pipeline"):
+        for folder in (run, run / "checkpoints", run.parent, tmp_path / "mine"):
+            refused(export, run, flag, folder, "--overwrite", capsys=capsys)
+    same = tmp_path / "new"
+    refused(export, run, "--output-dir", same, "--pipeline", same, capsys=capsys)
+    refused(export, run, "--output-dir", same, "--pipeline", same / "pipeline", capsys=capsys)
+    assert tree(run) == before and not same.exists()
+    for seed in range(2):
+        export(run, "--output-dir", same, "--pipeline", tmp_path / "pipeline", *(["--overwrite"] if seed else []))
+    refused(export, run, "--output-dir", same, capsys=capsys)
+
+
+def test_of_two_folders_the_missing_one_is_made(run, tmp_path, capsys):
+    """As after a kill between the two."""
+    folders = ["--output-dir", tmp_path / "generator", "--pipeline", tmp_path / "pipeline"]
+    export(run, *folders)
+    before = tree(tmp_path)
+    when = (tmp_path / "pipeline" / "model_index.json").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "generator")
+    export(run, *folders)
+    assert tree(tmp_path) == before and (tmp_path / "pipeline" / "model_index.json").stat().st_mtime_ns == when
+
+
+def test_a_finished_export_is_left_as_it_is_unless_the_checkpoint_is_another(run, tmp_path, capsys):
+    here = shutil.copytree(run, tmp_path / "run")
+    folders = ["--output-dir", tmp_path / "generator", "--pipeline", tmp_path / "pipeline"]
+    export(here, *folders)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "generator").iterdir()}
+    export(here, *folders)
+    assert "there already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "generator").iterdir()} == before
+    path = here / "checkpoints/torch_units/step-3.pt"
+    torch.save(torch.load(path, weights_only=True) | {"samples_seen": 1}, path)
+    assert "not empty" in refused(export, here, *folders, capsys=capsys)

@@ -1,0 +1,174 @@
+"""Nobody waits for ever, and nobody gives up on a slow process: groups' timeouts, the meeting of processes, checkpoints
+that are not the same on all nodes. This file is also the program that two processes run.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests import ROOT
+from tests.conftest import flags, run_cold_start, words
+from train_cc.io.errors import InputError
+from train_cc.io.processes import Place
+from train_cc.run import devices
+
+LIMIT, SLOW = 5, 9  # seconds: torch's default for a group in these processes, and what one of them takes longer
+PHASES = {
+    "loading": ("train_cc.setup.stage", "build"),
+    "first cycle": ("train_cc.distillation.loop", "generator_turn"),
+    "preview": ("train_cc.distillation.loop", "show"),
+    "checkpoint": ("train_cc.distillation.loop", "save"),
+    "export": ("train_cc.distillation.loop", "export"),
+    "shard of samples": ("evaluation.samples.sampling", "generate_batch"),
+    "shard of statistics": ("evaluation.samples.gathering", "part_moments"),
+    "benchmark": ("evaluation.benchmark", "write_random_inputs"),
+}
+DONE: list[str] = []
+
+
+def slow_down(phase: str) -> None:
+    """The last process takes longer in ``phase``, the first time that it comes there."""
+    module, name = PHASES[phase]
+    call = getattr(import_module(module), name)
+
+    def slow(*arguments, **options):
+        last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        if last and phase not in DONE:
+            time.sleep(SLOW)
+        DONE.append(phase)
+        return call(*arguments, **options)
+
+    setattr(import_module(module), name, slow)
+
+
+def worker(jobs: list[dict]) -> None:
+    dist.distributed_c10d.default_pg_timeout = timedelta(seconds=LIMIT)
+    for job in jobs:
+        os.environ |= job.get("environment", {})
+        if "folder" in job:  # each process sees storage of its own
+            os.chdir(Path(job["folder"]) / os.environ["RANK"])
+        DONE.clear()
+        for phase in job["slow"]:
+            slow_down(phase)
+        import_module(job["command"]).main(job["flags"])
+        assert set(job["slow"]) <= set(DONE), f"{job['slow']} were not all reached: {DONE}"
+
+
+def run_jobs(*jobs: dict, count: int = 2) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "scripts.launch", "tests.io.test_waiting", json.dumps(jobs)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUM_PROCESSES": str(count), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def samples_job(teacher: Path, folder: Path) -> dict:
+    arguments = words("--generator", teacher, "--output", folder / "samples.npz", "--num-images", 4, "--shard-size", 2)
+    return {"command": "evaluation.generate", "flags": arguments, "slow": ["shard of samples"]}
+
+
+def test_a_slow_shard_is_awaited(teacher, tmp_path):
+    """The samples of the slow process are there: nobody gave up on it after torch's default."""
+    done = run_jobs(samples_job(teacher, tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "samples.npz").exists()
+
+
+def test_the_groups_of_a_mesh_of_nodes_have_our_timeout(monkeypatch):
+    monkeypatch.setattr(dist.distributed_c10d, "default_pg_timeout", timedelta(seconds=LIMIT))
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore(), timeout=devices.TIMEOUT)
+    try:
+        mesh = devices.mesh_of("cpu", (1, 1), ("replicate", "shard"))
+        groups = [mesh.get_group(name) for name in ("replicate", "shard")]
+        limits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    finally:
+        dist.destroy_process_group()
+    assert limits == [devices.TIMEOUT] * 2 and timedelta(hours=1) <= devices.TIMEOUT
+
+
+def training_job(teacher: Path, output: Path, *more: object, sharded: bool, **environment: str) -> dict:
+    environment |= {"ACCELERATE_USE_FSDP": str(sharded).lower()}
+    slow = ["loading", "first cycle", "preview", "checkpoint", "export"]
+    arguments = flags(teacher, output, "--max-train-steps", 2, *more)
+    return {"command": "train_cc.cold_start", "flags": arguments, "slow": slow, "environment": environment}
+
+
+@pytest.mark.slow
+def test_a_slow_process_is_awaited_in_every_phase(teacher, classifier, tmp_path):
+    """Training by DDP and FSDP2, the second stage, statistics and the benchmark."""
+    statistics = ["--images", "digits", "--space", f"classifier:{classifier}", "--output", tmp_path / "s.npz"]
+    statistics = words(*statistics, "--shard-size", 500)
+    benchmark = words(
+        "--size", "SiT-S/2", "--cycles", 1, "--batch-size", 1, "--ratio-update", 1, "--mixed-precision", "no"
+    )
+    ddp = training_job(teacher, tmp_path / "ddp", sharded=False)
+    more = ["--resume-ckpt", tmp_path / "ddp/checkpoints/torch_units/step-2.pt", "--max-train-steps", 3]
+    second = training_job(teacher, tmp_path / "second", *more, "--encoder-type", "none", sharded=False)
+    done = run_jobs(
+        ddp,
+        training_job(teacher, tmp_path / "fsdp2", sharded=True),
+        second | {"command": "train_cc.dmdr_refl"},
+        {"command": "evaluation.statistics", "flags": statistics, "slow": ["shard of statistics"]},
+        {"command": "evaluation.benchmark", "flags": benchmark, "slow": ["benchmark"]},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_slow_process_is_awaited_over_two_nodes(teacher, tmp_path):
+    """Four processes as two nodes of two: both dimensions of the mesh wait."""
+    job = training_job(teacher, tmp_path / "run", sharded=True, LOCAL_WORLD_SIZE="2")
+    done = run_jobs(job, count=4)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_checkpoint_that_is_not_the_same_on_all_nodes_is_refused(teacher, tmp_path):
+    """Two folders of the same name and sizes, as on local disks: each process would continue another run."""
+    for rank in (0, 1):
+        output = tmp_path / str(rank) / "run"
+        run_cold_start(teacher, output, "--max-train-steps", 1, "--seed", rank, "--num-previews", 0)
+    arguments = flags(teacher, Path("run"), "--auto-resume", "--num-previews", 0)
+    done = run_jobs({"command": "train_cc.cold_start", "flags": arguments, "slow": [], "folder": str(tmp_path)})
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "step-1.pt and its files are not the same for all processes" in done.stderr
+
+
+# The meeting ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def port(monkeypatch) -> int:
+    """A free port, where processes wait for two seconds."""
+    monkeypatch.setattr(devices, "MEETING", timedelta(seconds=2))
+    monkeypatch.setattr(devices, "FIRST", 0.5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("rank,absent", [(0, "process 1, 2 at"), (2, "process 0 at")])
+def test_a_meeting_has_a_limit_and_names_the_absent(port, capfd, rank, absent):
+    with pytest.raises(InputError, match=f"of 3 processes waited .* in vain for {absent} localhost:{port}"):
+        devices.meet(Place(rank, 3, "localhost", port))
+    lines = [line for line in capfd.readouterr().err.splitlines() if f"waits for {absent} localhost:{port}" in line]
+    assert 1 <= len(lines) <= 4
+
+
+def test_a_taken_port_is_one_message(port):
+    with socket.socket() as other:
+        other.bind(("", port))
+        other.listen()
+        with pytest.raises(InputError, match=f"process 0 cannot use MASTER_PORT of localhost:{port}"):
+            devices.meet(Place(0, 2, "localhost", port))
+
+
+if __name__ == "__main__":
+    worker(json.loads(sys.argv[1]))
