@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from convert_weight import export_generator
 from evaluation import generate
+from tests import ROOT
 from tests.conftest import flags, logged, random_sit, refused, run_cold_start, words
 from tests.run.test_resume import assert_same_run, torchrun, units
 from train_cc import cold_start, dmdr_refl
@@ -255,7 +256,7 @@ def test_resuming_holds_the_moments_and_the_mapped_file_and_no_more(tmp_path):
     }
     torch.save(state, tmp_path / "optimizer.pt")
     command = [sys.executable, "-c", RESIDENT, str(tmp_path / "optimizer.pt")]
-    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     size = (tmp_path / "optimizer.pt").stat().st_size
     assert size < int(done.stdout) < 2.4 * size
