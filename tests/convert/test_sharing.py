@@ -27,7 +27,6 @@ from train_cc.io import remote
 from train_cc.io.class_names import KNOWN, class_names
 from train_cc.io.errors import InputError
 from train_cc.models import SiT
-from train_cc.models.generator import GenerationConfig
 from train_cc.models.vae import images_to_uint8, load_decoder, load_vae
 from train_cc.samplers import few_step_sample
 
@@ -306,14 +305,6 @@ def test_a_vae_that_cannot_be_fetched_is_one_message(answer, answering, hub_at, 
     assert not (tmp_path / "s.npz").exists()
 
 
-def test_a_full_disk_under_the_cache_names_it(server, tmp_path, capsys, monkeypatch):
-    folder, _ = server
-    random_sit().save_pretrained(folder)
-    (tmp_path / "cache").write_text("no folder")  # as a disk that takes nothing
-    message = refused(cold_start.main, flags("org/sit", tmp_path / "run"), capsys=capsys)
-    assert str(tmp_path / "cache") in message and "HF_HOME names another folder" in message
-
-
 @pytest.mark.parametrize("name", ["a b/c", "a/b/c", "you/sit@main", "you/sit.git", "you/-sit", "", "you/" + "s" * 200])
 def test_a_name_that_no_repository_can_have_is_refused_before_the_export(name, run, tmp_path, capsys):
     message = refused(export, run, "--pipeline", tmp_path / "p", "--push-to-hub", name, capsys=capsys)
@@ -383,15 +374,6 @@ def test_a_teacher_is_trained_from_by_its_name_and_its_commit_is_recorded(server
     assert logged(run) == logged(other)
     ours, theirs = (SiT.from_pretrained(each / "generator").state_dict() for each in (run, other))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_a_teacher_on_the_hub_says_which_latents_it_learnt(server, tmp_path, capsys):
-    folder, _ = server
-    random_sit(in_channels=4).save_pretrained(folder)
-    GenerationConfig(latent_space_sha256="0" * 64).write(folder)
-    write_vae(tmp_path / "vae")
-    message = refused(cold_start.main, flags("org/sit", tmp_path / "run", "--vae", tmp_path / "vae"), capsys=capsys)
-    assert "has other latents" in message
 
 
 def test_a_pipeline_on_the_hub_is_a_generator_that_knows_its_steps(server, tmp_path):

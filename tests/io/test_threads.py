@@ -78,11 +78,3 @@ def test_the_benchmark_tells_openmp_before_it_imports_torch():
     command = [sys.executable, "-c", WITHOUT_TORCH]
     done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "passive"
-
-
-def test_nothing_is_told_once_openmp_has_read_it(monkeypatch):
-    import torch  # noqa: F401
-
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    threads.share_cores()
-    assert "OMP_WAIT_POLICY" not in os.environ

@@ -128,12 +128,6 @@ def test_in_a_cycle_the_host_waits_once(gpu, built, name):
     assert {"loss_dmd", "grad_norm_generator", "update_ratio_generator"} <= row.keys()
 
 
-def test_later_cycles_and_several_estimator_turns_wait_once_each(gpu, built):
-    run = built("--mixed-precision", "bf16", "--ratio-update", 3)
-    for step in range(2):
-        check_cycle(gpu, run, step)
-
-
 # Rewards and pictures ---------------------------------------------------------------------------------------------
 
 OF_IMAGES = """
@@ -319,12 +313,3 @@ def test_a_scale_on_the_cpu_is_caught_where_networks_are_wrapped(gpu, built, mon
     a_scale_on_the_cpu(run, monkeypatch)
     with pytest.raises(AssertionError, match="given a tensor on the CPU"):
         check_cycle(gpu, run)
-
-
-def test_ddp_copies_what_is_on_the_cpu(gpu, built, monkeypatch):
-    """Why `require_inputs_on_gpu` asks."""
-    run = built("--mixed-precision", "bf16", processes=2)
-    a_number_on_the_cpu(run, monkeypatch)
-    gpu.clear()
-    cycle(run, 0)
-    assert len(gpu.waits) == 3

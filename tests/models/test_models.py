@@ -257,15 +257,6 @@ def test_a_file_is_not_a_model_folder(tmp_path):
 # The estimator
 
 
-def test_estimator_at_scale_zero_is_the_teacher_bit_for_bit():
-    estimator, teacher = estimator_with_lora(), random_sit()
-    x, t, y = inputs()
-    expected = teacher(x, t, y)
-    assert torch.equal(estimator(x, t, y, 0.0), expected)
-    assert torch.equal(estimator(x, t, y, torch.zeros(4)), expected)
-    assert not torch.allclose(estimator(x, t, y, 2.0), expected)
-
-
 def test_estimator_takes_a_scale_a_sample():
     estimator, (x, t, y) = estimator_with_lora(), inputs()
     together = estimator(x, t, y, torch.tensor([0.0, 2.0, 0.0, 2.0]))

@@ -58,8 +58,6 @@ MODULES = {
         "paper/test_distill::test_previews_and_checkpoints_come_at_every_multiple_and_at_the_end",
         "paper/test_distill::test_a_scaler_may_skip_an_overflowing_gradient_but_no_loss",
         "paper/test_distill::test_non_finite_loss_stops_and_keeps_the_last_checkpoint",
-        "paper/test_distill::test_seconds_are_those_of_the_cycle",
-        "paper/test_distill::test_the_loop_hands_each_step_to_its_cycle",
     ],
     "train_cc/run/states.py": ["paper/test_golden", "models/test_teacher", "paper/test_distill"],
     "train_cc/rewards/frechet.py": ["rewards/test_frechet"],
@@ -83,7 +81,6 @@ MODULES = {
         "models/test_models::test_merged_lora_is_the_lora",
         "models/test_models::test_lora_generator_starts_as_the_teacher",
         "io/test_trust_inputs::test_a_generator_of_a_checkpoint_is_fitted_name_by_name",
-        "io/test_trust_inputs::test_each_of_the_made_is_read_as_it_was_written",
         "run/test_trust_runs::test_a_generator_says_how_it_is_sampled_and_where_it_comes_from",
     ],
     "train_cc/models/vae.py": [
@@ -99,7 +96,6 @@ MODULES = {
         "rewards/test_reward::test_a_vae_folder_with_missing_files_is_refused",
         "io/test_trust_inputs::test_the_shift_of_a_vae_is_honoured",
         "io/test_trust_inputs::test_a_vae_of_an_old_kind_of_file_is_read_by_us_and_code_in_it_is_not_run",
-        "io/test_trust_inputs::test_each_of_the_made_is_read_as_it_was_written",
     ],
     "train_cc/models/lora.py": ["models/test_lora", "models/test_models", "run/test_speed", "paper/test_golden"],
     "train_cc/rewards/terms.py": [
@@ -122,7 +118,6 @@ MODULES = {
         "models/test_models::test_a_file_is_not_a_model_folder",
         "models/test_models::test_folder_round_trip_is_exact",
         "io/test_trust_inputs::test_half_precision_weights_are_read_to_fp32",
-        "io/test_trust_inputs::test_weights_may_be_read_by_whom_their_config_may",
     ],
     "train_cc/models/network.py": [
         "models/test_models::test_the_embeddings_are_those_written_out",
@@ -148,8 +143,6 @@ MODULES = {
         "convert/test_sharing",
         "io/test_trust_inputs::test_the_pipeline_samples_as_its_generator_was_trained",
         "io/test_trust_inputs::test_the_shift_of_a_vae_is_honoured",
-        "io/test_trust_inputs::test_weights_may_be_read_by_whom_their_config_may",
-        "convert/test_convert::test_pipeline_round_trip_is_bit_identical",
     ],
     "evaluation/report/verdict.py": ["evaluation/test_rules", "evaluation/test_verdict"],
 }

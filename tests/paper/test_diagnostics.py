@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 from tests.conftest import flags, logged, refused, run_cold_start
 from train_cc import cold_start
 from train_cc.run.diagnostics import UpdateSize, by_band, compare_gradients, whole_norm
-from train_cc.run.logbook import JsonLines, columns, log_to, logger, not_finite, read_json_lines
+from train_cc.run.logbook import JsonLines, columns, log_to, logger, read_json_lines
 
 
 def test_bands_add_up_to_the_whole():
@@ -70,17 +69,6 @@ def test_a_log_is_appended_to_and_cut_at_the_step_that_is_resumed_from(tmp_path,
     assert read_json_lines(path) == ([{"step": 1}], 3)
     JsonLines(path, 0)
     assert path.read_text() == "" and "3 line(s) could not be read" in caplog.text
-
-
-def test_every_line_of_a_log_is_json(tmp_path):
-    """A gradient that overflows in fp16 has no finite norm, and JSON no such number."""
-    JsonLines(tmp_path / "log.jsonl", 0).write([{"step": 1, "a": math.inf, "b": math.nan, "c": 0.5}])
-    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "a": null, "b": null, "c": 0.5}\n'
-
-
-def test_what_is_not_finite_is_named():
-    row = {"a": 1.0, "b": math.nan, "c": None, "d": -math.inf, "e": 3, "f": "nan", "g": 0.0}
-    assert not_finite(row) == ["b", "d"]
 
 
 def test_the_log_for_people_has_times_and_the_terminal_no_details(tmp_path, capsys):

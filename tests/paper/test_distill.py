@@ -1,14 +1,11 @@
 """The two turns on a tiny run: accumulation, model calls, the logged figures, EMA, the non-finite stop."""
 
-import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import (
@@ -160,13 +157,6 @@ def test_log_columns(teacher, tmp_path):
     }
 
 
-def test_seconds_are_those_of_the_cycle(teacher, tmp_path):
-    began = time.monotonic()
-    run = run_cold_start(teacher, tmp_path / "run", "--num-previews", 0)
-    rows = [json.loads(line) for line in (run / "loss_logs" / "loss_gen_log.jsonl").read_text().splitlines()]
-    assert all(0 < row["seconds"] < time.monotonic() - began for row in rows)
-
-
 def test_previews_and_checkpoints_come_at_every_multiple_and_at_the_end(teacher, tmp_path):
     more = ("--max-train-steps", 5, "--sample-steps", 2, "--checkpoint-steps", 2, "--teacher-preview-steps", 0)
     run = run_cold_start(teacher, tmp_path / "run", *more)
@@ -175,37 +165,12 @@ def test_previews_and_checkpoints_come_at_every_multiple_and_at_the_end(teacher,
     assert units == {"step-2", "step-4", "step-5"}
 
 
-def test_chunks_are_numbered_over_all_processes():
-    """Chunk by chunk, in each the processes by rank: two processes draw what one does with two chunks."""
-    for chunk, rank, number in ((0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 3)):
-        session = SimpleNamespace(world_size=2, rank=rank, device="cpu")
-        run = SimpleNamespace(session=session, optimisation=SimpleNamespace(seed=11))
-        noise = turns.chunk_draws(run, 2, 7, chunk).noise(8)
-        assert torch.equal(noise, Draws(11, 2, 7, number).noise(8))
-
-
-def test_same_seed_same_log(teacher, tmp_path):
-    first, second = (run_cold_start(teacher, tmp_path / name) for name in ("a", "b"))
-    other = run_cold_start(teacher, tmp_path / "c", "--seed", 31)
-    for name in ("gen", "gui"):
-        assert logged(first, name) == logged(second, name)
-        assert logged(first, name) != logged(other, name)
-
-
 def test_previews_do_not_disturb_training(teacher, tmp_path):
     plain = run_cold_start(teacher, tmp_path / "a", "--num-previews", 0)
     shown = run_cold_start(teacher, tmp_path / "b", "--sample-steps", 1, "--ema-decay", 0.9)
     assert logged(plain) == logged(shown)
     assert not (plain / "samples").exists()
     assert (shown / "samples" / "step-1" / "grid.png").exists()
-
-
-@pytest.mark.parametrize("teacher_steps,rows", [(2, 4), (0, 3)])
-def test_the_teachers_row_of_the_previews_can_be_turned_off(teacher, tmp_path, teacher_steps, rows):
-    more = ("--sample-steps", 3, "--teacher-preview-steps", teacher_steps)
-    run = run_cold_start(teacher, tmp_path / "run", *more)
-    with Image.open(run / "samples" / "step-3" / "grid.png") as picture:
-        assert picture.height == rows * 68 + 4
 
 
 def rows_of_previews(run, monkeypatch, scores) -> dict[str, np.ndarray]:
@@ -335,14 +300,6 @@ def test_a_lora_generator_trains_a_lora_of_twice_the_rank(teacher, tmp_path):
     loop.cycle(run, 0)
     assert all("lora_" in name for name in before)
     assert all(not torch.equal(p, before[name]) for name, p in trained(run.generator).items())
-
-
-def test_the_loop_hands_each_step_to_its_cycle(teacher, tmp_path, monkeypatch):
-    steps, cycle = [], loop.cycle
-    monkeypatch.setattr(loop, "cycle", lambda run, step, *rest: steps.append(step) or cycle(run, step))
-    run_cold_start(teacher, tmp_path / "run", "--num-previews", 0)
-    run_cold_start(teacher, tmp_path / "run", "--num-previews", 0, "--auto-resume", "--max-train-steps", 5)
-    assert steps == [0, 1, 2, 3, 4]
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(teacher, tmp_path, capsys, monkeypatch):

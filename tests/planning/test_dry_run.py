@@ -12,9 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evaluation.standins import write_vae
 from tests import ROOT
-from tests.conftest import TINY, build_run, flags, random_sit, refused, run_cold_start
+from tests.conftest import build_run, flags, random_sit, refused, run_cold_start
 from train_cc import cold_start, dmdr_refl
-from train_cc.distillation import turns
 from train_cc.distillation.loop import cycle
 from train_cc.models import SIT_SIZES, SiT
 from train_cc.models.classifier import ImageClassifier
@@ -29,15 +28,6 @@ from train_cc.run.session import open_session
 def planned(capsys, teacher, output, *more):
     cold_start.main(flags(teacher, output, *more, "--dry-run"))
     return capsys.readouterr().out
-
-
-def test_nothing_is_loaded_or_written(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "SiT", **TINY}))
-    text = planned(capsys, tmp_path, tmp_path / "run", "--gradient-accumulation-steps", 3)
-    assert "effective batch: 12 = 4 a process x 3 accumulated x 1 process(es)" in text
-    assert "from step 0 to 3: 36" in text and "--batch-size 4" in text
-    assert "not in it: the CUDA context, workspaces of libraries" in text and "fragmentation)" in text
-    assert not (tmp_path / "run").exists()
 
 
 def test_one_process_of_many_tells_the_plan(teacher, tmp_path, capsys, monkeypatch):
@@ -153,25 +143,6 @@ def test_flop_are_those_of_a_real_cycle(teacher, tmp_path, turns, chunks):
     assert counter.total > 0 and simulated(teacher, tmp_path / "other", *more).flop == counter.total
 
 
-def test_a_run_is_resumed_in_what_it_holds_afterwards(teacher, tmp_path, monkeypatch):
-    """Moments are read into their places, a parameter at a time; sharded, a whole one is there for a while."""
-    cost = simulated(teacher, tmp_path, "--num-previews", 0)
-    trained, _ = cost.parameters["generator"]
-    assert cost.held["generator moments"] == pytest.approx(8 * trained, rel=0.2)  # each is rounded up to 512 bytes
-    assert cost.peaks["resuming"] == pytest.approx(sum(cost.held.values()), rel=0.05)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    sharded = simulated(teacher, tmp_path, "--num-previews", 0, processes=8)
-    training = max(value for name, value in sharded.peaks.items() if name.startswith("training"))
-    assert sum(sharded.held.values()) < sharded.peaks["resuming"] <= training < max(cost.peaks.values())
-
-
-def test_memory_between_cycles_is_all_accounted_for(teacher, tmp_path):
-    cost = simulated(teacher, tmp_path, "--ema-decay", 0.9)
-    (rest,) = (value for name, value in cost.held.items() if name.startswith("other"))
-    assert 0 <= rest < 8192 and cost.held["EMA"] > 1e5
-    assert cost.peak() == max(cost.peaks[name] for name in cost.peaks if "sampling" not in name)
-
-
 def test_under_ddp_gradients_stay_in_their_buckets(teacher, tmp_path):
     held = [simulated(teacher, tmp_path, processes=processes).held for processes in (1, 2)]
     alone, ddp = (sum(each.values()) for each in held)
@@ -197,13 +168,6 @@ def test_nodes_hold_a_copy_each_unless_told_otherwise(teacher, tmp_path, monkeyp
     assert (node.sharded_over, everyone.sharded_over) == (4, 8)
     moments = [cost.held["generator moments"] for cost in (node, everyone)]
     assert moments[0] > 1.3 * moments[1]  # tiny parameters are rounded up to 512 bytes
-
-
-def test_samples_of_turns_that_are_not_gone_through_are_counted(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(turns, "SAMPLES_AT_ONCE", 1)  # else the peak would be that of making them
-    few, many = (simulated(teacher, tmp_path, "--num-previews", 0, "--ratio-update", n) for n in (1, 21))
-    grown = many.peaks["training, estimator turns"] - few.peaks["training, estimator turns"]
-    assert grown == pytest.approx(20 * 4 * 8 * 8 * 4, rel=0.01)
 
 
 def test_a_name_of_the_size_table_needs_no_folder(tmp_path, capsys):
@@ -267,16 +231,6 @@ def test_a_checkpoint_that_a_run_has_yet_to_write_is_planned_from(teacher, rewar
         assert str(path) in refused(stage.main, words, capsys=capsys)
 
 
-def test_a_teacher_folder_to_come_is_planned_by_the_size_in_its_name(tmp_path, capsys):
-    """As sit_convert.py names the folder that it makes."""
-    more = ["--vae", "stabilityai/sd-vae-ft-ema", "--num-previews", 0]
-    text = planned(capsys, tmp_path / "sit_weights" / "SiT-S-8", tmp_path / "run", *more)
-    assert "SiT-S-8 does not exist yet" in text and "a run needs a model folder" in text
-    (tmp_path / "sit_weights" / "SiT-S-8").mkdir(parents=True)
-    words = flags(tmp_path / "sit_weights" / "SiT-S-8", tmp_path / "run", "--dry-run", *more)
-    assert "config.json" in refused(cold_start.main, words, capsys=capsys)
-
-
 def test_a_function_that_needs_values_is_told(teacher, tmp_path, capsys):
     (tmp_path / "r.py").write_text(REWARDS)
     for name, known in (("plain", True), ("by_values", False)):
@@ -289,13 +243,6 @@ def test_auto_precision_is_planned_as_on_a_gpu(teacher, tmp_path, capsys, monkey
     text = planned(capsys, teacher, tmp_path / "run", "--mixed-precision", "auto")
     assert "precision fp16" in text and "no GPU here" in text
     assert "precision no" in planned(capsys, teacher, tmp_path / "run", "--mixed-precision", "no")
-
-
-def test_the_configs_precision_is_planned_for(teacher, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert "precision bf16" in planned(capsys, teacher, tmp_path / "run", "--mixed-precision", "auto")
-    words = flags(teacher, tmp_path / "run", "--dry-run", "--mixed-precision", "fp16")
-    assert "config says mixed_precision bf16" in refused(cold_start.main, words, capsys=capsys)
 
 
 def wrong_inputs(teacher, reward_folder, tmp_path):

@@ -68,18 +68,6 @@ def test_what_is_written_is_read_with_sizes_and_hashes(tmp_path):
     torch.testing.assert_close(found.read("accelerator_1/generator.safetensors")["weight"], torch.arange(3.0))
 
 
-def test_every_file_and_folder_is_flushed_before_the_units_file_counts(tmp_path, monkeypatch):
-    """A power cut keeps what was flushed: the files, the renaming of their folders, then the units file and its own."""
-    flushed = []
-    monkeypatch.setattr(checkpoints, "flush", lambda path: flushed.append(str(path.relative_to(tmp_path))))
-    written(tmp_path, 1)
-    expected = []
-    for accelerator in ("accelerator_1", "accelerator_2"):
-        of_it = [name.split("/")[1] for name in PARTS if name.startswith(accelerator)]
-        expected += [f"{accelerator}/step-1.tmp/{name}" for name in of_it] + [accelerator]
-    assert flushed == [*expected, "torch_units/step-1.pt.tmp", "torch_units"]
-
-
 def test_a_checkpoint_ends_before_its_files_change(tmp_path, monkeypatch):
     root = written(tmp_path, 1)
     (root / "torch_units/step-1.pt.damaged").write_bytes(b"of an earlier time")
@@ -119,28 +107,6 @@ def test_a_checkpoint_is_complete_where_every_file_has_its_size(tmp_path, change
         checkpoints.open_checkpoint(root / "torch_units/step-1.pt")
 
 
-@pytest.mark.parametrize("digit", "0f")
-def test_a_file_of_another_hash_is_damage(tmp_path, digit):
-    """Below the right hash and above it."""
-    path = written(tmp_path, 1) / "torch_units/step-1.pt"
-    content = torch.load(path, weights_only=True)
-    content["files"]["accelerator_2/optimizer.pt"]["sha256"] = digit * 64
-    torch.save(content, path)
-    with pytest.raises(InputError, match=r"SHA-256 of .*accelerator_2/step-1/optimizer.pt"):
-        checkpoints.open_checkpoint(path)
-
-
-def test_what_is_too_large_for_a_units_file_is_not_parsed(tmp_path, monkeypatch):
-    """64 MiB and a byte; with the byte less it is parsed, and is something else."""
-    monkeypatch.setattr(checkpoints, "read_torch", lambda path, expected: "parsed")
-    path = tmp_path / "step-1.pt"
-    for size, told in ((64 * 2**20, "no format version"), (64 * 2**20 + 1, "has 67,108,865 bytes")):
-        with path.open("wb") as file:
-            file.truncate(size)
-        with pytest.raises(InputError, match=told):
-            checkpoints.open_checkpoint(path)
-
-
 def test_a_link_to_a_units_file_is_the_checkpoint_that_it_leads_to(tmp_path):
     root = written(tmp_path / "run", 1)
     (tmp_path / "link.pt").symlink_to(root / "torch_units/step-1.pt")
@@ -172,11 +138,6 @@ def test_the_newest_whole_checkpoint_is_found_and_what_is_wrong_with_newer_ones(
     torch.save(content | {"format_version": FORMAT_VERSION + 1}, root / "torch_units/step-4.pt")
     with pytest.raises(NewerFormat):
         checkpoints.newest_intact(root)
-
-
-def test_bytes_are_those_of_all_tensors():
-    content = {"a": torch.zeros(3), "b": {"c": torch.zeros(2, dtype=torch.float64), "d": 5, "e": {}}, "f": "text"}
-    assert checkpoints.nbytes(content) == 12 + 16
 
 
 @pytest.mark.parametrize(

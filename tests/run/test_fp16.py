@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +30,7 @@ from train_cc.rewards import terms
 from train_cc.run.checkpoint import open_checkpoint
 from train_cc.run.diagnostics import gathered
 from train_cc.run.session import open_session
-from train_cc.setup.build import build, prepare_scores
+from train_cc.setup.build import build
 
 LARGE = 2.0**120  # a scale that no gradient bears, nor after fifty halvings
 GOOD = 2.0**8
@@ -273,15 +272,6 @@ def test_an_overflow_of_the_decoder_drops_the_rewards(teacher, classifier, tmp_p
     assert "overflow_reward_classifier" not in row and run.rewards[0].backoff == 1
 
 
-def test_an_overflow_of_the_judge_drops_its_reward(teacher, classifier, tmp_path):
-    run = half_run(teacher, tmp_path / "run", *rewarded(classifier))
-    overflow_once(run.judges["reward_classifier"], 0)
-    before = trained(run.plain_generator)
-    rows, row, _ = loop.cycle(run, 0)
-    loop.stop_unless_finite(run, [*rows, row])
-    assert row["overflow_reward_classifier"] == 1 and moved(run.plain_generator, before)
-
-
 def test_a_sample_that_overflows_never_enters_the_window_of_a_frechet_reward(teacher, real, tmp_path):
     more = ["--reward", "frechet", 1, real, "--frechet-window", 500, "--max-train-steps", 8]
     run = half_run(teacher, tmp_path / "run", *more)
@@ -368,19 +358,6 @@ def test_a_teacher_that_leaves_the_range_for_some_class_or_sample_is_found(chang
     estimator = ScoreEstimator(model, 4)
     assert estimator.overflowing_block(torch.float16, CPU)
     assert estimator.overflowing_block(torch.bfloat16, CPU) is None
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_teacher_is_checked_before_it_is_sharded(monkeypatch, sharded):
-    model = random_sit()
-    with torch.no_grad():
-        large_class(model)
-    estimator, real = ScoreEstimator(model, 4), ScoreEstimator.overflowing_block
-    monkeypatch.setattr(ScoreEstimator, "to", lambda self, device: self)  # there is no GPU to go to
-    monkeypatch.setattr(ScoreEstimator, "overflowing_block", lambda self, dtype, device: real(self, dtype, CPU))
-    session = SimpleNamespace(device=SimpleNamespace(type="cuda"), sharded=sharded, notes=[])
-    with pytest.raises(InputError, match=r"fp16 overflows in block 0 of the/teacher.*--mixed-precision bf16"):
-        prepare_scores(estimator, Path("the/teacher"), session, torch.float16)
 
 
 def test_a_decoder_that_leaves_the_range_is_refused(tmp_path):

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -28,10 +27,7 @@ from train_cc import cold_start, dmdr_refl
 from train_cc.distillation import loop
 from train_cc.io.errors import InputError
 from train_cc.models import SiT
-from train_cc.models.classifier import ImageClassifier
-from train_cc.rewards import build as rewards_build
-from train_cc.run import session as together
-from train_cc.run.session import open_session, resolve_precision
+from train_cc.run.session import open_session
 from train_cc.samplers import few_step_input
 from train_cc.setup import stage
 from train_cc.setup.build import configure_compiler
@@ -417,12 +413,6 @@ def test_auto_takes_the_precision_of_the_config(monkeypatch):
         AcceleratorState._reset_state(True)
 
 
-@pytest.mark.parametrize("gpu,expected", [(True, "fp16"), (False, "no")])
-def test_auto_is_fp16_on_a_gpu(monkeypatch, gpu, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert resolve_precision("auto") == expected and resolve_precision("bf16") == "bf16"
-
-
 def test_a_config_that_does_not_exist_is_refused():
     command = ["bash", "scripts/cold_start_sitxl.sh"]
     environment = os.environ | {"ACCELERATE_CONFIG": "nowhere.yaml", "VIRTUAL_ENV": sys.prefix}
@@ -451,30 +441,6 @@ def test_every_process_makes_the_same_calls(teacher):
     calls.clear()
     few_step_input(counted, noise, y, torch.tensor([0, 1, 2]), 3)
     assert calls == [2, 1]
-
-
-def test_the_main_process_alone_hashes_and_reads_first(monkeypatch, reward_folder):
-    """Others are given its hashes, and read what it may have downloaded after it."""
-    order = []
-    load = ImageClassifier.from_pretrained
-    monkeypatch.setattr(ImageClassifier, "from_pretrained", lambda source: order.append("read") or load(source))
-    monkeypatch.setattr(rewards_build, "sha256", lambda path: order.append("hash") or path.name)
-    monkeypatch.setattr(together, "broadcast_object_list", lambda outcome: order.append("all meet"))
-    main = rewards_build.Networks(SimpleNamespace(is_main=True))
-    main.classifier(str(reward_folder))
-    assert order == ["read", "all meet"]
-    assert main.hashes({"teacher": [Path("a")], "vae": [Path("b")]}) == {"teacher": "a", "vae": "b"}
-
-    def given(outcome: list) -> None:
-        order.append("all meet")
-        outcome[:] = [{"teacher": "a"}, None]
-
-    monkeypatch.setattr(together, "broadcast_object_list", given)
-    order.clear()
-    other = rewards_build.Networks(SimpleNamespace(is_main=False))
-    other.classifier(str(reward_folder))
-    assert order == ["all meet", "read"] and other.hashes({"teacher": [Path("a")]}) == {"teacher": "a"}
-    assert "hash" not in order
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from functorch.compile import make_boxed_func
 from timm.layers import Attention
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -330,33 +330,6 @@ def test_the_mlp_of_the_generator_makes_its_middle_again(teacher, tmp_path):
     assert kept[1] - kept[0] == 4 * 2 * 16 * mlp.fc1.out_features
 
 
-def test_compiled_too_the_middle_is_made_again_and_no_product(teacher, tmp_path):
-    """Of a whole block: its gate needs what the MLP gives, which must not be made again."""
-    block = tiny_run(teacher, tmp_path).generator.blocks[0]
-    width, middle, products, kept = block.mlp.fc1.in_features, block.mlp.fc1.out_features, [], []
-
-    def forward(graph, inputs):
-        (output,) = [node for node in graph.graph.nodes if node.op == "output"]
-        kept.append(sum(node.meta["val"].shape == (32, middle) for node in output.args[0]))
-        return make_boxed_func(graph.forward)
-
-    def backward(graph, inputs):
-        products.append(sum(str(node.target).startswith(("aten.mm", "aten.addmm")) for node in graph.graph.nodes))
-        return make_boxed_func(graph.forward)
-
-    backend = aot_autograd(fw_compiler=forward, bw_compiler=backward, partition_fn=min_cut_rematerialization_partition)
-    for block.mlp.recompute in (True, False):
-        torch._dynamo.reset()
-        torch.compile(block, backend=backend)(torch.randn(2, 16, width), torch.randn(2, width)).sum().backward()
-    assert products[0] == products[1] > 0 and kept[0] == kept[1] - 1
-
-
-def test_frozen_and_recomputed_blocks_keep_no_middle_anyway(teacher, tmp_path):
-    assert not tiny_run(teacher, tmp_path).estimator.network.blocks[0].mlp.recompute
-    for flag in ("--use-lora-gen", "--gradient-checkpointing"):
-        assert not tiny_run(teacher, tmp_path, flag).generator.blocks[0].mlp.recompute
-
-
 def test_decoder_and_classifier_of_the_reward_recompute(tmp_path):
     random_sit(in_channels=4).save_pretrained(tmp_path / "sit")
     backbone, head = write_dinov2(tmp_path / "dinov2", width=64, depth=4, classes=10)
@@ -382,27 +355,6 @@ class CallCounter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class NoReading(TorchDispatchMode):
-    """Refuses what makes a CPU wait for a GPU: reading a number out of a tensor."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            raise AssertionError("a tensor's value was read")
-        return function(*args, **(kwargs or {}))
-
-
-def test_the_turns_never_read_a_tensor(teacher, tmp_path, reward_folder):
-    more = ["--encoder-type", "classifier", "--reward-classifier", reward_folder, "--real-guidance-scale", 1.5]
-    run = tiny_run(teacher, tmp_path, *more, "--ema-decay", 0.9)
-    loop.cycle(run, 0)
-    with NoReading():
-        for batches in turns.estimator_batches(run, 1):
-            turns.estimator_turn(run, 1, batches)
-        figures = turns.generator_turn(run, 1)
-        with pytest.raises(AssertionError, match="was read"):
-            figures["loss_dmd"].item()
-
-
 @pytest.mark.slow
 def test_compiled_blocks_train_the_same(teacher, tmp_path):
     plain = logged(run_cold_start(teacher, tmp_path / "a"))
@@ -422,26 +374,6 @@ def test_compile_without_a_compiler_is_refused(teacher, tmp_path, capsys, monkey
     message = refused(cold_start.main, flags(teacher, tmp_path / "run", "--compile"), capsys=capsys)
     assert "--compile" in message and "no g++" in message
     assert not (tmp_path / "run").exists()
-
-
-def test_compiling_by_default_is_for_cuda_and_its_failure_a_line_in_the_log(monkeypatch):
-    """Asked for by nobody, a compiler that is missing stops nothing."""
-    found = []
-    for device, broken in (("cpu", False), ("cuda", False), ("cuda", True)):
-        session = SimpleNamespace(device=torch.device(device), notes=[])
-
-        def compile_one(call, broken=broken):
-            if broken:
-                raise RuntimeError("no Triton")
-            return lambda x: x
-
-        monkeypatch.setattr(torch, "compile", compile_one)
-        with torch._dynamo.config.patch(suppress_errors=False, recompile_limit=8, optimize_ddp=True):
-            found.append((compiler_works("auto", session), torch._dynamo.config.suppress_errors, session.notes))
-            assert not compiler_works(False, session)
-    assert found[:2] == [(False, False, []), (True, True, [])]
-    works, _, (note,) = found[2]
-    assert not works and note.startswith("WARNING") and "no Triton" in note
 
 
 def test_a_compiler_that_fails_in_the_backward_is_found_first(teacher, tmp_path, monkeypatch, capsys):
@@ -526,40 +458,6 @@ def test_benchmark_measures_and_compares(tmp_path, capsys):
     assert "--cycles is 0" in refused(benchmark.main, ["--cycles", "0"], capsys=capsys)
 
 
-def test_the_benchmark_compiles_before_it_measures(teacher, tmp_path, monkeypatch):
-    """The FLOP are counted without compilation; blocks are compiled in a cycle that is not timed."""
-    graphs, after = [], []
-    cycle = loop.cycle
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def watched(run, step):
-        figures = cycle(run, step)
-        after.append(len(graphs))
-        return figures
-
-    run = tiny_run(teacher, tmp_path, "--num-previews", 0)
-    with benchmark.FlopCounter() as counter:
-        loop.cycle(run, 0)
-    monkeypatch.setattr(loop, "cycle", watched)
-    for block in [*run.plain_generator.blocks, *run.plain_estimator.network.blocks]:
-        block.compile(backend=backend)
-    args = build_parser("").parse_args(flags(teacher, tmp_path / "run"))
-    with torch._dynamo.config.patch(recompile_limit=64):
-        figures = benchmark.measure(run, args, 2)
-    counted, warmed, *timed = after
-    assert counted == 0 < warmed and timed == [warmed, warmed]
-    assert figures["tflop_per_cycle"] * 1e12 == pytest.approx(counter.total)
-
-
-def test_the_peak_of_a_gpu_is_that_of_ten_large_products_at_once():
-    with benchmark.FlopCounter() as counter:
-        assert benchmark.matmul_peak(torch.device("meta"), torch.float16) > 0
-    assert counter.total == 5 * 10 * 2 * 8192**3
-
-
 def test_flop_of_a_forward_are_those_counted_by_hand():
     """A linear layer's 2 x rows x in x out, forward, and twice that backward; and both attention kernels'."""
     layer, x = nn.Linear(8, 16), torch.randn(4, 8, requires_grad=True)
@@ -570,23 +468,3 @@ def test_flop_of_a_forward_are_those_counted_by_hand():
     with benchmark.FlopCounter() as counter:
         nn.functional.scaled_dot_product_attention(q, k, v)
     assert counter.total == 2 * 2 * (2 * 3 * 16 * 16 * 8)
-
-
-def test_few_flop_are_wasted(tmp_path):
-    """A cycle of R = 5 is 20 forwards: 5 samples, 5 x 2 estimator, 3 generator, 2 scores; guidance adds its rows.
-
-    A frozen weight has no gradient of its own: the estimator's backward costs one forward, the generator's two.
-    """
-    teacher = tmp_path / "sit"
-    random_sit(hidden_size=64, depth=6).save_pretrained(teacher)
-    more = ["--ratio-update", 5, "--lora-rank", 1, "--batch-size", 4]
-    counted = {}
-    for name, words in (("plain", []), ("guided", ["--real-guidance-scale", 2])):
-        run = tiny_run(teacher, tmp_path, *more, *words)
-        with benchmark.FlopCounter() as cycle:
-            loop.cycle(run, 0)
-        counted[name] = cycle.total
-    with benchmark.FlopCounter() as forward:
-        random_sit(hidden_size=64, depth=6)(*inputs(4))
-    assert counted["plain"] == pytest.approx(20 * forward.total, rel=0.03)
-    assert counted["guided"] == pytest.approx(21 * forward.total, rel=0.03)
