@@ -68,20 +68,19 @@ def check_arguments(args: argparse.Namespace) -> Table:
 
 def spaces_of(places: list[Path]) -> list[dict]:
     """All rows of each space, as evaluation.evaluate wrote them; last those over all spaces, if any."""
-    found: list[dict] = []
+    spaces: list[dict] = []
     for path in places:
         content = read_figures(path)
         judged = [content, *content.get("more_spaces", [])]
         if content.get("over_spaces") and len(judged) > 1:
             judged.append({"features": f"the mean over {len(judged)} spaces", "rows": content["over_spaces"]})
-        if not found:
-            found = [each | {"rows": {}, "set_size": content.get("set_size")} for each in judged]
-        for space, each in zip(found, judged, strict=True):
+        spaces = spaces or [each | {"rows": {}, "set_size": content.get("set_size")} for each in judged]
+        for space, each in zip(spaces, judged, strict=True):
             if space["features"] != each["features"]:
                 raise InputError(f"{path} is of {each['features']}, other rows of {space['features']}; move it away")
             space["rows"].pop(HELD_OUT, None)  # it is the last row of every file
             space["rows"] |= each["rows"]
-    return found
+    return spaces
 
 
 def text_of(rows: Table, spaces: list[dict], means: list[dict], title: str) -> str:

@@ -108,7 +108,7 @@ def neighbours(reference: Tensor, generated: Tensor, k: int = 3) -> Neighbours:
 
     Raises `InputError`.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if type(k) is not int or k < 1:
         raise InputError(f"k is {k}; a whole number of at least 1 is expected")
     check_pair(reference, generated, k + 1)
     reference, generated = reference.float().cpu(), generated.float().cpu()

@@ -33,6 +33,7 @@ from train_cc.io.errors import InputError
 from train_cc.models.features import FeatureSpace
 
 ORDER = 25  # first key of the draws
+SIDES = {"Recall": 1, "Precision": 0, "Density": 0, "Coverage": 1}  # of which side's images: generated, reference
 LEAST_SHARE = 0.8  # of the classes that a chunk in random order has
 
 
@@ -64,17 +65,16 @@ def embed(content: Mapping[str, np.ndarray], path: Path, space: FeatureSpace, ba
             span = f"{path} has labels from {labels.min()} to {labels.max()}"
             raise InputError(f"{span}, {space.name} knows 0 to {logits.shape[1] - 1}{hint}")
         if "classes" in content:
-            require_same_classes(content["classes"].tolist(), path, space)
+            check_class_folders(content["classes"].tolist(), path, space)
     return Embedded(features, logits, labels, space.knows_labels)
 
 
-def require_same_classes(folders: list[str], path: Path, space: FeatureSpace) -> None:
+def check_class_folders(folders: list[str], path: Path, space: FeatureSpace) -> None:
     """The class folders are the classes of the space's classifier, in their order. Raises `InputError`."""
-    number = space.num_logits
-    if len(folders) != number:
-        counts = f"{path} has {len(folders)} class folders, {space.name} {number} classes"
+    if len(folders) != space.num_logits:
+        counts = f"{path} has {len(folders)} class folders, {space.name} {space.num_logits} classes"
         raise InputError(f"{counts}: which is which is not known; give all of them, or one folder without classes")
-    if wrong := contradiction(folders, number, dataset_of(Path(space.name.partition(":")[2]))):
+    if wrong := contradiction(folders, len(folders), dataset_of(Path(space.name.partition(":")[2]))):
         raise InputError(f"{path}: {wrong} ({space.name}); name the folders by the model's numbers (0, 1, ...)")
 
 
@@ -102,35 +102,28 @@ class Reference:
         return distance_of_checked(*statistics(features), *self.statistics, self._root)
 
 
-@dataclass(frozen=True)
-class Tally:
-    """Per image: its values summed over the sets that contain it, and their number."""
-
-    sums: Tensor
-    counts: Tensor
-
-    def mean(self, rows: Tensor | slice) -> float:
-        return (self.sums[rows].sum() / self.counts[rows].sum()).item()
-
-
 class Sets:
     """Samples against reference images in disjoint sets of ``size`` on both sides."""
 
     def __init__(self, generated: Tensor, reference: Reference, size: int):
-        self.generated, self.reference, self.size = generated, reference, size
-        self.pairs = equal_sets(len(generated), len(reference.features), size)
-        counts = (len(generated), len(reference.features))
-        sums = {"Recall": 1, "Precision": 0, "Density": 0, "Coverage": 1}  # name -> of which side's images
-        sums = {name: (side, torch.zeros(counts[side], dtype=torch.float64)) for name, side in sums.items()}
-        times = [torch.zeros(count) for count in counts]
+        self.generated, self.reference = generated, reference
+        self.counts = (len(generated), len(reference.features))
+        self.pairs = equal_sets(*self.counts, size)
+        # Per image: its values summed over the sets that contain it, and the number of these sets.
+        self.sums = {name: torch.zeros(self.counts[side], dtype=torch.float64) for name, side in SIDES.items()}
+        self.times = [torch.zeros(count) for count in self.counts]
         for pair in self.pairs:
             near = neighbours(reference.features[pair[1]], generated[pair[0]])
             values = (near.recalled, near.inside > 0, near.inside / near.k, near.near)
-            for (side, total), value in zip(sums.values(), values, strict=True):
-                total[pair[side]] += value.double()
+            for (name, side), value in zip(SIDES.items(), values, strict=True):
+                self.sums[name][pair[side]] += value.double()
             for side, rows in enumerate(pair):
-                times[side][rows] += 1
-        self.tallies = {name: (side, Tally(total, times[side])) for name, (side, total) in sums.items()}
+                self.times[side][rows] += 1
+
+    def shares(self, rows: Sequence[Tensor | slice]) -> dict[str, float]:
+        """Recall, precision, density and coverage of ``rows`` of the generated images and of the reference's."""
+        times = [self.times[side][chosen].sum() for side, chosen in enumerate(rows)]
+        return {name: (self.sums[name][rows[side]].sum() / times[side]).item() for name, side in SIDES.items()}
 
     def distances(self, rows: Tensor | slice, frechet: bool) -> dict[str, float]:
         """SW (against sets of the reference) and FD (of the sets, against the statistics) of some of the samples."""
@@ -144,8 +137,7 @@ class Sets:
         """Per class of the reference images; None for a class without images, or if there are no labels."""
         if self.reference.labels is None:
             return None
-        _, tally = self.tallies["Recall"]
-        return by_class(tally.sums.numpy(), self.reference.labels, tally.counts.numpy())
+        return by_class(self.sums["Recall"].numpy(), self.reference.labels, self.times[1].numpy())
 
 
 def by_class(values: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> list[float | None]:
@@ -178,14 +170,19 @@ def row_of(
         row["classes"]["accuracy"] = by_class(embedded.right, embedded.labels)
     if rounds:
         row["draws"] = bootstrap(embedded, reference, sets, rounds, real)
-        row["intervals"] = intervals(row)
+        row["intervals"] = {name: around(figures[name], values) for name, values in row["draws"].items()}
+        for name, error in errors.items():
+            row["intervals"][name] = [figures[name] - 1.96 * error, figures[name] + 1.96 * error]
     return row | {"notes": notes_of(embedded)}
 
 
 def figures_of(
     embedded: Embedded, reference: Reference, sets: Sets | None, real: dict | None, frechet: bool, rows: Sequence
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The figures but KID, and the distances, of ``rows`` of the generated images and of the reference's."""
+    """The figures but KID, and the distances, of ``rows`` of the generated images and of the reference's.
+
+    FDr and SWr are ratios to the distances ``real`` of held-out real images: a fresh real draw scores 1.
+    """
     generated, distances = rows[0], {}
     figures = {"FID": reference.distance(embedded.features[generated])}
     if embedded.logits is not None:
@@ -194,8 +191,11 @@ def figures_of(
         figures["accuracy"] = embedded.right[generated].mean().item()
     if sets is not None:
         distances = sets.distances(generated, frechet)
-        figures |= {name: tally.mean(rows[side]) for name, (side, tally) in sets.tallies.items()}
-        figures |= {"SW": distances["SW"]} | ratios(distances, real)
+        figures |= sets.shares(rows) | {"SW": distances["SW"]}
+    if real is not None:
+        if min(real.values()) <= 0:
+            raise InputError(f"the held-out images are {real} from the reference: there is nothing to measure by")
+        figures |= {f"{name}r": distances[name] / real[name] for name in ("FD", "SW")}
     return figures, distances
 
 
@@ -219,46 +219,28 @@ def notes_of(embedded: Embedded) -> list[str]:
 
 def classes_in_chunks(classes: np.ndarray) -> float:
     """exp(entropy) of the classes (N,) in each of the Inception Score's chunks, the mean."""
-    counts = []
-    for start in range(0, len(classes), CHUNK):
-        shares = np.unique(classes[start : start + CHUNK], return_counts=True)[1] / len(classes[start : start + CHUNK])
-        counts.append(np.exp(-(shares * np.log(shares)).sum()))
-    return float(np.mean(counts))
-
-
-def ratios(distances: dict[str, float], real: dict[str, float] | None) -> dict[str, float]:
-    """FDr and SWr, the ratios to the distances of held-out real images. A fresh real draw scores 1."""
-    if real is None:
-        return {}
-    if min(real.values()) <= 0:
-        raise InputError(f"the held-out images are {real} from the reference: there is nothing to measure by")
-    return {f"{name}r": distances[name] / real[name] for name in ("FD", "SW")}
+    parts = [classes[start : start + CHUNK] for start in range(0, len(classes), CHUNK)]
+    shares = [np.unique(part, return_counts=True)[1] / len(part) for part in parts]
+    return float(np.mean([np.exp(-(share * np.log(share)).sum()) for share in shares]))
 
 
 def bootstrap(
-    embedded: Embedded, reference: Reference, sets: Sets | None, rounds: int, real: dict | None, seed: int = 0
+    embedded: Embedded, reference: Reference, sets: Sets | None, rounds: int, real: dict | None
 ) -> dict[str, list[float]]:
     """Every figure but KID in ``rounds`` resamplings of the generated images (recall, coverage: of the reference's).
 
     The balls are those of all images: a resampled set has duplicates, which would shrink them.
     """
     drawn: dict[str, list[float]] = {}
-    counts = [len(embedded.features)] + ([] if sets is None else [len(reference.features)])
+    counts = (len(embedded.features),) if sets is None else sets.counts
     for i in range(rounds):
-        generator = rng_of(seed, i)
+        generator = rng_of(0, i)
         rows = [torch.randint(count, (count,), generator=generator) for count in counts]
         for name, value in figures_of(embedded, reference, sets, real, real is not None, rows)[0].items():
             drawn.setdefault(name, []).append(value)
     return drawn
 
 
-def intervals(row: dict) -> dict[str, list[float]]:
-    """95 %, about the figure itself: duplicates add a bias of their own to FID and SW. Of KID: by its error."""
-    ends = {name: around(row["figures"][name], values) for name, values in row["draws"].items()}
-    for name, error in row["standard_errors"].items():
-        ends[name] = [row["figures"][name] - 1.96 * error, row["figures"][name] + 1.96 * error]
-    return ends
-
-
 def around(figure: float, draws: list[float]) -> list[float]:
+    """95 %, about the figure itself: duplicates add a bias of their own to FID and SW."""
     return (np.quantile(draws, [0.025, 0.975]) + figure - np.mean(draws)).tolist()

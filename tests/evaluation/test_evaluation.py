@@ -593,7 +593,7 @@ def test_spaces_and_held_out_files_that_cannot_be(digits, two_classifiers, tmp_p
 
 
 def test_inceptions_statistics_are_of_no_other_space_as_wide(tmp_path):
-    content = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    content = {"arr_0": None, "mu": np.zeros(2048), "sigma": np.eye(2048)}
     wide = SimpleNamespace(name="timm:resnet50", size=2048)
     with pytest.raises(InputError, match="of Inception's features: ask for that space"):
         stored_by_space(content, tmp_path, [wide])
@@ -602,7 +602,7 @@ def test_inceptions_statistics_are_of_no_other_space_as_wide(tmp_path):
 
 
 def test_adms_second_statistics_are_those_of_sfid(tmp_path):
-    content = {"mu": np.zeros(8), "sigma": np.eye(8), "mu_s": np.ones(6), "sigma_s": 2 * np.eye(6)}
+    content = {"arr_0": None, "mu": np.zeros(8), "sigma": np.eye(8), "mu_s": np.ones(6), "sigma_s": 2 * np.eye(6)}
     spaces = [SimpleNamespace(name=name, size=size) for name, size in (("inception", 8), ("inception-spatial", 6))]
     stored = stored_by_space(content, tmp_path, spaces)
     assert stored.keys() == {"inception", "inception-spatial"}
