@@ -147,13 +147,13 @@ def judge(
     )
     if space.name in stored and "space" not in real.reference:
         reference.source += f"; the file names no network: by their size, {space.size}, a guess, of {space.name}"
-    reference.whole = reference.features if settings.adm else None
     rows, ceiling = {}, None
     if real.held_out is not None:
         others = embedded(real.held_out, real.path, "held-out")
         ceiling = row_of(others, reference, size, ceiling=True)
-        if settings.adm and settings.held_out == HALVES:
-            reference.whole = torch.cat([reference.features, others.features])
+    if settings.adm:
+        halved = settings.held_out == HALVES
+        reference.whole = torch.cat([reference.features, others.features]) if halved else reference.features
     for name, path in samples.items():
         content = read_images(path)
         generated, provenance = embedded(content, path, "generated"), provenance_of(content, path)
