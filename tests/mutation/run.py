@@ -151,7 +151,7 @@ MODULES = {
         "io/test_trust_inputs::test_weights_may_be_read_by_whom_their_config_may",
         "convert/test_convert::test_pipeline_round_trip_is_bit_identical",
     ],
-    "evaluation/report/verdict.py": ["evaluation/test_rules", "evaluation/test_verdict"],
+    "evaluation/report/verdict.py": ["evaluation/test_verdict"],
 }
 # Subprocesses, waits and large models: seconds that would be paid by every mutant.
 SLOW = "signal or kill or launcher or launch or two_processes or compile or benchmark or eight_bit or every_size"
