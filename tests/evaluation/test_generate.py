@@ -199,14 +199,6 @@ def test_flags_are_refused_before_anything_is_written(teacher, tmp_path, capsys,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"num_inference_steps": 0, "timestep_shift": 1}', "[" * 100_000,
-                                     '{"num_inference_steps": 1, "timestep_shift": NaN}'])  # fmt: skip
-def test_a_damaged_generation_config_is_refused(tmp_path, capsys, content):
-    random_sit().save_pretrained(tmp_path / "g")
-    (tmp_path / "g" / "generation_config.json").write_text(content)
-    assert "generation_config.json" in refused(generate.main, flags(tmp_path / "g", tmp_path / "s.npz"), capsys=capsys)
-
-
 def test_samples_that_are_not_finite_become_no_images(teacher, tmp_path, capsys, monkeypatch):
     """The weights are damaged after the reader, which refuses such."""
     load = Source.load
