@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,22 +29,13 @@ NO_IMAGES = (
 )
 
 
-@dataclass(frozen=True)
-class Real:
-    """The reference, the held-out images (None: there are none), and the file that these come from."""
-
-    reference: dict[str, np.ndarray]
-    held_out: dict[str, np.ndarray] | None = None
-    path: Path | None = None
-
-
-def hold_out(reference: Path, held_out: str | None) -> Real:
-    """``held_out``: a file, or `HALVES`: the reference is split at random, once and for all. Raises `InputError`."""
+def read_real(reference: Path, held_out: str | None) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None]:
+    """The reference and the held-out images: of a file, or by `HALVES` of the reference. Raises `InputError`."""
     content = read_reference(reference)
     if held_out is None:
-        return Real(content)
+        return content, None
     if held_out == HALVES:
-        return Real(*halves(content, reference), reference)
+        return halves(content, reference)
     path = Path(held_out)
     others = read_images(path, "held-out")
     if others["arr_0"].shape[1:] != content["arr_0"].shape[1:]:
@@ -58,7 +48,7 @@ def hold_out(reference: Path, held_out: str | None) -> Real:
             f"{common} of the {len(others['arr_0'])} images of --held-out {path} are in the reference {reference}: "
             f"they are not held out. Give other real images, or --held-out {HALVES}, which splits the reference"
         )
-    return Real(content, others, path)
+    return content, others
 
 
 def digest(image: np.ndarray) -> bytes:
@@ -66,7 +56,7 @@ def digest(image: np.ndarray) -> bytes:
 
 
 def halves(content: dict[str, np.ndarray], path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Two disjoint random halves of the images and their labels; whatever else the file stores stays with the first."""
+    """Two disjoint random halves of the images and labels, always the same; all else in the file is in the first."""
     half = len(content["arr_0"]) // 2
     if half < LEAST_IMAGES:
         raise InputError(f"{path} holds {len(content['arr_0'])} images; two halves need {2 * LEAST_IMAGES} or more")
@@ -134,25 +124,26 @@ def stored_by_space(content: Mapping[str, np.ndarray], path: Path, spaces: list[
 
 
 def judge(
-    settings: argparse.Namespace, samples: dict[str, Path], space: FeatureSpace, real: Real, stored: dict, size: int
+    settings: argparse.Namespace, samples: dict[str, Path], space: FeatureSpace, real: tuple, stored: dict, size: int
 ) -> dict:
-    """All rows in one space, as they are written. ``stored``: of `stored_by_space`; ``size``: of the sets."""
+    """All rows in one space, as they are written.
+
+    ``real``: of `read_real`; ``stored``: of `stored_by_space`; ``size``: of the sets.
+    """
+    (real_images, held_out), halved = real, settings.held_out == HALVES
 
     def embedded(content: Mapping[str, np.ndarray], path: Path, what: str) -> Embedded:
         return embed(content, path, space, settings.batch_size, what)
 
-    images = "arr_0" in real.reference
-    reference = Reference(
-        embedded(real.reference, settings.reference, "reference") if images else None, stored.get(space.name)
-    )
-    if space.name in stored and "space" not in real.reference:
+    images = embedded(real_images, settings.reference, "reference") if "arr_0" in real_images else None
+    reference = Reference(images, stored.get(space.name))
+    if space.name in stored and "space" not in real_images:
         reference.source += f"; the file names no network: by their size, {space.size}, a guess, of {space.name}"
     rows, ceiling = {}, None
-    if real.held_out is not None:
-        others = embedded(real.held_out, real.path, "held-out")
+    if held_out is not None:
+        others = embedded(held_out, settings.reference if halved else Path(settings.held_out), "held-out")
         ceiling = row_of(others, reference, size, ceiling=True)
     if settings.adm:
-        halved = settings.held_out == HALVES
         reference.whole = torch.cat([reference.features, others.features]) if halved else reference.features
     for name, path in samples.items():
         content = read_images(path)
@@ -165,7 +156,7 @@ def judge(
         figures = {name: value for name, value in ceiling["figures"].items() if compared or name not in ("FID", "IS")}
         rows[HELD_OUT] = ceiling | {"figures": figures | dict.fromkeys(FD_AND_SW, 1.0), "generation": None}
     source = {"features": space.name, "features_sha256": space.sha256, "fid_reference": reference.source}
-    return source | ({} if images else {"missing": NO_IMAGES}) | {"rows": rows}
+    return source | ({"missing": NO_IMAGES} if images is None else {}) | {"rows": rows}
 
 
 def over_spaces(judged: list[dict]) -> dict[str, dict]:
@@ -194,18 +185,17 @@ def judge_all(settings: argparse.Namespace, samples: dict[str, Path], shape: tup
     ``samples``: name -> file; ``shape``: (N, H, W, C) of one.
     """
     spaces = load_spaces(settings, shape[1:])
-    real = hold_out(settings.reference, settings.held_out)
-    stored = stored_by_space(real.reference, settings.reference, spaces)
-    counts = [len(each["arr_0"]) for each in (real.reference, real.held_out) if each and "arr_0" in each]
-    size = min([shape[0], *counts])
+    real = read_real(settings.reference, settings.held_out)
+    stored = stored_by_space(real[0], settings.reference, spaces)
+    size = min([shape[0], *(len(each["arr_0"]) for each in real if each and "arr_0" in each)])
     judged = [judge(settings, samples, space, real, stored, size) for space in spaces]
-    return judged, over_spaces(judged) if real.held_out is not None else {}, size
+    return judged, over_spaces(judged) if settings.held_out is not None else {}, size
 
 
 def check_inputs(settings: argparse.Namespace, shape: tuple[int, ...] | None) -> None:
     """`--check`: all but the features of all images. ``shape``: (N, H, W, C) of the reference, if it has images."""
     spaces = load_spaces(settings, shape and shape[1:])
-    content = hold_out(settings.reference, settings.held_out).reference
+    content, _ = read_real(settings.reference, settings.held_out)
     stored_by_space(content, settings.reference, spaces)
     for space in spaces if shape else ():
         space.of(content["arr_0"][:LEAST_IMAGES], LEAST_IMAGES)

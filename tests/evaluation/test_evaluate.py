@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from evaluation import evaluate, generate
-from evaluation.figures.spaces import hold_out
+from evaluation.figures.spaces import read_real
 from evaluation.metrics import precision_recall, statistics
 from evaluation.samples.files import provenance_of
 from tests import ROOT
@@ -189,13 +189,13 @@ def test_a_mean_over_spaces_names_those_that_rewarded_a_row(digits, content, jud
 
 
 def test_halves_are_disjoint_and_keep_their_labels(digits, content):
-    real = hold_out(digits, "halves")
+    first, second = read_real(digits, "halves")
     known = {image.tobytes(): label for image, label in zip(content["arr_0"], content["arr_1"], strict=True)}
-    halves = [(part["arr_0"], part["arr_1"]) for part in (real.reference, real.held_out)]
+    halves = [(part["arr_0"], part["arr_1"]) for part in (first, second)]
     assert all(known[image.tobytes()] == label for half in halves for image, label in zip(*half, strict=True))
     images = [image.tobytes() for half, _ in halves for image in half]
     assert len(images) == 2 * 898 and len(set(images)) == len(known) - 1  # 1797 is odd
-    assert "provenance" in real.reference and np.bincount(real.held_out["arr_1"]).min() > 60
+    assert "provenance" in first and np.bincount(second["arr_1"]).min() > 60
 
 
 def test_stored_statistics_find_their_space(digits, content, judges, tmp_path, capsys):
