@@ -31,9 +31,9 @@ def image_shape(path: Path, what: str = "generated") -> tuple[int, ...]:
     """(N, H, W, C) of an .npz or a folder of images, without reading them all. Raises `InputError`."""
     headers: Mapping[str, tuple] = {}
     if path.is_dir():
-        from train_cc.images import open_samples  # torch takes seconds to import: an .npz does without
+        from train_cc.images import open_folder  # torch takes seconds to import: an .npz does without
 
-        images = open_samples(path)
+        images = open_folder(path)
         channels, height, width = images.shape
         shape = len(images), height, width, channels
     else:
@@ -81,9 +81,9 @@ def read_folder(folder: Path) -> dict[str, "np.ndarray"]:
     """An image folder as an .npz would have it; ``classes``: the class folders. Raises `InputError`."""
     import numpy as np
 
-    from train_cc.images import batches_of, choose_workers, open_samples
+    from train_cc.images import batches_of, choose_workers, open_folder
 
-    images = open_samples(folder)
+    images = open_folder(folder)
     batches = [range(first, min(first + 250, len(images))) for first in range(0, len(images), 250)]
     read = batches_of(images, batches, choose_workers(1) if len(batches) > 1 else 0)
     content = {"arr_0": np.concatenate([batch.permute(0, 2, 3, 1).numpy() for batch in read])}

@@ -333,18 +333,13 @@ def test_reading_needs_few_descriptors_and_no_shared_memory(space, tmp_path):
 class Dying(Images):
     """Its reader is killed, as by a machine that is out of memory."""
 
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        if torch.utils.data.get_worker_info() is not None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return torch.zeros(1, 8, 8, dtype=torch.uint8)
+    def __getitem__(self, index: int) -> np.ndarray:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_reading_process_that_is_killed_is_named():
     with pytest.raises(InputError, match=r"reads here has ended .*Lower --batch-size"):
-        list(batches_of(Dying(None, {"images": "here"}), [range(4), range(4, 8)], 1))
+        list(batches_of(Dying(None, {"images": "here"}, (1, 8, 8)), [range(4), range(4, 8)], 1))
 
 
 # Bad input
