@@ -107,9 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     check_output_file(args.output, True)
     apart((("--output", args.output), ("--png-dir", args.png_dir)))
     with saying("loading libraries"):
-        from evaluation.samples.sampling import (
-            write_samples,  # networks take seconds to import: what is wrong has been said
-        )
+        from evaluation.samples.sampling import write_samples  # torch takes seconds
 
     write_samples(args)
 

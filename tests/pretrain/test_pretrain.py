@@ -112,7 +112,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     assert f"stopped at step {step} as asked" in told and not run.exists()
 
 
-@pytest.mark.parametrize("how", ["torn", "flipped", "another", "other shapes", "nan"])
+@pytest.mark.parametrize("how", ["torn", "flipped", "another", "other shapes"])
 def test_a_damaged_checkpoint_is_told_and_training_starts_anew(straight, tmp_path, monkeypatch, capsys, how):
     run, name = tmp_path / "run", "teacher"
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
@@ -126,12 +126,11 @@ def test_a_damaged_checkpoint_is_told_and_training_starts_anew(straight, tmp_pat
         middle = len(content) // 2
         file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     elif how == "another":
-        torch.save({"step": 2, "tensors": {"a": torch.zeros(1)}}, file)
+        torch.save({"step": 2, "model": {"a": torch.zeros(1)}}, file)
     else:
         state = torch.load(file, weights_only=True)
-        first = next(iter(state["tensors"]))
-        value = state["tensors"][first]
-        state["tensors"][first] = value[None] if how == "other shapes" else torch.full_like(value, torch.nan)
+        moments = next(iter(state["optimizer"]["state"].values()))
+        state["average"]["module.y_embedder.embedding_table.weight"] = moments["exp_avg"]
         torch.save(state, file)
     train(name, run)
     assert "starts anew" in capsys.readouterr().err
@@ -347,16 +346,7 @@ def test_two_processes_download_one_after_the_other(tmp_path, monkeypatch):
             filelock.FileLock(folder / ".lock", timeout=0).acquire()
 
     monkeypatch.setattr("train_cc.images.download_url", asked)
-    assert labelled._download() == Path("runs/data/FashionMNIST/raw")
-
-
-def test_a_fused_optimizers_steps_are_where_its_parameters_are():
-    model = torch.nn.Linear(2, 2, device="meta")
-    for fused, place in ((None, "cpu"), (True, "meta")):
-        optimizer = torch.optim.AdamW(model.parameters())
-        optimizer.defaults["fused"] = fused
-        found = resumable.Training(model, optimizer, lambda step: None).tensors()
-        assert found["optimizer.weight.step"].device.type == place
+    assert labelled.download() == Path("runs/data/FashionMNIST/raw")
 
 
 def test_dropout_after_a_restart_is_as_without_one(tmp_path, monkeypatch):
