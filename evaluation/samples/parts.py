@@ -1,9 +1,9 @@
 """Samples and statistics in the making: parts that the next start uses, and at the end one .npz, or PNG files."""
 
 import contextlib
+import io
 import itertools
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 
 from evaluation.samples.files import provenance_of
 from train_cc.io.errors import InputError
-from train_cc.io.products import Place, check_product, differences, flush, place_of, product, writing
+from train_cc.io.products import Place, check_product, differences, place_of, product, write_atomically, writing
 from train_cc.io.read import parsing, printable, read_npz
 from train_cc.run.pictures import png_bytes
 
@@ -46,11 +46,9 @@ def in_parts(
 
 def write_part(path: Path, **arrays: np.ndarray) -> None:
     """Write a part whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path), temporary.open("wb") as file:
-        np.savez(file, **arrays)
-    flush(temporary)
-    os.replace(temporary, path)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(path, buffer.getbuffer())
 
 
 def is_whole(part: Path) -> bool:

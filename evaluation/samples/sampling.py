@@ -189,7 +189,7 @@ def load_sampler(settings: argparse.Namespace, source: Source, device: torch.dev
 
     def first() -> Tensor:
         indices = range(DECODED_AT_ONCE)
-        return samples_of(model, indices, torch.tensor(indices) % source.num_classes, settings)
+        return samples_of(model, indices, torch.tensor(indices) % source.config["num_classes"], settings)
 
     half = device.type == "cuda"
     return model, *decoder_of(settings.vae, source.latent_space, model.sample_shape, device, first, half)
@@ -201,7 +201,7 @@ def load_sampler(settings: argparse.Namespace, source: Source, device: torch.dev
 def open_sampling(args: argparse.Namespace) -> tuple[Source, argparse.Namespace]:
     """The model, and ``args`` completed by `settings_for`. Raises `InputError`."""
     source = open_source(args.generator)
-    require_decoder(source.in_channels, args.vae, args.generator)
+    require_decoder(source.config["in_channels"], args.vae, args.generator)
     return source, settings_for(args, source)
 
 
@@ -285,7 +285,7 @@ def draw_classes(args: argparse.Namespace) -> None:
     columns = []
     for k in settings.classes:
         # Of a balanced set of samples, those of the class: evaluation.generate makes the same images.
-        indices = range(k, source.num_classes * args.per_class, source.num_classes)
+        indices = range(k, source.config["num_classes"] * args.per_class, source.config["num_classes"])
         columns.append(images_of_labels(model, decode, indices, torch.full((args.per_class,), k), settings))
     note_decoded_again(decode.again)
     titles = [str(k) if names is None else names[k].split(",")[0] for k in settings.classes]

@@ -6,12 +6,12 @@ The draws of a step are a function of the step, so a checkpoint needs no state o
 """
 
 import argparse
+import io
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from train_cc.io.errors import InputError
-from train_cc.io.products import flush, need_space, product, record
+from train_cc.io.products import need_space, product, record, write_atomically
 from train_cc.io.read import parsing, read_torch
 from train_cc.run.stop import StopSignal
 
@@ -46,7 +46,7 @@ class Training:
     optimizer: torch.optim.AdamW
     update: Callable[[int], Tensor]
     average: AveragedModel | None = None
-    factor: Callable[[int, int], float] = field(default_factory=lambda: warmed_cosine(0))
+    factor: Callable[[int, int], float] = cosine_decay
     max_grad_norm: float | None = None
 
     def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
@@ -116,10 +116,9 @@ def save_checkpoint(training: Training, file: Path, step: int, saved: int) -> No
     bad = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
     require(not bad, f"{', '.join(bad[:2])} holds NaN or infinity", step, saved)
     need_space(file.parent, 4 * sum(value.nbytes for value in weights.values()))
-    temporary = file.with_name(file.name + ".tmp")
-    torch.save(content | {"step": step}, temporary)
-    flush(temporary)
-    os.replace(temporary, file)
+    buffer = io.BytesIO()
+    torch.save(content | {"step": step}, buffer)
+    write_atomically(file, buffer.getbuffer())
 
 
 def restore(training: Training, file: Path) -> int:
