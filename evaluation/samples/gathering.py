@@ -1,7 +1,6 @@
 """Statistics of images, summed in parts that survive a kill: what evaluation/statistics.py runs."""
 
 import argparse
-import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,20 +99,6 @@ def sum_parts(
             write_part(path, **part_moments(features, labels))
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """A network's rounding on a CPU depends on the number of threads, which launchers set.
-
-    More cores are used by more processes.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 # The command ------------------------------------------------------------------------------------------------------
 
 
@@ -169,8 +154,10 @@ def gather(args: argparse.Namespace) -> None:
             need_space(place.parts, 4 * network.size**2 * (len(parts) + 6))
         mine = list(parts)[processes.process_index :: processes.num_processes]
         todo = {path: parts[path] for path in mine if not is_whole(path)}
-        with one_thread():
-            sum_parts(todo, images, network, processes, args.batch_size, workers)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a network's rounding on a CPU depends on them; more cores: more processes
+        sum_parts(todo, images, network, processes, args.batch_size, workers)
+        torch.set_num_threads(threads)
         processes.wait_for_everyone()
         if not processes.is_main_process:
             return

@@ -110,30 +110,27 @@ def generate_batch(model: SiT, decode, indices: range, settings: argparse.Namesp
 # Decoding ---------------------------------------------------------------------------------------------------------
 
 
-def decoding_in_batches(network: nn.Module) -> Decode:
-    """Images in [0, 1] of x0 (B, 4, h, w), a part of the batch at a time, products of fp32 weights in fp32."""
+class Decoder:
+    """x0 (B, C, h, w) -> images in [0, 1], a part of the batch at a time, products of fp32 weights in fp32.
+
+    An image that is not finite by ``narrow``, if there is one, is decoded by ``wide``; ``again`` counts these.
+    """
+
+    def __init__(self, wide: nn.Module, narrow: nn.Module | None = None):
+        self.wide, self.narrow, self.again = wide, narrow, 0
 
     @torch.no_grad()
-    def decode(x0: Tensor) -> Tensor:
-        with without_tf32():
-            return torch.cat([network(part) for part in x0.split(DECODED_AT_ONCE)])
-
-    return decode
-
-
-class Decoder:
-    """x0 -> images in [0, 1] by ``narrow``; an image that is not finite there by ``wide``. ``again`` counts these."""
-
-    def __init__(self, wide: Decode, narrow: Decode | None = None):
-        self._wide, self._narrow, self.again = wide, narrow, 0
-
     def __call__(self, x0: Tensor) -> Tensor:
-        if self._narrow is None:
-            return self._wide(x0)
-        images = self._narrow(x0)
+        with without_tf32():
+            return torch.cat([self.decode(part) for part in x0.split(DECODED_AT_ONCE)])
+
+    def decode(self, x0: Tensor) -> Tensor:
+        if self.narrow is None:
+            return self.wide(x0)
+        images = self.narrow(x0)
         overflow = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten()
         if len(overflow):
-            images[overflow] = self._wide(x0[overflow])
+            images[overflow] = self.wide(x0[overflow])
             self.again += len(overflow)
         return images
 
@@ -157,19 +154,18 @@ def decoder_of(
         return Decoder(decoder), None, (height, width, channels)
     factor = 2 ** (len(decoder.vae.config.block_out_channels) - 1)
     size = (factor * height, factor * width, decoder.vae.config.out_channels)
-    wide = decoding_in_batches(decoder)
     if not half:
-        return Decoder(wide), "fp32", size
-    narrow, main = decoding_in_batches(copy.deepcopy(decoder).half()), PartialState().is_main_process
+        return Decoder(decoder), "fp32", size
+    narrow, main = copy.deepcopy(decoder).half(), PartialState().is_main_process
     if decoder.needs_fp32:
         problem = f"the config of --vae {vae} has force_upcast"
     else:
-        words = [what_shows(wide, narrow, first()[:DECODED_AT_ONCE]) if main else ""]
+        words = [what_shows(Decoder(decoder), Decoder(narrow), first()[:DECODED_AT_ONCE]) if main else ""]
         broadcast_object_list(words)
         problem = words[0] and f"in fp16 {words[0]}"
     if problem and main:
         print(f"images are decoded in fp32: {problem}", flush=True)
-    return (Decoder(wide), "fp32", size) if problem else (Decoder(wide, narrow), "fp16", size)
+    return (Decoder(decoder), "fp32", size) if problem else (Decoder(decoder, narrow), "fp16", size)
 
 
 def what_shows(decode: Decode, narrow: Decode, x0: Tensor) -> str:
