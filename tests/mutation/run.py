@@ -71,7 +71,7 @@ MODULES = {
         "io/test_command_line",
     ],
     "train_cc/io/products.py": ["io/test_products"],
-    "train_cc/pretrain/resumable.py": ["pretrain/test_pretrain"],
+    "train_cc/pretrain/resumable.py": ["pretrain/test_resumable"],
     "train_cc/distillation/panel.py": ["paper/test_diagnostics", "paper/test_distill"],
     "train_cc/distillation/state.py": ["paper/test_distill", "run/test_resume"],
     "train_cc/settings.py": ["run/test_recipes", "docs/test_docs::test_the_page_of_flags_is_that_of_the_parsers"],
@@ -141,7 +141,7 @@ MODULES = {
         "run/test_resume::test_resume_drops_later_rows_and_a_torn_line",
     ],
     "train_cc/run/session.py": ["paper/test_distill", "run/test_processes"],
-    "train_cc/pretrain/networks.py": ["models/test_teacher", "pretrain/test_pretrain"],
+    "train_cc/pretrain/networks.py": ["models/test_teacher", "pretrain/test_resumable", "pretrain/test_networks"],
     "evaluation/metrics.py": ["evaluation/test_metrics"],
     "convert_weight/pipeline.py": [
         "evaluation/test_sampling",
