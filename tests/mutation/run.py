@@ -41,7 +41,7 @@ MODULES = {
     "train_cc/objectives.py": ["paper/test_math"],
     "train_cc/samplers.py": [
         "paper/test_math",
-        "evaluation/test_sampling",
+        "paper/test_samplers",
         "run/test_processes::test_every_process_makes_the_same_calls",
     ],
     "train_cc/run/diagnostics.py": ["paper/test_diagnostics", "paper/test_golden"],
@@ -144,7 +144,7 @@ MODULES = {
     "train_cc/pretrain/networks.py": ["models/test_teacher", "pretrain/test_resumable", "pretrain/test_networks"],
     "evaluation/metrics.py": ["evaluation/test_metrics"],
     "convert_weight/pipeline.py": [
-        "evaluation/test_sampling",
+        "convert/test_pipeline",
         "convert/test_sharing",
         "io/test_trust_inputs::test_the_pipeline_samples_as_its_generator_was_trained",
         "io/test_trust_inputs::test_the_shift_of_a_vae_is_honoured",
