@@ -36,7 +36,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def stopped(monkeypatch, name: str, folder: Path, *more, stop=lambda: (_ for _ in ()).throw(MemoryError)) -> list[int]:
-    """Run the command, with a checkpoint every two steps; ``stop`` is called in step 3. Return the steps begun."""
+    """Run the command, with a checkpoint every three steps; ``stop`` is called in step 3. Return the steps begun."""
     steps = []
 
     class Stopping(Draws):
@@ -49,7 +49,7 @@ def stopped(monkeypatch, name: str, folder: Path, *more, stop=lambda: (_ for _ i
     with monkeypatch.context() as patch:
         patch.setattr(networks, "Draws", Stopping)
         try:
-            COMMANDS[name](flags(name, folder, "--checkpoint-steps", 2, *more))
+            COMMANDS[name](flags(name, folder, "--checkpoint-steps", 3, *more))
         except SystemExit as end:
             assert end.code == 2  # of the MemoryError: as a kill, it saves nothing more
     return [step for step in steps if step < 5]  # the loss at the end has a key of its own
@@ -75,7 +75,7 @@ def test_killed_and_continued_equals_never_stopped(tmp_path, monkeypatch, name):
     names = {path.name for path in (tmp_path / "run.tmp").iterdir()}
     assert names == {".lock", "args.json", "checkpoint.pt", "new"} and not (tmp_path / "run").exists()
     torch.manual_seed(7)
-    assert stopped(monkeypatch, name, tmp_path / "run", stop=lambda: None) == [2, 3, 4]
+    assert stopped(monkeypatch, name, tmp_path / "run", stop=lambda: None) == [3, 4]
     assert same(whole, weights(tmp_path / "run"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "whole"]
 
