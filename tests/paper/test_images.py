@@ -31,8 +31,8 @@ def idx(array: np.ndarray) -> bytes:
     return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
-IMAGES, LABELS = np.arange(20 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(20, 28, 28), np.arange(20) % 10
-LABELS = LABELS.astype(np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
+LABELS = np.arange(20, dtype=np.uint8) % 10
 WHOLE = idx(IMAGES)
 
 
@@ -48,9 +48,7 @@ def test_fashion_mnist_has_a_border_and_three_equal_channels(tmp_path, zipped):
 
 @pytest.mark.parametrize("content,labels,message", [
     (b"", idx(LABELS), "train-images.* is damaged"),
-    (WHOLE[:9], idx(LABELS), "train-images.* is damaged"),
     (WHOLE[:-1], idx(LABELS), "is damaged"),
-    (WHOLE + b"x", idx(LABELS), "is damaged"),
     (idx(IMAGES[:0]), idx(LABELS[:0]), "is damaged"),
     (WHOLE[:4] + b"\xff" * 4 + WHOLE[8:], idx(LABELS), "is damaged"),  # a header that lies
     (idx(IMAGES[:, :8, :8].copy()), idx(LABELS), "N x 28 x 28"),
@@ -152,11 +150,10 @@ def test_files_are_cropped_and_of_the_networks_channels(tmp_path):
     assert data[0][:, 0, 0].tolist() == [40, 9, 9] and data[1][:, 0, 0].tolist() == [40, 40, 40]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("size,mode,message", [
-    ((9, 8), "RGB", r"1\.png has the size \(8, 9\), the first image \(8, 8\); .*--image-size"),
-    ((8, 8), "I;16", r"1\.png has mode I;16; images of 8 bits"),
-    (None, None, r"1\.png is damaged or something else; an image is expected"),
+@pytest.mark.parametrize("workers,size,mode,message", [
+    (0, (9, 8), "RGB", r"1\.png has the size \(8, 9\), the first image \(8, 8\); .*--image-size"),
+    (0, (8, 8), "I;16", r"1\.png has mode I;16; images of 8 bits"),
+    (1, None, None, r"1\.png is damaged or something else; an image is expected"),
 ])  # fmt: skip
 def test_an_image_that_cannot_be_used_is_named(tmp_path, workers, size, mode, message):
     save(tmp_path / "0.png", mode="RGB")

@@ -26,17 +26,11 @@ def test_a_reference_is_whole_and_made_once(tmp_path, capsys):
 
 
 def test_what_cannot_be_written_or_made_is_refused(tmp_path, capsys):
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "x")
     for output, more, message in (
         (tmp_path, (), "is a folder"),
-        (tmp_path / "file" / "x.npz", (), "file is a file; a folder is expected"),
-        (tmp_path / "link", (), "leads nowhere"),
-        (tmp_path / ("x" * 300), (), "name too long"),
-        ("", (), "a path that ends in the name of a file"),
         (tmp_path / "o.npz", ("--num-images", 1798), "--num-images is 1798; digits, train has 1797"),
         (tmp_path / "o.npz", ("--vae", tmp_path), "the images have 1 channel; three are needed"),
         (tmp_path / "o.npz", ("--split", "test"), "--split is test"),
     ):
         assert message in refused(main, words("--output", output, *more), capsys=capsys)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+    assert not list(tmp_path.iterdir())

@@ -39,32 +39,20 @@ def test_networks_are_read_by_the_rest_and_share_no_random_numbers(tmp_path, mon
 
 
 @pytest.mark.parametrize("command,flags", [
-    (teacher, "--ema-decay=nan"),
     (teacher, "--ema-decay=1"),
     (teacher, "--label-dropout=1"),
-    (teacher, "--hidden-size=1000000000"),
-    (teacher, "--depth=0"),
     (teacher, "--num-heads=3"),
     (teacher, "--patch-size=3"),
     (teacher, "--data-dir=somewhere"),
     (teacher, "--depth=128 --hidden-size=8192"),  # 3 TB of memory
-    (teacher, "--learning-rate=inf"),
-    (teacher, "--learning-rate=0"),
-    (teacher, "--seed=-1"),
-    (teacher, "--batch-size=1000000000000"),
-    (teacher, "--max-train-steps=0"),
-    (teacher, "--checkpoint-steps=1.5"),
-    (teacher, "--output-dir="),
     (teacher, "--output-dir=/proc/version/x"),
-    (teacher, f"--output-dir={'a' * 300}"),
-    (teacher, "--unknown=1"),
+    (teacher, "--learning-rate=0"),
+    (teacher, "--checkpoint-steps=1.5"),
     (classifier, "--noise-augmentation=nan"),
-    (classifier, "--noise-augmentation=2"),
-    (classifier, "--image-size=0"),
     (classifier, "--architecture=no_such"),
     (classifier, "--architecture=vit_tiny_patch16_224 --image-size=8"),  # below its patches
     (classifier, "--purpose=both"),
-], ids=lambda value: str(value)[:24])  # fmt: skip
+])  # fmt: skip
 def test_bad_values_are_refused_before_anything_is_written(tmp_path, capsys, monkeypatch, command, flags):
     monkeypatch.chdir(tmp_path)
     message = refused(command.main, [*words("--output-dir", tmp_path / "run"), *flags.split()], capsys=capsys)
