@@ -24,7 +24,7 @@ from train_cc.io.errors import InputError
 from train_cc.io.processes import Place
 from train_cc.run import devices
 
-LIMIT, SLOW = 5, 9  # seconds: torch's default for a group in these processes, and what one of them takes longer
+LIMIT, SLOW = 2, 4  # seconds: torch's default for a group in these processes, and what one of them takes longer
 PHASES = {
     "loading": ("train_cc.setup.stage", "build"),
     "first cycle": ("train_cc.distillation.loop", "generator_turn"),
@@ -72,20 +72,27 @@ def run_jobs(*jobs: dict, count: int = 2) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def samples_job(teacher: Path, folder: Path) -> dict:
-    arguments = words("--generator", teacher, "--output", folder / "samples.npz", "--num-images", 4, "--shard-size", 2)
-    return {"command": "evaluation.generate", "flags": arguments, "slow": ["shard of samples"]}
+def test_a_slow_shard_is_awaited_and_a_checkpoint_that_differs_between_nodes_refused(teacher, tmp_path):
+    """Nobody gives up on the slow process after torch's default, and the samples are those of one process.
 
-
-def test_a_slow_shard_is_awaited(teacher, tmp_path):
-    """Nobody gives up on the slow process after torch's default, and the samples are those of one process."""
-    done = run_jobs(job := samples_job(teacher, tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = dict(np.load(tmp_path / "samples.npz"))
-    generate.main([*job["flags"], "--overwrite"])
-    alone = np.load(tmp_path / "samples.npz")
+    Then two folders of the same name and sizes, as on local disks: each process would continue another run.
+    """
+    for rank in (0, 1):
+        output = tmp_path / str(rank) / "run"
+        run_cold_start(teacher, output, "--max-train-steps", 1, "--seed", rank, "--num-previews", 0)
+    samples = words("--generator", teacher, "--output", tmp_path / "s.npz", "--num-images", 4, "--shard-size", 2)
+    resumed = flags(teacher, Path("run"), "--auto-resume", "--num-previews", 0)
+    done = run_jobs(
+        {"command": "evaluation.generate", "flags": samples, "slow": ["shard of samples"]},
+        {"command": "train_cc.cold_start", "flags": resumed, "slow": [], "folder": str(tmp_path)},
+    )
+    assert (tmp_path / "s.npz").exists() and done.returncode == 2, done.stderr[-3000:]
+    two = dict(np.load(tmp_path / "s.npz"))
+    generate.main([*samples, "--overwrite"])
+    alone = np.load(tmp_path / "s.npz")
     assert np.array_equal(two["arr_1"], alone["arr_1"])
     assert np.abs(two["arr_0"].astype(int) - alone["arr_0"]).max() <= 1
+    assert "step-1.pt and its files are not the same for all processes" in done.stderr
 
 
 def test_the_groups_of_a_mesh_of_nodes_have_our_timeout(monkeypatch):
@@ -109,42 +116,25 @@ def training_job(teacher: Path, output: Path, *more: object, sharded: bool, **en
 
 @pytest.mark.slow
 def test_a_slow_process_is_awaited_in_every_phase(teacher, classifier, tmp_path):
-    """Training by DDP and FSDP2, the second stage, statistics and the benchmark."""
-    statistics = ["--images", "digits", "--space", f"classifier:{classifier}", "--output", tmp_path / "s.npz"]
-    statistics = words(*statistics, "--shard-size", 500)
-    benchmark = words(
-        "--size", "SiT-S/2", "--cycles", 1, "--batch-size", 1, "--ratio-update", 1, "--mixed-precision", "no"
-    )
-    ddp = training_job(teacher, tmp_path / "ddp", sharded=False)
-    more = ["--resume-ckpt", tmp_path / "ddp/checkpoints/torch_units/step-2.pt", "--max-train-steps", 3]
+    """Training by DDP and FSDP2, the second stage, statistics and the benchmark; then by two nodes of two."""
+    statistics = ("--images", "digits", "--space", f"classifier:{classifier}", "--output", tmp_path / "s.npz")
+    benchmark = ("--size", "SiT-S/2", "--cycles", 1, "--batch-size", 1, "--ratio-update", 1, "--mixed-precision", "no")
+    more = ("--resume-ckpt", tmp_path / "ddp/checkpoints/torch_units/step-2.pt", "--max-train-steps", 3)
     second = training_job(teacher, tmp_path / "second", *more, "--encoder-type", "none", sharded=False)
-    done = run_jobs(
-        ddp,
+    jobs = [
+        training_job(teacher, tmp_path / "ddp", sharded=False),
         training_job(teacher, tmp_path / "fsdp2", sharded=True),
         second | {"command": "train_cc.dmdr_refl"},
-        {"command": "evaluation.statistics", "flags": statistics, "slow": ["shard of statistics"]},
-        {"command": "evaluation.benchmark", "flags": benchmark, "slow": ["benchmark"]},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.slow
-def test_a_slow_process_is_awaited_over_two_nodes(teacher, tmp_path):
-    """Four processes as two nodes of two: both dimensions of the mesh wait."""
-    job = training_job(teacher, tmp_path / "run", sharded=True, LOCAL_WORLD_SIZE="2")
-    done = run_jobs(job, count=4)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_a_checkpoint_that_is_not_the_same_on_all_nodes_is_refused(teacher, tmp_path):
-    """Two folders of the same name and sizes, as on local disks: each process would continue another run."""
-    for rank in (0, 1):
-        output = tmp_path / str(rank) / "run"
-        run_cold_start(teacher, output, "--max-train-steps", 1, "--seed", rank, "--num-previews", 0)
-    arguments = flags(teacher, Path("run"), "--auto-resume", "--num-previews", 0)
-    done = run_jobs({"command": "train_cc.cold_start", "flags": arguments, "slow": [], "folder": str(tmp_path)})
-    assert done.returncode == 2, done.stderr[-3000:]
-    assert "step-1.pt and its files are not the same for all processes" in done.stderr
+        {
+            "command": "evaluation.statistics",
+            "flags": words(*statistics, "--shard-size", 500),
+            "slow": ["shard of statistics"],
+        },
+        {"command": "evaluation.benchmark", "flags": words(*benchmark), "slow": ["benchmark"]},
+    ]
+    nodes = training_job(teacher, tmp_path / "run", sharded=True, LOCAL_WORLD_SIZE="2")
+    for done in (run_jobs(*jobs), run_jobs(nodes, count=4)):
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 # The meeting ------------------------------------------------------------------------------------------------------
@@ -152,9 +142,9 @@ def test_a_checkpoint_that_is_not_the_same_on_all_nodes_is_refused(teacher, tmp_
 
 @pytest.fixture
 def port(monkeypatch) -> int:
-    """A free port, where processes wait for two seconds."""
-    monkeypatch.setattr(devices, "MEETING", timedelta(seconds=2))
-    monkeypatch.setattr(devices, "FIRST", 0.5)
+    """A free port, where processes wait for a second."""
+    monkeypatch.setattr(devices, "MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(devices, "FIRST", 0.25)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
