@@ -294,7 +294,10 @@ BAD_ARRAYS = {  # of a file of 12 images
     "no channels": (lambda x: {"arr_0": x[..., 0]}, "arr_0 uint8"),
     "another name": (lambda x: {"images": x}, "no arr_0"),
     "objects": (lambda x: {"arr_0": np.full(x.shape, None)}, "Python objects"),
-    "labels of another count": (lambda x: {"arr_0": x, "arr_1": np.zeros(13, int)}, "labels of shape"),
+    "labels of another count": (
+        lambda x: {"arr_0": x, "arr_1": np.zeros(13, int)},
+        "has 12 images and labels int64 (13,)",
+    ),
     "negative labels": (lambda x: {"arr_0": x[:7], "arr_1": np.arange(-1, 6)}, "labels from -1 to 5"),
     "labels from 1": (lambda x: {"arr_0": x[:10], "arr_1": np.arange(1, 11)}, "knows 0 to 9: do they count from 1?"),
     "provenance no JSON": (lambda x: {"arr_0": x, "provenance": np.array("{")}, "provenance"),

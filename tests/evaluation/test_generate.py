@@ -93,7 +93,7 @@ def test_the_same_command_makes_it_once_and_another_is_refused(teacher, tmp_path
     assert "there already" in capsys.readouterr().out and len(list((tmp_path / "png").glob("*.png"))) == 10
     assert (tmp_path / "s.npz").read_bytes() == before
     made = tree(tmp_path)
-    assert "exists, made" in refused(generate.main, [*command, "--seed", "5"], capsys=capsys)
+    assert "made with --seed 0" in refused(generate.main, [*command, "--seed", "5"], capsys=capsys)
     with locked(tmp_path / "t.npz.tmp"):
         assert "another process writes" in refused(generate.main, flags(teacher, tmp_path / "t.npz"), capsys=capsys)
     assert tree(tmp_path) == made
