@@ -123,6 +123,7 @@ def test_every_row_is_made_once_and_kept(run, tmp_path, capsys):
     assert "| held-out real | 1 |" in text.split("## the mean over 2 spaces")[1]
     assert "| base + reward | 2 |" in text and "## g" in text and "| base + reward | base + control |" in text
     record = json.loads((tmp_path / "f" / "frontier.json").read_text())
+    assert list(record["more_spaces"][-1]["rows"])[-1] == HELD_OUT
     assert record["rows"]["base"]["seeds"] == 2 and "standard_deviations" in record["rows"]["base"]
     assert (tmp_path / "f" / "frontier.png").exists()
 
@@ -154,13 +155,17 @@ def test_what_is_stale_is_made_again_and_moved(run, table, teacher, tmp_path, ca
         return lambda: table.write_text(TABLE.replace(before, after))
 
     for change, expected, message in (
-        (changed("--reward-weight 0.5", "--reward-weight 0.6"), [2, 2, 1], "--reward-weight 0.5, asked 0.6"),
+        (changed("--reward-weight 0.5", "--reward-weight 0.6"), [2, 2, 1], "--reward-weight 0.5 (asked for: 0.6)"),
         # The reward's weight goes back, too
-        (changed("euler --num-steps 2", "euler --num-steps 3"), [2, 4, 2], "--num-steps 2, asked 3"),
-        (changed("--space pixels", "--space pixels --bootstrap 5"), [0, 2, 4], "--bootstrap 0, asked 5"),
+        (changed("euler --num-steps 2", "euler --num-steps 3"), [2, 4, 2], "--num-steps 2 (asked for: 3)"),
+        (changed("--space pixels", "--space pixels --bootstrap 5"), [0, 2, 4], "--bootstrap 0 (asked for: 5)"),
         # These come out alike
-        (lambda: (table.parent / "reward" / "config.json").write_text("b"), [4, 0, 0], "/reward "),
-        (lambda: np.savez(table.parent / "reference.npz", arr_0=np.ones((8, 4, 4, 1), "u1")), [0, 0, 4], "reference "),
+        (lambda: (table.parent / "reward" / "config.json").write_text("b"), [4, 0, 0], "/here/reward;"),
+        (
+            lambda: np.savez(table.parent / "reference.npz", arr_0=np.ones((8, 4, 4, 1), "u1")),
+            [0, 0, 4],
+            "another reference",
+        ),
     ):
         change()
         made = list(run())
@@ -259,7 +264,7 @@ def test_a_file_counts_by_its_content_and_whole_path(run, table, tmp_path, monke
 @pytest.mark.parametrize("content", ["[]", "\0"])
 def test_a_damaged_note_makes_its_product_stale(run, tmp_path, content):
     run()
-    (tmp_path / "f" / "settings" / "rows" / "teacher.json").write_text(content)
+    (tmp_path / "f" / "settings" / "rows" / "teacher" / "args.json").write_text(content)
     assert kinds(run()) == [0, 0, 1]
 
 
@@ -271,7 +276,7 @@ def test_damaged_figures_and_products_of_others_are_refused(run, tmp_path, capsy
         figures.write_text(content)
         assert "/figures.json" in refused(run, capsys=capsys)
     figures.write_text(kept)
-    (tmp_path / "f" / "settings" / "runs" / "seed-1" / "base.json").unlink()
+    shutil.rmtree(tmp_path / "f" / "settings" / "runs" / "seed-1" / "base")
     before = tree(tmp_path / "f" / "runs")
     assert "which says how it was made, is not: move it away" in refused(run, capsys=capsys)
     assert tree(tmp_path / "f" / "runs") == before
