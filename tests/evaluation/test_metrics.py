@@ -7,7 +7,6 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
-from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from evaluation import metrics
@@ -40,13 +39,6 @@ def test_fid_equals_the_matrix_square_root():
     root = scipy.linalg.sqrtm(a[1] @ b[1]).real
     expected = np.sum((a[0] - b[0]) ** 2) + np.trace(a[1] + b[1] - 2 * root)
     assert frechet_distance(*a, *b) == pytest.approx(expected, rel=1e-6)
-
-
-def test_fid_of_gaussians_in_closed_form():
-    """Diagonal covariances: |mu|^2 + sum (s - r)^2."""
-    s, r = np.array([1.0, 2.0, 0.0]), np.array([0.5, 3.0, 1.0])
-    distance = frechet_distance(np.ones(3), np.diag(s**2), np.zeros(3), np.diag(r**2))
-    assert distance == pytest.approx(3 + ((s - r) ** 2).sum())
 
 
 def test_fid_with_more_features_than_samples():
@@ -133,13 +125,6 @@ def test_a_block_of_distances_is_bounded():
     assert metrics.rows_at_once(torch.empty(10**8, 0)) == 1
 
 
-def test_precision_is_of_the_generated():
-    """Generated samples at one real point: all inside real balls, and they cover almost nothing."""
-    reference = features(100, 4)
-    precision, recall = precision_recall(reference, reference[:1] + 1e-3 * features(50, 4, seed=1))
-    assert precision == 1.0 and recall < 0.05
-
-
 def test_a_point_on_the_edge_of_a_ball_is_inside():
     """Whole numbers on a line, k = 1: every radius is 1, and -1 and 10 are exactly on the outermost edges."""
     generated = torch.tensor([[-1.0], [10.0], [-1.5], [10.5]])
@@ -158,10 +143,8 @@ def test_inception_score_by_hand_with_a_chunk_remainder():
     assert inception_score(logits, chunk=10) == pytest.approx(np.mean(scores), rel=1e-9)
 
 
-def test_inception_score_bounds():
-    assert inception_score(torch.eye(10).repeat(20, 1) * 100) == pytest.approx(10)
-    assert inception_score(torch.zeros(50, 10)) == pytest.approx(1)
-    certain = torch.tensor([[0.0, -2000.0, -2000.0], [-2000.0, 0.0, -2000.0]])  # a class whose share is 0 in float64
+def test_a_class_whose_share_is_zero_in_float64_is_no_nan():
+    certain = torch.tensor([[0.0, -2000.0, -2000.0], [-2000.0, 0.0, -2000.0]])
     assert inception_score(certain) == pytest.approx(2)
 
 
@@ -193,16 +176,6 @@ def test_kid_is_the_naive_sum_over_pairs(monkeypatch):
     value, error = kid(reference, generated)
     assert value == pytest.approx(np.mean(values), rel=1e-9)
     assert error == pytest.approx(abs(values[0] - values[1]) / 2, rel=1e-9) and error > 0
-
-
-def test_kid_agrees_with_torch_fidelitys_random_subsets():
-    reference, generated = features(2000, 8).double(), features(2000, 8, seed=1).double()
-    settings = {"kid_subsets": 60, "kid_subset_size": 200, "kid_kernel": "poly", "kid_kernel_poly_degree": 3}
-    settings |= {"kid_kernel_poly_gamma": None, "kid_kernel_poly_coef0": 1, "rng_seed": 0, "verbose": False}
-    expected = kid_features_to_metric(generated, reference, **settings)
-    value, error = kid(reference, generated)
-    assert abs(value - expected["kernel_inception_distance_mean"]) < 3 * error
-    assert 2 < expected["kernel_inception_distance_std"] / error < 5  # of one subset, against that of ten
 
 
 def test_sliced_wasserstein_is_scipys_in_each_direction():
