@@ -66,11 +66,11 @@ def saved(path: Path, **arrays) -> Path:
 
 
 def test_real_data_against_itself_and_stored_statistics(digits, content, classifier, tmp_path, capsys):
-    found = judged(tmp_path, digits, digits, "--classifier", classifier)
+    result = judged(tmp_path, digits, digits, "--classifier", classifier)
     out, err = capsys.readouterr()
     assert "| reference | 0.00 | 1.000 |" in out and "is the reference itself" in err
-    assert found["rows"]["reference"]["images"] == 1797 and len(found["reference_sha256"]) == 64
-    assert "computed from the reference's 1797 images" in found["fid_reference"]
+    assert result["rows"]["reference"]["images"] == 1797 and len(result["reference_sha256"]) == 64
+    assert "computed from the reference's 1797 images" in result["fid_reference"]
     mu, sigma = statistics(load_space(f"classifier:{classifier}").of(content["arr_0"], 500)[0])
     stored = saved(tmp_path / "stored.npz", arr_0=content["arr_0"], mu=mu + 1, sigma=sigma)
     assert "stored" in judged(tmp_path, digits, stored, "--classifier", classifier)["fid_reference"]
@@ -78,8 +78,8 @@ def test_real_data_against_itself_and_stored_statistics(digits, content, classif
 
 
 def test_provenance_travels_with_the_figures(teacher, digits, classifier, tmp_path, capsys):
-    made = words("--generator", teacher, "--output", tmp_path / "s.npz", "--num-images", 10, "--seed", 7)
-    generate.main([*made, "--png-dir", str(tmp_path / "png")])
+    command = words("--generator", teacher, "--output", tmp_path / "s.npz", "--num-images", 10, "--seed", 7)
+    generate.main([*command, "--png-dir", str(tmp_path / "png")])
     more = ("--classifier", classifier, "--bootstrap", 5, "--picture", tmp_path / "p.png")
     rows = judged(tmp_path, tmp_path / "s.npz", tmp_path / "png", digits, *more)["rows"]
     assert "FID-0.01k" in capsys.readouterr().out and Image.open(tmp_path / "p.png").height > 16
@@ -124,12 +124,12 @@ def test_a_reference_without_images_gives_the_fid_and_the_is_of_its_images(digit
     samples = saved(tmp_path / "s.npz", arr_0=content["arr_0"][:300])
     mu, sigma = statistics(load_space(f"classifier:{classifier}").of(content["arr_0"], 500)[0])
     references = (digits, saved(tmp_path / "mu.npz", mu=mu, sigma=sigma))
-    found = [judged(tmp_path, samples, each, "--classifier", classifier, "--bootstrap", 2) for each in references]
-    of_images, alone = (each["rows"]["s"] for each in found)
+    results = [judged(tmp_path, samples, each, "--classifier", classifier, "--bootstrap", 2) for each in references]
+    of_images, alone = (each["rows"]["s"] for each in results)
     assert alone["figures"].keys() == alone["intervals"].keys() == {"FID", "IS"}
     for name, value in alone["figures"].items():
         assert value == pytest.approx(of_images["figures"][name]) and value > 0
-    assert "without images" in found[1]["missing"]
+    assert "without images" in results[1]["missing"]
 
 
 # Several spaces, and what is held out -----------------------------------------------------------------------------
@@ -143,8 +143,8 @@ def test_a_fresh_real_draw_scores_one_and_noise_more(content, judges, tmp_path, 
     noise = np.random.default_rng(1).integers(0, 256, (599, 8, 8, 1), np.uint8)
     saved(tmp_path / "noise.npz", arr_0=noise, arr_1=np.arange(599) % 10)
     files = [tmp_path / f"{name}.npz" for name in ("fresh", "noise", "reference")]
-    found = judged(tmp_path, *files, "--space", *judges, "pixels", "--held-out", tmp_path / "held.npz")
-    means, spaces = found["over_spaces"], [found, *found["more_spaces"]]
+    result = judged(tmp_path, *files, "--space", *judges, "pixels", "--held-out", tmp_path / "held.npz")
+    means, spaces = result["over_spaces"], [result, *result["more_spaces"]]
     for name in ("FDr", "SWr"):
         assert means["held-out real"]["figures"][name] == 1
         assert 0.7 < means["fresh"]["figures"][name] < 1.4 and means["noise"]["figures"][name] > 2
@@ -153,7 +153,7 @@ def test_a_fresh_real_draw_scores_one_and_noise_more(content, judges, tmp_path, 
     assert means["noise"]["figures"]["SWr"] == pytest.approx(np.mean(ratios))
     real = spaces[2]["rows"]["held-out real"]["figures"]
     assert real["Precision"] > 0.5 and {"IS", "accuracy"}.isdisjoint(real) and "FID" in real
-    assert len(spaces[0]["rows"]["noise"]["classes"]["accuracy"]) == 10 and found["set_size"] == 599
+    assert len(spaces[0]["rows"]["noise"]["classes"]["accuracy"]) == 10 and result["set_size"] == 599
     printed = capsys.readouterr().out
     assert "sets of 599 images" in printed and "the mean over 3 spaces" in printed
     assert "noise: recall against fresh fell most in class" in printed and "KID" in printed and " +- " in printed
@@ -162,9 +162,9 @@ def test_a_fresh_real_draw_scores_one_and_noise_more(content, judges, tmp_path, 
 def test_a_ceiling_of_another_count_has_no_fid(digits, content, judges, tmp_path, capsys):
     samples = saved(tmp_path / "s.npz", arr_0=content["arr_0"][:1000])
     more = ("--held-out", "halves", "--bootstrap", 3, "--adm")
-    found = judged(tmp_path, samples, digits, "--space", *judges, *more)
-    ceiling, figures = (found["rows"][name]["figures"] for name in ("held-out real", "s"))
-    assert {"FID", "IS", "ADM recall"}.isdisjoint(ceiling) and ceiling["FDr"] == 1 and found["set_size"] == 898
+    result = judged(tmp_path, samples, digits, "--space", *judges, *more)
+    ceiling, figures = (result["rows"][name]["figures"] for name in ("held-out real", "s"))
+    assert {"FID", "IS", "ADM recall"}.isdisjoint(ceiling) and ceiling["FDr"] == 1 and result["set_size"] == 898
     printed = capsys.readouterr().out
     assert "| FID-1k | Recall-0.898k | IS-1k |" in printed and "| held-out real | - |" in printed
     space = load_space(judges[0])
@@ -172,8 +172,8 @@ def test_a_ceiling_of_another_count_has_no_fid(digits, content, judges, tmp_path
     # One image of the 1797 is in neither half
     assert (figures["ADM precision"], figures["ADM recall"]) == pytest.approx(adm, abs=2e-3)
     assert figures["Recall"] != figures["ADM recall"]
-    low, high = found["over_spaces"]["s"]["intervals"]["FDr"]
-    assert low < found["over_spaces"]["s"]["figures"]["FDr"] < high
+    low, high = result["over_spaces"]["s"]["intervals"]["FDr"]
+    assert low < result["over_spaces"]["s"]["figures"]["FDr"] < high
 
 
 def test_a_mean_over_spaces_names_those_that_rewarded_a_row(digits, content, judges, tmp_path, capsys):
@@ -202,8 +202,8 @@ def test_stored_statistics_find_their_space(digits, content, judges, tmp_path, c
     """By the hash if the file names a space, else by the number of features."""
     images, spaces = content["arr_0"], [load_space(text) for text in judges]
     stored = {"arr_0": images, "mu": np.full(spaces[1].size, 7.0), "sigma": np.eye(spaces[1].size)}
-    found = judged(tmp_path, digits, saved(tmp_path / "r.npz", **stored), "--space", *judges)
-    assert "computed" in found["fid_reference"] and "stored" in found["more_spaces"][0]["fid_reference"]
+    result = judged(tmp_path, digits, saved(tmp_path / "r.npz", **stored), "--space", *judges)
+    assert "computed" in result["fid_reference"] and "stored" in result["more_spaces"][0]["fid_reference"]
     for space, source in zip(spaces, (None, "mu and sigma stored in the reference"), strict=True):
         text = np.array(json.dumps(space.describe() | {"images": 1797, "source": {}}))
         arguments = (digits, saved(tmp_path / "named.npz", space=text, **stored), "--space", judges[1])
@@ -239,10 +239,10 @@ def test_a_provenance_that_is_read_can_be_written_again(depth, tmp_path):
     """JSON's parser and its writer give up at different depths."""
     text = '{"a":' + "[" * depth + "]" * depth + "}"
     try:
-        found = provenance_of({"provenance": np.array(text)}, tmp_path)
+        result = provenance_of({"provenance": np.array(text)}, tmp_path)
     except InputError:
         return
-    write_figures(tmp_path / "f.json", {"a": {"figures": {}, "generation": found}})
+    write_figures(tmp_path / "f.json", {"a": {"figures": {}, "generation": result}})
 
 
 class Runs:

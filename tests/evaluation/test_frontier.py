@@ -83,10 +83,10 @@ def write(command, log, variables) -> None:
 @pytest.fixture
 def run(table, teacher, tmp_path, monkeypatch):
     """A frontier whose commands are `write`: a function of flags that returns the commands, also in `run.made`."""
-    made = []
+    commands = []
 
     def start(job, environment, beside):
-        made.append(job.command.words)
+        commands.append(job.command.words)
         write(job.command.words, job.log, job.command.variables)
         job.command, job.process = None, SimpleNamespace(poll=lambda: 0, returncode=0)
 
@@ -95,26 +95,26 @@ def run(table, teacher, tmp_path, monkeypatch):
     base = {"--recipe": "digits", "--output-dir": tmp_path / "f", "--teacher": teacher, "--table": table}
 
     def run_frontier(*more, **changed):
-        made.clear()
+        commands.clear()
         pairs = base | {f"--{name.replace('_', '-')}": value for name, value in changed.items()}
         frontier.main(words(*(word for pair in pairs.items() for word in pair), *more))
-        return made
+        return commands
 
-    run_frontier.made = made
+    run_frontier.commands = commands
     return run_frontier
 
 
-def kinds(made) -> list[int]:
+def kinds(commands) -> list[int]:
     """How many trainings, samplings, evaluations were started."""
-    trained = sum(command[0] == "bash" for command in made)
-    sampled = sum("evaluation.generate" in command for command in made)
-    return [trained, sampled, sum("--names" in command for command in made)]
+    trained = sum(command[0] == "bash" for command in commands)
+    sampled = sum("evaluation.generate" in command for command in commands)
+    return [trained, sampled, sum("--names" in command for command in commands)]
 
 
 def test_every_row_is_made_once_and_kept(run, tmp_path, capsys):
-    made = list(run())
-    assert kinds(made) == [6, 8, 4]
-    assert "--check" in made[0] and made[0][0] != "bash"  # before anything is trained
+    commands = list(run())
+    assert kinds(commands) == [6, 8, 4]
+    assert "--check" in commands[0] and commands[0][0] != "bash"  # before anything is trained
     capsys.readouterr()
     assert kinds(run()) == [0, 0, 0]
     printed = capsys.readouterr().out
@@ -129,15 +129,15 @@ def test_every_row_is_made_once_and_kept(run, tmp_path, capsys):
 
 
 def test_a_dmdr_row_has_its_cold_starts_flags_state_and_seed(run, teacher, tmp_path):
-    made = [command for command in run() if command[0] == "bash"]
-    (found,) = [c for c in made if "dmdr" in c[1] and "--reward-weight" in c and c[-1] == "2"]
-    assert found[1] == "scripts/dmdr_digits_refl.sh"
-    words = found[2:]
+    commands = [command for command in run() if command[0] == "bash"]
+    (resumed,) = [c for c in commands if "dmdr" in c[1] and "--reward-weight" in c and c[-1] == "2"]
+    assert resumed[1] == "scripts/dmdr_digits_refl.sh"
+    words = resumed[2:]
     assert words[:6] == ["--batch-size", "4", "--real-guidance-scale", "1.5", "--reward-weight", "0.5"]
     assert words[words.index("--max-train-steps") + 1] == "6" and words[words.index("--seed") + 1] == "2"
     config = (tmp_path / "f" / "runs" / "seed-2" / "base_and_reward" / "generator" / "config.json").read_text()
     assert f"{tmp_path}/f/runs/seed-2/base/checkpoints/torch_units/step-4.pt" in config and str(teacher) in config
-    assert all(c[c.index("--max-train-steps") + 1] == "4" for c in made if "cold" in c[1]) and len(made) == 6
+    assert all(c[c.index("--max-train-steps") + 1] == "4" for c in commands if "cold" in c[1]) and len(commands) == 6
 
 
 def test_a_choice_of_rows_and_seeds(run, capsys):
@@ -168,9 +168,9 @@ def test_what_is_stale_is_made_again_and_moved(run, table, teacher, tmp_path, ca
         ),
     ):
         change()
-        made = list(run())
-        assert kinds(made) == expected, message
-        assert any("--check" in command for command in made) == (expected[2] == 4)  # other spaces or reference
+        commands = list(run())
+        assert kinds(commands) == expected, message
+        assert any("--check" in command for command in commands) == (expected[2] == 4)  # other spaces or reference
         printed = capsys.readouterr().out
         assert "stale: " in printed and message in printed
     assert run() == [] and kinds(run(teacher=other)) == [6, 8, 4]
@@ -313,11 +313,11 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_table_is_refused_before_anything_is_trained(what, run, table, tmp_path, capsys):
-    *change, told = WRONG[what]
+    *change, message = WRONG[what]
     table.write_text(TABLE.replace(*change) if len(change) == 2 else change[0])
     assert table.read_text() != TABLE
-    assert told in refused(run, capsys=capsys)
-    assert not run.made and not (tmp_path / "f").exists()
+    assert message in refused(run, capsys=capsys)
+    assert not run.commands and not (tmp_path / "f").exists()
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_flags_are_refused_before_anything_is_trained(run, tmp_path, capsys, mon
     write_record(tmp_path / "run", record("cold_start", {}))
     before = tree(tmp_path)
     assert message in refused(lambda: run(flag), capsys=capsys)
-    assert not run.made and tree(tmp_path) == before
+    assert not run.commands and tree(tmp_path) == before
 
 
 def test_the_tables_of_the_recipes_are_right(tmp_path, monkeypatch):
@@ -354,14 +354,14 @@ def test_the_tables_of_the_recipes_are_right(tmp_path, monkeypatch):
     (tmp_path / "statistics.npz").touch()
     monkeypatch.chdir(ROOT)
     for recipe in ("digits", "fashion", "sitxl"):
-        found = read_table(ROOT / "scripts" / "frontier" / f"{recipe}.toml")
-        assert {row.stage for row in found.rows} == {"teacher", "cold_start", "dmdr"}
+        table = read_table(ROOT / "scripts" / "frontier" / f"{recipe}.toml")
+        assert {row.stage for row in table.rows} == {"teacher", "cold_start", "dmdr"}
         ours = ("guidance 1.5 on t <= 0.7", "early guidance", "early guidance + control")
-        assert all(found.row(name).published for name in ("guidance off", "guidance 1.5 + control", "guidance 4"))
-        assert not any(found.row(name).published for name in ours)
-        for each in found.rows:
+        assert all(table.row(name).published for name in ("guidance off", "guidance 1.5 + control", "guidance 4"))
+        assert not any(table.row(name).published for name in ours)
+        for each in table.rows:
             if each.stage == "dmdr":
                 control = each.name == f"{each.cold_start} + control"
-                before = found.row(each.cold_start).flags
+                before = table.row(each.cold_start).flags
                 assert (each.against is None) == control and each.flags[: len(before)] == before, each.name
-                assert each.against is None or found.row(each.against).cold_start == each.cold_start
+                assert each.against is None or table.row(each.against).cold_start == each.cold_start

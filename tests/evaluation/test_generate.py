@@ -27,8 +27,8 @@ def samples(source, output, *more) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def provenance(made: dict) -> dict:
-    return json.loads(str(made["provenance"]))
+def provenance(content: dict) -> dict:
+    return json.loads(str(content["provenance"]))
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def test_a_checkpoint_is_sampled_as_its_export(teacher, tmp_path):
     exported = samples(run / "generator", tmp_path / "a.npz")
     kept = samples(run / "checkpoints/torch_units/step-1.pt", tmp_path / "b.npz")
     assert np.array_equal(exported["arr_0"], kept["arr_0"])
-    for made in (exported, kept):
-        arguments = provenance(made)["arguments"]
+    for each in (exported, kept):
+        arguments = provenance(each)["arguments"]
         assert [arguments[name] for name in ("sampler", "num_steps", "timestep_shift")] == ["few-step", "2", "2.0"]
 
 
@@ -92,23 +92,23 @@ def test_the_same_command_makes_it_once_and_another_is_refused(teacher, tmp_path
     generate.main(command)  # the images of the file
     assert "there already" in capsys.readouterr().out and len(list((tmp_path / "png").glob("*.png"))) == 10
     assert (tmp_path / "s.npz").read_bytes() == before
-    made = tree(tmp_path)
+    before_refusal = tree(tmp_path)
     assert "made with --seed 0" in refused(generate.main, [*command, "--seed", "5"], capsys=capsys)
     with locked(tmp_path / "t.npz.tmp"):
         assert "another process writes" in refused(generate.main, flags(teacher, tmp_path / "t.npz"), capsys=capsys)
-    assert tree(tmp_path) == made
+    assert tree(tmp_path) == before_refusal
     generate.main([*command, "--seed", "5", "--overwrite"])
-    assert (tmp_path / "s.npz").read_bytes() != before and tree(tmp_path).keys() == made.keys()
+    assert (tmp_path / "s.npz").read_bytes() != before and tree(tmp_path).keys() == before_refusal.keys()
 
 
 def test_generation_continues_from_its_whole_parts(teacher, tmp_path, monkeypatch, capsys):
     """Stopped before the third part, of which the first is damaged then."""
     whole = samples(teacher, tmp_path / "whole.npz", "--shard-size", 4)
-    batch, made = sampling.generate_batch, []
+    batch, batches = sampling.generate_batch, []
 
     def stopped(model, decode, indices, args):
-        made.append(indices[0])
-        if made == [0, 4, 8]:
+        batches.append(indices[0])
+        if batches == [0, 4, 8]:
             raise KeyboardInterrupt
         return batch(model, decode, indices, args)
 
@@ -119,7 +119,7 @@ def test_generation_continues_from_its_whole_parts(teacher, tmp_path, monkeypatc
     part = tmp_path / "cut.npz.tmp" / "00000000.npz"
     part.write_bytes(part.read_bytes()[:-50])
     again = samples(teacher, tmp_path / "cut.npz", "--shard-size", 4)
-    assert made == [0, 4, 8, 0, 8] and "made again" in capsys.readouterr().out
+    assert batches == [0, 4, 8, 0, 8] and "made again" in capsys.readouterr().out
     assert all(np.array_equal(again[name], whole[name]) for name in whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.npz", "whole.npz"]
 
@@ -147,7 +147,7 @@ def test_half_precision_decodes_where_it_does_not_show(latent, tmp_path, monkeyp
     samples(latent[0], tmp_path / "s.npz", *more)
     assert "there already" in capsys.readouterr().out
     half = samples(latent[0], tmp_path / "half.npz", *more)
-    assert [provenance(made)["decoder"] for made in (wide, half)] == ["fp32", "fp16"]
+    assert [provenance(each)["decoder"] for each in (wide, half)] == ["fp32", "fp16"]
     further = np.abs(half["arr_0"].astype(int) - wide["arr_0"])
     assert further.any() and (further > 1).mean() <= 1e-3
     monkeypatch.setattr(sampling, "FURTHER", -1.0)  # nothing is near enough

@@ -34,7 +34,7 @@ def copied(run, target):
     return shutil.copytree(run, target, ignore=shutil.ignore_patterns("checkpoints"))
 
 
-def made(tmp_path, *runs) -> str:
+def page_of(tmp_path, *runs) -> str:
     target = tmp_path / "report.html"
     report.main([*map(str, runs), "--output", str(target), "--overwrite"])
     return target.read_text(encoding="utf-8")
@@ -56,7 +56,7 @@ def test_a_page_shows_arguments_curves_pictures_and_nothing_from_outside(run, tm
     content = {"rows": rows, "features": "a <space>", "features_sha256": "judge", "set_size": 898}
     (tmp_path / "results.json").write_text(json.dumps(content))
     save_grid([np.zeros((4, 8, 8, 1), np.uint8)], tmp_path / "results.png", ["row"])
-    text = made(tmp_path, run)
+    text = page_of(tmp_path, run)
     assert "<th>FID-10k ↓</th>" in text and "<th>Recall-0.898k ↑</th>" in text and "<th>accuracy ↑</th>" in text
     assert "10,000 images for each row, a &lt;space&gt;" in text and "cold &lt;start&gt;" in text
     assert "This space rewarded cold &lt;start&gt;: judge it in a space that no reward used." in text
@@ -87,7 +87,7 @@ def test_several_runs_lie_over_one_another_and_what_differs_stands_apart(run, tm
     differs = argument_rows([read_run(folder) for folder in (run, other)])
     assert [row[0] for row in differs["other"]] == ["--lora-rank", "--weight-decay-generator"]
     assert differs["other"][0][1:] == ["4", "77"] and ["--seed", "30", "30"] in differs["same"]
-    text = made(tmp_path, run, other, "--curves", tmp_path / "curves")
+    text = page_of(tmp_path, run, other, "--curves", tmp_path / "curves")
     assert "<td>--lora-rank</td><td>4</td><td>77</td>" in text and "elsewhere" not in text
     svg = (tmp_path / "curves" / "score_gap.svg").read_text()
     assert "other/cold_start" in text and "other/cold_start" in svg and "#ff7f0e" in svg
@@ -141,7 +141,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_shown(run, tmp_path, one_chart
         (torn / "samples" / f"step-{step}" / "grid.png").write_bytes(content)
     shutil.rmtree(torn / "generator")
     (tmp_path / "empty").mkdir()
-    text = made(tmp_path, torn, tmp_path / "empty", run)
+    text = page_of(tmp_path, torn, tmp_path / "empty", run)
     assert f"{len(odd)} line(s) cannot be read" in text and "Not finished" in text and "<b>" not in text
     assert "step-7/grid.png is damaged" in text and "step-²" not in text and text.count("<svg") == 1
     assert "args.json is missing" in text and "loss_gen_log.jsonl is missing" in text
@@ -160,7 +160,7 @@ def test_odd_json_beside_a_run_is_named_on_the_page_and_the_rest_shown(content, 
     for path in paths:
         path.parent.mkdir(exist_ok=True)
         path.write_text(content)
-    text = made(tmp_path, tmp_path / "run")
+    text = page_of(tmp_path, tmp_path / "run")
     assert text.count("<svg") == 1 and "data:image/png" in text and all(path.name in text for path in paths)
 
 

@@ -42,14 +42,14 @@ def test_intervals_hold_every_figure():
 
 def test_figures_of_sets_are_means_over_equal_counts():
     """70 samples against 30 images: two sets of 30, each as a table of its own would have it."""
-    real, made = normal(30, 3), normal(70, 3, seed=1) * 1.1
-    row = row_of(embedded(made), Reference(embedded(real)), 30)["figures"]
+    real, samples = normal(30, 3), normal(70, 3, seed=1) * 1.1
+    row = row_of(embedded(samples), Reference(embedded(real)), 30)["figures"]
     sets = equal_sets(70, 30, 30)
     assert len(sets) == 2
-    parts = [neighbours(real[b], made[a]).figures() for a, b in sets]
+    parts = [neighbours(real[b], samples[a]).figures() for a, b in sets]
     for name in ("Precision", "Recall", "Density", "Coverage"):
         assert row[name] == pytest.approx(np.mean([part[name] for part in parts])) and parts[0][name] != parts[1][name]
-    apart = [sliced_wasserstein(made[a], real[b]) for a, b in sets]
+    apart = [sliced_wasserstein(samples[a], real[b]) for a, b in sets]
     assert row["SW"] == pytest.approx(np.mean(apart)) and "FDr" not in row
 
 
@@ -57,10 +57,10 @@ def test_recall_and_accuracy_of_a_class():
     """Samples that are the real ones, but for class 1, which is far away and taken for class 0."""
     labels = np.arange(60) % 3
     real = normal(60, 2) + 10 * torch.from_numpy(labels)[:, None]
-    made = real + 100 * torch.from_numpy(labels == 1)[:, None]
+    samples = real + 100 * torch.from_numpy(labels == 1)[:, None]
     logits = torch.nn.functional.one_hot(torch.from_numpy(np.where(labels == 1, 0, labels)), 3).float()
     reference = Reference(Embedded(real, logits, labels, True))
-    good, bad = (row_of(Embedded(x, logits, labels, True), reference, 60) for x in (real, made))
+    good, bad = (row_of(Embedded(x, logits, labels, True), reference, 60) for x in (real, samples))
     assert good["classes"] == {"recall": [1, 1, 1], "accuracy": [1, 0, 1]}
     assert bad["classes"]["recall"][1] < 0.9
     (line,) = tables.suffered({"first": good, "second": bad})
