@@ -132,7 +132,7 @@ def test_a_long_run_at_full_size_is_a_small_page(tmp_path):
 def test_what_cannot_be_read_is_told_and_the_rest_shown(run, tmp_path, one_chart):
     torn = copied(run, tmp_path / "$x_{$ <b>")
     odd = ['{"step": null}', '{"step": 1e400}', '{"step": "3"}', '{"step": true}', "[1]", "[" * 100_000, "1" * 10_000]
-    odd += ["\0", '{"step": 4, "score_g']
+    odd += ["\0", '{"step": 1' + "0" * 400 + "}", '{"step": 4, "score_g']
     values = ("1" + "0" * 400, "NaN", "[]", "-Infinity", '"a"', "true")
     log = torn / "loss_logs" / "loss_gen_log.jsonl"
     log.write_text("\n".join([log.read_text().strip(), *(f'{{"step": 9, "score_gap": {v}}}' for v in values), *odd]))
