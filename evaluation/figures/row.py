@@ -12,20 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.metrics import (
-    CHUNK,
-    LEAST_SUBSETS,
-    check_features,
-    distance_of_checked,
-    equal_sets,
-    inception_score,
-    kid,
-    mean_over,
-    neighbours,
-    root_of,
-    sliced_wasserstein,
-    statistics,
-)
+from evaluation import metrics
 from evaluation.samples.files import LEAST_IMAGES
 from train_cc.draws import rng_of
 from train_cc.io.class_names import contradiction, dataset_of
@@ -57,7 +44,7 @@ class Embedded:
 def embed(content: Mapping[str, np.ndarray], path: Path, space: FeatureSpace, batch: int, what: str) -> Embedded:
     """Raises `InputError` for features that are not finite, and labels that the space does not know."""
     features, logits = space.of(content["arr_0"], batch)
-    check_features(features, what, LEAST_IMAGES)
+    metrics.check_features(features, what, LEAST_IMAGES)
     labels = content.get("arr_1")
     if labels is not None and space.knows_labels:
         if not (labels.min() >= 0 and labels.max() < logits.shape[1]):
@@ -91,15 +78,15 @@ class Reference:
         if stored is not None:
             self.statistics, self.source = stored, "mu and sigma stored in the reference"
         else:
-            self.statistics = statistics(self.features)
+            self.statistics = metrics.statistics(self.features)
             self.source = f"computed from the reference's {len(self.features)} images: it stores no mu and sigma"
             if len(self.features) <= self.features.shape[1]:
                 self.source += f", and the covariance of so few is singular in {self.features.shape[1]} features"
-        self._root = root_of(self.statistics[1])
+        self._root = metrics.root_of(self.statistics[1])
 
     def distance(self, features: Tensor) -> float:
         """The FID of (N, D) features."""
-        return distance_of_checked(*statistics(features), *self.statistics, self._root)
+        return metrics.distance_of_checked(*metrics.statistics(features), *self.statistics, self._root)
 
 
 class Sets:
@@ -108,12 +95,12 @@ class Sets:
     def __init__(self, generated: Tensor, reference: Reference, size: int):
         self.generated, self.reference = generated, reference
         self.counts = (len(generated), len(reference.features))
-        self.pairs = equal_sets(*self.counts, size)
+        self.pairs = metrics.equal_sets(*self.counts, size)
         # Per image: its values summed over the sets that contain it, and the number of these sets.
         self.sums = {name: torch.zeros(self.counts[side], dtype=torch.float64) for name, side in SIDES.items()}
         self.times = [torch.zeros(count) for count in self.counts]
         for pair in self.pairs:
-            near = neighbours(reference.features[pair[1]], generated[pair[0]])
+            near = metrics.neighbours(reference.features[pair[1]], generated[pair[0]])
             values = (near.recalled, near.inside > 0, near.inside / near.k, near.near)
             for (name, side), value in zip(SIDES.items(), values, strict=True):
                 self.sums[name][pair[side]] += value.double()
@@ -128,9 +115,9 @@ class Sets:
     def distances(self, rows: Tensor | slice, frechet: bool) -> dict[str, float]:
         """SW (against sets of the reference) and FD (of the sets, against the statistics) of some of the samples."""
         sides = (self.generated[rows], self.reference.features)
-        distances = {"SW": mean_over(self.pairs, sliced_wasserstein, *sides)}
+        distances = {"SW": metrics.mean_over(self.pairs, metrics.sliced_wasserstein, *sides)}
         if frechet:
-            distances["FD"] = mean_over(self.pairs, lambda part, _: self.reference.distance(part), *sides)
+            distances["FD"] = metrics.mean_over(self.pairs, lambda part, _: self.reference.distance(part), *sides)
         return distances
 
     def recall_of_classes(self) -> list[float | None] | None:
@@ -159,10 +146,10 @@ def row_of(
     sets = None if reference.features is None else Sets(embedded.features, reference, size)
     figures, distances = figures_of(embedded, reference, sets, real, ceiling or real is not None, [slice(None)] * 2)
     errors = {}
-    if sets is not None and min(len(embedded.features), len(reference.features)) >= 2 * LEAST_SUBSETS:
-        figures["KID"], errors["KID"] = kid(reference.features, embedded.features)
+    if sets is not None and min(len(embedded.features), len(reference.features)) >= 2 * metrics.LEAST_SUBSETS:
+        figures["KID"], errors["KID"] = metrics.kid(reference.features, embedded.features)
     if reference.whole is not None:
-        adm = neighbours(reference.whole, embedded.features).figures()
+        adm = metrics.neighbours(reference.whole, embedded.features).figures()
         figures |= {"ADM recall": adm["Recall"], "ADM precision": adm["Precision"]}
     row = {"figures": figures, "images": len(embedded.features), "standard_errors": errors, "distances": distances}
     row["classes"] = {"recall": sets and sets.recall_of_classes()}
@@ -186,7 +173,7 @@ def figures_of(
     generated, distances = rows[0], {}
     figures = {"FID": reference.distance(embedded.features[generated])}
     if embedded.logits is not None:
-        figures["IS"] = inception_score(embedded.logits[generated])
+        figures["IS"] = metrics.inception_score(embedded.logits[generated])
     if embedded.right is not None:
         figures["accuracy"] = embedded.right[generated].mean().item()
     if sets is not None:
@@ -204,22 +191,22 @@ def notes_of(embedded: Embedded) -> list[str]:
     (count, size), notes = embedded.features.shape, []
     if count <= size:
         notes.append(f"{count} images in {size} features: the covariance is singular, and FID too high")
-    if embedded.logits is None or count <= CHUNK:
+    if embedded.logits is None or count <= metrics.CHUNK:
         return notes
     classes = embedded.logits.argmax(dim=1).numpy() if embedded.labels is None else embedded.labels
     order = torch.randperm(count, generator=rng_of(ORDER, count))
     if classes_in_chunks(classes) < LEAST_SHARE * classes_in_chunks(classes[order.numpy()]):
-        scores = [inception_score(logits) for logits in (embedded.logits, embedded.logits[order])]
+        scores = [metrics.inception_score(logits) for logits in (embedded.logits, embedded.logits[order])]
         notes.append(
-            f"the samples are stored class by class, and IS is of consecutive chunks of {CHUNK}: {scores[0]:.2f}, "
-            f"in random order {scores[1]:.2f}; shuffle the file for a figure that compares"
+            f"the samples are stored class by class, and IS is of consecutive chunks of {metrics.CHUNK}: "
+            f"{scores[0]:.2f}, in random order {scores[1]:.2f}; shuffle the file for a figure that compares"
         )
     return notes
 
 
 def classes_in_chunks(classes: np.ndarray) -> float:
     """exp(entropy) of the classes (N,) in each of the Inception Score's chunks, the mean."""
-    parts = [classes[start : start + CHUNK] for start in range(0, len(classes), CHUNK)]
+    parts = [classes[start : start + metrics.CHUNK] for start in range(0, len(classes), metrics.CHUNK)]
     shares = [np.unique(part, return_counts=True)[1] / len(part) for part in parts]
     return float(np.mean([np.exp(-(share * np.log(share)).sum()) for share in shares]))
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from evaluation.figures import tables
-from evaluation.figures.row import CHUNK, Embedded, Reference, notes_of, row_of
+from evaluation.figures.row import Embedded, Reference, notes_of, row_of
 from evaluation.figures.spaces import stored_by_space
-from evaluation.metrics import equal_sets, neighbours, sliced_wasserstein
+from evaluation.metrics import CHUNK, equal_sets, neighbours, sliced_wasserstein
 from train_cc.io.errors import InputError
 from train_cc.io.figures import METRICS
 from train_cc.models.features import load_space
