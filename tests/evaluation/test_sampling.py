@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from evaluation import generate, sample
+from evaluation.samples import sampling
+from evaluation.standins import write_vae
 from tests.conftest import random_sit, words
 from tests.convert.test_pipeline import two_steps
 from train_cc.draws import Draws
@@ -73,6 +75,21 @@ def test_a_subset_of_the_classes(teacher, tmp_path, monkeypatch):
     assert np.array_equal(again, whole)
     _, labels, _ = made(teacher, "random.npz", "--classes", 2, 9, "--labels", "random", count=40)
     assert set(labels.tolist()) == {2, 9} and 8 <= (labels == 2).sum() <= 32 and labels.tolist() != [2, 9] * 20
+
+
+def test_a_set_continued_on_another_device_is_of_one_precision(tmp_path, monkeypatch):
+    """Its parts were decoded in fp16, as on a GPU; the CPU that goes on decodes in fp32."""
+    random_sit(in_channels=4).save_pretrained(tmp_path / "sit")
+    more, choose = ("--vae", write_vae(tmp_path / "vae"), "--shard-size", 4), sampling.decoder_of
+    whole, *_ = made(tmp_path / "sit", tmp_path / "whole.npz", *more)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sampling, "decoder_of", lambda *args: choose(*args[:-1], True))
+        patch.setattr(sampling, "merge_samples", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        made(tmp_path / "sit", tmp_path / "cut.npz", *more)
+    with np.load(tmp_path / "cut.npz.tmp" / "00000000-fp16.npz") as part:
+        assert not np.array_equal(part["arr_0"], whole[:4])
+    again, *_ = made(tmp_path / "sit", tmp_path / "cut.npz", *more)
+    assert np.array_equal(again, whole)
 
 
 def test_one_step_of_what_was_not_distilled_is_noted(teacher, tmp_path, capfd):
