@@ -153,6 +153,7 @@ def test_a_fresh_real_draw_scores_one_and_noise_more(content, judges, tmp_path, 
     assert means["noise"]["figures"]["SWr"] == pytest.approx(np.mean(ratios))
     real = spaces[2]["rows"]["held-out real"]["figures"]
     assert real["Precision"] > 0.5 and {"IS", "accuracy"}.isdisjoint(real) and "FID" in real
+    assert "ADM recall" not in spaces[0]["rows"]["noise"]["figures"]
     assert len(spaces[0]["rows"]["noise"]["classes"]["accuracy"]) == 10 and result["set_size"] == 599
     printed = capsys.readouterr().out
     assert "sets of 599 images" in printed and "the mean over 3 spaces" in printed

@@ -115,6 +115,8 @@ def test_statistics_without_a_name_are_inceptions_if_as_wide(tmp_path):
     stored = stored_by_space(content, tmp_path, [wide, *others])
     assert stored.keys() == {"inception", "inception-spatial"}
     assert np.array_equal(stored["inception-spatial"][1], 2 * np.eye(6))
+    with pytest.raises(InputError, match="mu and sigma of inception without images, and timm:resnet50 needs"):
+        stored_by_space({"mu": content["mu"], "sigma": content["sigma"]}, tmp_path, [wide, *others[:1]])
     narrow = {"arr_0": None, "mu": np.zeros(2), "sigma": np.eye(2)}
     with pytest.raises(InputError, match="can be of a and b: ask for one"):
         stored_by_space(narrow, tmp_path, [SimpleNamespace(name=name, size=2) for name in "ab"])
