@@ -1,7 +1,6 @@
 """evaluation/statistics.py: the figures, any number of processes, a stop and its continuation, what is refused."""
 
 import json
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -116,38 +115,14 @@ def test_labels_with_gaps_leave_classes_empty(space, tmp_path, capsys):
 # Processes and stops ----------------------------------------------------------------------------------------------
 
 
-class Rank:
-    """One of several processes that are threads here: what the command uses of a `PartialState`."""
-
-    def __init__(self, index: int, barrier: threading.Barrier):
-        self.process_index, self.num_processes, self.is_main_process = index, barrier.parties, index == 0
-        self.device, self.wait_for_everyone = torch.device("cpu"), barrier.wait
-
-
-def test_any_number_of_processes_gives_the_same_file(npz, space, tmp_path, monkeypatch):
-    alone = made(npz, space, tmp_path / "1.npz", "--shard-size", 9)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if threads > 1 else 2)  # what a launcher sets differs from what one process has
-    assert largest_difference(alone, made(npz, space, tmp_path / "threads.npz", "--shard-size", 9)) == 0
-    torch.set_num_threads(threads)
-
-    count, own, parts, write = 3, threading.local(), [], gathering.write_part
-    barrier = threading.Barrier(count, timeout=60)
-    monkeypatch.setattr(gathering, "open_processes", lambda timeout: Rank(own.rank, barrier))
-    monkeypatch.setattr(gathering, "write_part", lambda path, **c: parts.append(own.rank) or write(path, **c))
-
-    def run(rank: int) -> None:
-        own.rank = rank
-        main(words(npz, space, tmp_path / "3.npz", "--shard-size", 9))
-
-    ranks = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
-    for thread in ranks:
-        thread.start()
-    for thread in ranks:
-        thread.join()
-    assert sorted(parts) == [0, 0, 0, 1, 1, 2, 2]
-    with np.load(tmp_path / "3.npz") as file:
-        assert largest_difference(alone, dict(file)) < 1e-10
+def test_the_threads_of_a_launcher_change_nothing(npz, space, tmp_path):
+    """That several processes give the same file: tests/io/test_waiting.py."""
+    alone, threads = made(npz, space, tmp_path / "1.npz", "--shard-size", 9), torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    try:
+        assert largest_difference(alone, made(npz, space, tmp_path / "threads.npz", "--shard-size", 9)) == 0
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_stopped_command_continues_from_its_whole_parts_and_takes_none_of_another(
