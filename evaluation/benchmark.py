@@ -28,20 +28,21 @@ import platform
 import re
 import sys
 import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from evaluation.phases import Stopwatch, phases_watched
 from evaluation.standins import write_dinov2, write_vae
 from train_cc.distillation import loop
 from train_cc.distillation.run import Run
 from train_cc.io import fields
 from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.fields import Number, check_numbers
 from train_cc.io.products import check_output_file, library_versions, write_atomically
-from train_cc.io.read import printable, read_json
+from train_cc.io.read import parsing, printable, read_json
 from train_cc.models import SIT_SIZES, SiT
 from train_cc.models.estimator import MARGIN, Seen, watched
 from train_cc.rewards.terms import rewards_at_x0
@@ -51,7 +52,66 @@ from train_cc.setup.arguments import build_parser, validate
 from train_cc.setup.build import build
 
 GIB = 2**30
+LIMIT = torch.finfo(torch.float16).max / MARGIN  # NaN is beyond it too
 NO_TEACHER = Path("-")  # random weights of --size
+
+
+# Measuring -------------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Seconds by phase. A phase lasts until the next one begins."""
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._device, self._phase, self._since = device, "", 0.0
+
+    def begin(self, phase: str) -> None:
+        """``phase`` is "" for what is not timed."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        if self._phase:
+            self.seconds[self._phase] += now - self._since
+        self._phase, self._since = phase, now
+
+
+@contextlib.contextmanager
+def phases_watched(run: Run, stopwatch: Stopwatch) -> Iterator[None]:
+    """Time the phases of ``run`` inside.
+
+    A backward begins with the gradient of its network's output and ends with the optimizer's step or the next network:
+    reductions and clipping count with it.
+    """
+    hooks = []
+
+    def watch(network: nn.Module, forward: str, without_gradient: str, backward: str) -> None:
+        def enter(network: nn.Module, inputs: tuple) -> None:
+            stopwatch.begin(forward if torch.is_grad_enabled() else without_gradient)
+
+        def leave(network: nn.Module, inputs: tuple, out: Tensor) -> None:
+            stopwatch.begin("other")
+            if out.requires_grad:
+                out.register_hook(lambda gradient: stopwatch.begin(backward))
+
+        hooks.extend([network.register_forward_pre_hook(enter), network.register_forward_hook(leave)])
+
+    watch(run.generator, "generator forward", "sampling", "generator backward")
+    watch(run.estimator, "estimator forward", "scoring", "estimator backward")
+    if run.rewards:
+        for name, judge in run.judges.items():
+            if name.startswith("reward_"):
+                watch(judge, "classifier", "classifier", "reward backward")
+        if isinstance(run.decode, nn.Module):
+            watch(run.decode, "decoder", "decoder", "reward backward")
+    for optimizer in (run.generator_optimizer.optimizer, run.estimator_optimizer.optimizer):
+        hooks.append(optimizer.register_step_pre_hook(lambda *arguments: stopwatch.begin("optimizer")))
+        hooks.append(optimizer.register_step_post_hook(lambda *arguments: stopwatch.begin("other")))
+    stopwatch.begin("other")
+    yield
+    stopwatch.begin("")
+    for hook in hooks:
+        hook.remove()
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -67,35 +127,32 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
         b = torch.randn(columns, inner, device=device).to(dtype)
         for _ in range(5):
             stopwatch = Stopwatch(device)
-            with stopwatch.phase("matmul"):
-                for _ in range(times):
-                    torch.nn.functional.linear(a, b)
+            stopwatch.begin("matmul")
+            for _ in range(times):
+                torch.nn.functional.linear(a, b)
+            stopwatch.begin("")
             best = max(best, times * 2 * rows * inner * columns / stopwatch.seconds["matmul"])
     return best
 
 
-class PeakMemory:
-    """Bytes of this process (CPU: resident memory, libraries included) or of its GPU (allocated)."""
+# Memory: bytes of this process (CPU: resident memory, libraries included) or of its GPU (allocated).
+def reset_memory(device: torch.device) -> int:
+    """Forget the peak so far. Return what is in use now."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed, but kept for reuse, would hide what is needed next
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
 
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
 
-    def reset(self) -> int:
-        """Forget the peak so far. -> what is in use now."""
-        gc.collect()
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.memory_allocated()
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed, but kept for reuse, would hide what is needed next
-        Path("/proc/self/clear_refs").write_text("5")
-        return self._read("VmRSS")
+def peak_memory(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
 
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self._cuda else self._read("VmHWM")
 
-    @staticmethod
-    def _read(name: str) -> int:
-        return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+def resident(name: str) -> int:
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def machine(device: torch.device) -> dict:
@@ -126,22 +183,22 @@ def write_random_inputs(folder: Path, size: str, reward: bool) -> list[str]:
 
 def measure(run: Run, args: argparse.Namespace, cycles: int) -> dict:
     """A cycle with the FLOP counted, which is not compiled; one that compiles; then ``cycles`` timed ones."""
-    device, memory = run.session.device, PeakMemory(run.session.device)
-    figures: dict = {"peak_memory_loading_gib": memory.peak() / GIB}
+    device = run.session.device
+    figures: dict = {"peak_memory_loading_gib": peak_memory(device) / GIB}
     if run.rewards:
-        figures |= measure_reward(run, args, memory)
+        figures |= measure_reward(run, args)
     with torch.compiler.set_stance("force_eager"), FlopCounter() as counter:
         loop.cycle(run, 0)
     figures["tflop_per_cycle"] = counter.total / 1e12
     loop.cycle(run, 1)
-    memory.reset()
+    reset_memory(device)
     measured = []
     for step in range(2, cycles + 2):
         stopwatch = Stopwatch(device)
-        with phases_watched(run, stopwatch), stopwatch.phase("other"):
+        with phases_watched(run, stopwatch):
             loop.cycle(run, step)
         measured.append(dict(stopwatch.seconds))
-    figures["peak_memory_gib"] = memory.peak() / GIB
+    figures["peak_memory_gib"] = peak_memory(device) / GIB
     best = min(measured, key=lambda phases: sum(phases.values()))
     seconds = sum(best.values())
     peak = matmul_peak(device, COMPUTE_DTYPES[run.session.generator_accelerator.mixed_precision])
@@ -157,34 +214,30 @@ def measure(run: Run, args: argparse.Namespace, cycles: int) -> dict:
     return figures
 
 
-def measure_reward(run: Run, args: argparse.Namespace, memory: PeakMemory) -> dict:
+def measure_reward(run: Run, args: argparse.Namespace) -> dict:
     """The reward branch alone, decoder and classifier forward and backward, and its memory above the weights."""
-    x0 = torch.randn(args.batch_size, *run.sample_shape, device=run.session.device)
-    y = torch.zeros(args.batch_size, dtype=torch.long, device=run.session.device)
+    device = run.session.device
+    x0 = torch.randn(args.batch_size, *run.sample_shape, device=device)
+    y = torch.zeros(args.batch_size, dtype=torch.long, device=device)
     seconds, above = [], []
     for _ in range(3):
-        before, stopwatch = memory.reset(), Stopwatch(run.session.device)
-        with stopwatch.phase("reward"):
-            rewards_at_x0(run.rewards, run.decode, x0, y, run.reward_micro_batch)
+        before, stopwatch = reset_memory(device), Stopwatch(device)
+        stopwatch.begin("reward")
+        rewards_at_x0(run.rewards, run.decode, x0, y, run.reward_micro_batch)
+        stopwatch.begin("")
         seconds.append(stopwatch.seconds["reward"])
-        above.append(memory.peak() - before)
+        above.append(peak_memory(device) - before)
     return {"reward_seconds": min(seconds), "reward_memory_gib": max(above) / GIB}
 
 
 def read_benchmark(path: Path) -> dict[str, float]:
     """The figures of a benchmark's JSON, those of its phases among them. Raises `InputError`."""
     expected = "a benchmark's JSON"
-    try:
-        figures = read_json(path, expected).get("figures")
-        phases = figures.get("seconds_by_phase") if isinstance(figures, dict) else None
-        if not isinstance(phases, dict):
-            raise InputError("it has no figures with seconds_by_phase")
+    content = read_json(path, expected)
+    with parsing(path, expected, "cannot be read"):
+        figures = content["figures"]
         flat = {name: value for name, value in figures.items() if isinstance(value, float)}
-        flat |= {f"  {name}": value for name, value in phases.items()}
-        check_numbers(flat, dict.fromkeys(flat, Number(float, -1e100, 1e100)), path)
-    except InputError as error:
-        raise InputError(f"{path} cannot be read as {expected}: {error}") from error
-    return flat
+        return flat | {f"  {name}": float(value) for name, value in figures["seconds_by_phase"].items()}
 
 
 def compare(before: Path, after: Path) -> str:
@@ -220,7 +273,7 @@ def fp16_range(asked: argparse.Namespace) -> str:
     for name, both in seen.items():
         activations, gradients = map(by_place, both)
         lines += [
-            f"{name:24}{where:28}{value:12.4g}{gradients.get(where, 0.0):12.4g}{'' if bears(value) else '  beyond'}"
+            f"{name:24}{where:28}{value:12.4g}{gradients.get(where, 0.0):12.4g}{'' if value < LIMIT else '  beyond'}"
             for where, value in activations.items()
         ]
         summary.append(verdict(name, activations, gradients))
@@ -234,16 +287,11 @@ def by_place(seen: Seen) -> dict[str, float]:
     return largest
 
 
-def bears(value: float) -> bool:
-    return value * MARGIN < torch.finfo(torch.float16).max
-
-
 def verdict(name: str, activations: dict[str, float], gradients: dict[str, float]) -> str:
-    beyond = [where for where, value in activations.items() if not bears(value)]
+    beyond = [where for where, value in activations.items() if not value < LIMIT]
     words = f"fp16 does not bear {', '.join(beyond)}: --mixed-precision bf16" if beyond else "fp16 bears it"
     largest = max(gradients.values(), default=0.0)
-    limit = torch.finfo(torch.float16).max / MARGIN
-    scale = f"; its gradients bear a further scale of {limit / largest:.3g}" if largest else ""
+    scale = f"; its gradients bear a further scale of {LIMIT / largest:.3g}" if largest else ""
     return f"{name}: {words} (a factor of {MARGIN:g} is kept){scale}"
 
 
@@ -263,15 +311,6 @@ def benchmark_parser() -> fields.Parser:
     return parser
 
 
-def measured(own: argparse.Namespace, asked: argparse.Namespace, stage: list[str]) -> tuple[Run, dict]:
-    session = open_session(asked.mixed_precision)
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = write_random_inputs(Path(folder), own.size, asked.encoder_type == "dinov2")
-        args = build_parser("flags of a stage").parse_args([*inputs, *stage])
-        run = build(args, session)
-    return run, measure(run, args, own.cycles)
-
-
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     own, stage = benchmark_parser().parse_known_args(argv)
@@ -282,26 +321,32 @@ def main(argv: list[str] | None = None) -> None:
         check_output_file(own.output, own.overwrite)
     if own.threads:
         torch.set_num_threads(own.threads)
-    shapes = ["--teacher", str(NO_TEACHER), "--output-dir", "-", "--num-previews", "0"]
-    asked = build_parser("flags of a stage").parse_args([*shapes, *stage])
+    parser = build_parser("flags of a stage")
+    asked = parser.parse_args(["--teacher", str(NO_TEACHER), "--output-dir", "-", "--num-previews", "0", *stage])
     validate(asked)  # before gigabytes are written
     if own.fp16_range:
         print(fp16_range(asked))
         return
-    record = {
-        "command": ["python", "-m", "evaluation.benchmark", *(sys.argv[1:] if argv is None else argv)],
-        "size": own.size,
-        "arguments": {name: str(value) for name, value in vars(asked).items()},
-    }
-    run, figures = measured(own, asked, stage)
-    session = run.session
-    record |= {"machine": machine(session.device), "precision": session.generator_accelerator.mixed_precision}
+    session = open_session(asked.mixed_precision)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = write_random_inputs(Path(folder), own.size, asked.encoder_type == "dinov2")
+        args = parser.parse_args([*inputs, *stage])
+        run = build(args, session)
+    figures = measure(run, args, own.cycles)
     if not session.is_main:
         return
     print(json.dumps(figures, indent=2))
     if own.output:
+        record = {
+            "command": ["python", "-m", "evaluation.benchmark", *(sys.argv[1:] if argv is None else argv)],
+            "size": own.size,
+            "arguments": {name: str(value) for name, value in vars(asked).items()},
+            "machine": machine(session.device),
+            "precision": session.generator_accelerator.mixed_precision,
+            "figures": figures,
+        }
         own.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(own.output, json.dumps(record | {"figures": figures}, indent=2) + "\n")
+        write_atomically(own.output, json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def judging_settings(args: argparse.Namespace) -> argparse.Namespace:
+def judging_settings(args: fields.Arguments) -> fields.Arguments:
     """``args`` with all spaces under ``space``, and without what a reference of mu and sigma ignores."""
     changes = {}
     if args.classifier is not None:
@@ -97,10 +97,10 @@ def judging_settings(args: argparse.Namespace) -> argparse.Namespace:
     if (args.held_out or args.adm) and reference_shape(args.reference) is None:
         warn("--held-out and --adm are ignored: the reference holds no images")
         changes |= {"held_out": None, "adm": False}
-    return argparse.Namespace(**vars(args) | changes)
+    return fields.replaced(args, **changes)
 
 
-def named_samples(args: argparse.Namespace) -> dict[str, Path]:
+def named_samples(args: fields.Arguments) -> dict[str, Path]:
     """The rows' names and their files. Raises `InputError`."""
     names = args.names or [printable(path.stem) for path in args.samples]
     if len(names) != len(args.samples):
@@ -110,15 +110,8 @@ def named_samples(args: argparse.Namespace) -> dict[str, Path]:
     if HELD_OUT in names:
         raise InputError(f"no row of samples can be named {HELD_OUT}: that is the ceiling's")
     if args.over_seeds:
-        over_seeds({name: {} for name in names})
+        over_seeds(dict.fromkeys(names))
     return dict(zip(names, args.samples, strict=True))
-
-
-def check_outputs(args: argparse.Namespace) -> None:
-    outputs = [(flag, path) for flag, path in (("--output", args.output), ("--picture", args.picture)) if path]
-    for flag, path in outputs:
-        check_output_file(path, args.overwrite, flag)
-    apart(outputs)
 
 
 def check_samples(samples: list[Path], reference: Path) -> tuple[int, ...]:
@@ -180,7 +173,10 @@ def write_json(settings: argparse.Namespace, judged: list[dict], means: dict[str
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     samples, settings = named_samples(args), judging_settings(args)
-    check_outputs(args)
+    outputs = [(flag, path) for flag, path in (("--output", args.output), ("--picture", args.picture)) if path]
+    for flag, path in outputs:
+        check_output_file(path, args.overwrite, flag)
+    apart(outputs)
     shape = reference_shape(args.reference) if args.check else check_samples(args.samples, args.reference)
     # Networks take seconds to import: what is wrong with the command line has been said.
     with saying("loading libraries"):

@@ -12,16 +12,7 @@ import argparse
 import os
 from pathlib import Path
 
-from evaluation.figures.tables import (
-    HELD_OUT,
-    means_of,
-    named_space,
-    over_seeds,
-    rewarded_here,
-    rewarded_within,
-    suffered,
-    table,
-)
+from evaluation.figures import tables
 from evaluation.study.comparison import against_controls, domination, picture
 from evaluation.study.jobs import Frontier
 from evaluation.study.rows import Table, check_more_flags, flags_in, read_table
@@ -68,20 +59,19 @@ def check_arguments(args: argparse.Namespace) -> Table:
 
 def spaces_of(places: list[Path]) -> list[dict]:
     """All rows of each space, as evaluation.evaluate wrote them; last those over all spaces, if any."""
-    found: list[dict] = []
+    spaces: list[dict] = []
     for path in places:
         content = read_figures(path)
         judged = [content, *content.get("more_spaces", [])]
         if content.get("over_spaces") and len(judged) > 1:
             judged.append({"features": f"the mean over {len(judged)} spaces", "rows": content["over_spaces"]})
-        if not found:
-            found = [each | {"rows": {}, "set_size": content.get("set_size")} for each in judged]
-        for space, each in zip(found, judged, strict=True):
+        spaces = spaces or [each | {"rows": {}, "set_size": content.get("set_size")} for each in judged]
+        for space, each in zip(spaces, judged, strict=True):
             if space["features"] != each["features"]:
                 raise InputError(f"{path} is of {each['features']}, other rows of {space['features']}; move it away")
-            space["rows"].pop(HELD_OUT, None)  # it is the last row of every file
+            space["rows"].pop(tables.HELD_OUT, None)  # it is the last row of every file
             space["rows"] |= each["rows"]
-    return found
+    return spaces
 
 
 def text_of(rows: Table, spaces: list[dict], means: list[dict], title: str) -> str:
@@ -91,21 +81,24 @@ def text_of(rows: Table, spaces: list[dict], means: list[dict], title: str) -> s
     parts = [f"# {title}", "Means over seeds +- the standard deviation of one seed."]
     for space, mean in zip(spaces, means, strict=True):
         count, size = next(iter(space["rows"].values()))["images"], space.get("set_size")
-        named = [(name, row) for name, group in over_seeds(space["rows"]).items() for row in group]
+        named = [(name, row) for name, group in tables.over_seeds(space["rows"]).items() for row in group]
         made_by = [(name, row.get("generation")) for name, row in named]
-        parts += [f"## {named_space(space['features'])}", *rewarded_here(made_by, space.get("features_sha256", ""))]
-        parts += rewarded_within(dict(named))
+        parts += [
+            f"## {tables.named_space(space['features'])}",
+            *tables.rewarded_here(made_by, space.get("features_sha256", "")),
+        ]
+        parts += tables.rewarded_within(dict(named))
         one_seed = all(row["seeds"] == 1 for row in mean["rows"].values())
-        parts += [table((space if one_seed else mean)["rows"], count, size)]
+        parts += [tables.table((space if one_seed else mean)["rows"], count, size)]
         parts += [f"Missing: {space['missing']}."] if "missing" in space else []
         parts.append(against_controls(mean["rows"], against))
         parts.append("\n".join(f"- {line}" for line in domination(mean["rows"], published)))
-        parts.append("\n".join(f"- {line}" for line in suffered(space["rows"], together=True)))
+        parts.append("\n".join(f"- {line}" for line in tables.suffered(space["rows"], together=True)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def write_results(args: argparse.Namespace, rows: Table, spaces: list[dict]) -> str:
-    means = [space | {"rows": means_of(space["rows"])} for space in spaces]
+    means = [space | {"rows": tables.means_of(space["rows"])} for space in spaces]
     text = text_of(rows, spaces, means, f"Frontier of {args.recipe}")
     write_atomically(args.output_dir / "frontier.md", text)
     first, *more = means

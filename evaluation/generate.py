@@ -96,7 +96,7 @@ def check_sampling(args: argparse.Namespace) -> argparse.Namespace:
     steps = args.num_steps or (SDE_STEPS if args.sampler == "sde" else MULTI_STEPS)
     if args.sampler == "sde" and steps < 2:
         raise InputError(f"--num-steps is {steps}; --sampler sde takes 2 at the least: its last adds no noise")
-    return argparse.Namespace(**vars(args) | {"num_steps": steps})
+    return fields.replaced(args, num_steps=steps)
 
 
 @exits_on_input_error
@@ -107,9 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     check_output_file(args.output, True)
     apart((("--output", args.output), ("--png-dir", args.png_dir)))
     with saying("loading libraries"):
-        from evaluation.samples.sampling import (
-            write_samples,  # networks take seconds to import: what is wrong has been said
-        )
+        from evaluation.samples.sampling import write_samples  # torch takes seconds
 
     write_samples(args)
 

@@ -108,7 +108,7 @@ def neighbours(reference: Tensor, generated: Tensor, k: int = 3) -> Neighbours:
 
     Raises `InputError`.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if type(k) is not int or k < 1:
         raise InputError(f"k is {k}; a whole number of at least 1 is expected")
     check_pair(reference, generated, k + 1)
     reference, generated = reference.float().cpu(), generated.float().cpu()
@@ -135,13 +135,11 @@ def precision_recall(reference: Tensor, generated: Tensor, k: int = 3) -> tuple[
 
 def check_features(features: Tensor, name: str, least: int = 2, what: str = "features") -> None:
     """A real (N, D) tensor of finite numbers, also in fp32, and of ``least`` rows or more. Raises `InputError`."""
-    if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
-        kind = f"{features.dtype} {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+    if features.ndim != 2 or not features.shape[1] or not features.is_floating_point():
+        kind = f"{features.dtype} {tuple(features.shape)}"
         raise InputError(f"the {name} {what} are {kind}; a tensor (N, D) of real numbers is expected")
     if len(features) < least:
         raise InputError(f"{least} {name} images or more are needed, {len(features)} were given")
-    if not features.shape[1]:
-        raise InputError(f"the {name} {what} have no columns")
     if not torch.isfinite(features.float()).all():
         raise InputError(f"the {name} {what} are not finite")
 

@@ -37,7 +37,7 @@ def build_parser() -> fields.Parser:
 def main(argv: list[str] | None = None) -> None:
     args = check_sampling(build_parser().parse_args(argv))
     check_output_file(args.grid, args.overwrite, "--grid")
-    from evaluation.samples.sampling import draw_classes  # networks take seconds to import: what is wrong has been said
+    from evaluation.samples.sampling import draw_classes  # torch takes seconds
 
     draw_classes(args)
 

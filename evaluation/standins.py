@@ -19,17 +19,12 @@ def dinov2_shapes(width: int, depth: int, registers: int = 0) -> dict[str, tuple
     if registers:
         shapes["register_tokens"] = (1, registers, width)
     shapes |= {"patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,)}
-    for i in range(depth):
-        for name, rows, columns in [
-            ("attn.qkv", 3 * width, width),
-            ("attn.proj", width, width),
-            ("mlp.fc1", 4 * width, width),
-            ("mlp.fc2", width, 4 * width),
-        ]:
-            shapes |= {f"blocks.{i}.{name}.weight": (rows, columns), f"blocks.{i}.{name}.bias": (rows,)}
-        for norm in ("norm1", "norm2"):
-            shapes |= {f"blocks.{i}.{norm}.weight": (width,), f"blocks.{i}.{norm}.bias": (width,)}
-        shapes |= {f"blocks.{i}.ls1.gamma": (width,), f"blocks.{i}.ls2.gamma": (width,)}
+    linear = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+    for block in (f"blocks.{i}." for i in range(depth)):
+        for name, (rows, columns) in linear.items():
+            shapes |= {f"{block}{name}.weight": (rows * width, columns * width), f"{block}{name}.bias": (rows * width,)}
+        vectors = ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma")
+        shapes |= {block + name: (width,) for name in vectors}
     return shapes | {"norm.weight": (width,), "norm.bias": (width,)}
 
 

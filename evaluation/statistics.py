@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     check_output_file(args.output, True)
     with saying("loading libraries"):
-        from evaluation.samples.gathering import gather  # networks take seconds to import: what is wrong has been said
+        from evaluation.samples.gathering import gather  # torch takes seconds
 
     gather(args)
 

@@ -2,11 +2,9 @@
 
 import gzip
 import hashlib
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -49,26 +47,24 @@ IDX_FOLDER = "a folder of Fashion-MNIST's idx files (train-images-idx3-ubyte and
 # The small data sets ------------------------------------------------------------------------------------------------
 
 
-def _read_idx(folder: Path, stem: str, shape: tuple[int, ...]) -> Tensor:
+def read_idx(folder: Path, stem: str, *shape: int) -> Tensor:
     """uint8 (N, *shape). Raises `InputError` for a file that is missing, torn, or has another shape."""
-    for file in (folder / f"{stem}.gz", folder / stem):
-        if file.is_file():
-            expected = f"a whole idx file of unsigned bytes, N{''.join(f' x {side}' for side in shape)},"
-            with parsing(file, expected):
-                content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-                header = 4 + 4 * (1 + len(shape))
-                sides = np.frombuffer(content[4:header], ">u4").tolist()
-                whole = len(content) == header + math.prod(sides) and sides[0] > 0
-                if content[:4] != bytes([0, 0, 8, 1 + len(shape)]) or tuple(sides[1:]) != shape or not whole:
-                    raise InputError(f"{file} is torn, empty or something else; {expected} is expected")
-                expected_hash = WHOLE_SETS.get(sides[0]) if shape else None
-                if expected_hash not in (None, hashlib.sha256(content).hexdigest()):
-                    raise InputError(f"{file} is of another data set than Fashion-MNIST; {IDX_FOLDER} is expected")
-            return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(sides)
-    raise InputError(f"{folder} has no {stem}.gz or {stem}; {IDX_FOLDER} is expected")
+    file = next((each for each in (folder / f"{stem}.gz", folder / stem) if each.is_file()), None)
+    if file is None:
+        raise InputError(f"{folder} has no {stem}.gz or {stem}; {IDX_FOLDER} is expected")
+    expected = f"a whole idx file of unsigned bytes, N{''.join(f' x {side}' for side in shape)},"
+    with parsing(file, expected):
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        kind, count, *sides = np.frombuffer(content, ">u4", 2 + len(shape)).tolist()
+        if (kind, sides) != (0x801 + len(shape), list(shape)) or not count:
+            raise ValueError(f"it begins with {[kind, count, *sides]}")
+        values = np.frombuffer(content, np.uint8, offset=4 * (2 + len(shape))).reshape(count, *shape)
+    if shape and WHOLE_SETS.get(count) not in (None, hashlib.sha256(content).hexdigest()):
+        raise InputError(f"{file} is of another data set than Fashion-MNIST; {IDX_FOLDER} is expected")
+    return torch.from_numpy(values.copy())
 
 
-def _download() -> Path:
+def download() -> Path:
     """Fashion-MNIST's files from torchvision's mirror, each with its MD5: a partial one never counts. -> folder."""
     folder = Path("runs/data/FashionMNIST/raw")
     try:
@@ -81,14 +77,14 @@ def _download() -> Path:
     return folder
 
 
-def _fashion_mnist(data_dir: Path | None, split: str) -> tuple[Tensor, Tensor]:
+def fashion_mnist(data_dir: Path | None, split: str) -> tuple[Tensor, Tensor]:
     """60 000 images to train on or 10 000 to test with, from a folder of idx files, else downloaded.
 
     A black border makes 28 x 28 pixels 32 x 32, and the three channels are equal: so are images of a VAE's decoder.
     """
-    folder = _download() if data_dir is None else require_folder(data_dir, IDX_FOLDER)
-    images = _read_idx(folder, f"{STEMS[split]}-images-idx3-ubyte", (28, 28))
-    labels = _read_idx(folder, f"{STEMS[split]}-labels-idx1-ubyte", ())
+    folder = download() if data_dir is None else require_folder(data_dir, IDX_FOLDER)
+    images = read_idx(folder, f"{STEMS[split]}-images-idx3-ubyte", 28, 28)
+    labels = read_idx(folder, f"{STEMS[split]}-labels-idx1-ubyte")
     if len(images) != len(labels) or labels.max() >= NUM_CLASSES:
         raise InputError(
             f"{folder} is another data set: {len(images)} images, {len(labels)} labels from {labels.min()} to "
@@ -101,7 +97,7 @@ def load_dataset(name: str, data_dir: Path | str | None = None, split: str = "tr
     """Return images uint8 (N, C, H, W), labels int64 (N,). Digits (N, 1, 8, 8) have no split "test", Fashion-MNIST
     (N, 3, 32, 32) has one. Raises `InputError` for an unreadable data set."""
     if name != "digits":
-        return _fashion_mnist(None if data_dir is None else Path(data_dir), split)
+        return fashion_mnist(None if data_dir is None else Path(data_dir), split)
     if data_dir is not None:
         raise InputError(f"--data-dir is {data_dir}; it is for fashion-mnist alone, digits come with scikit-learn")
     if split != "train":
@@ -117,34 +113,14 @@ def load_dataset(name: str, data_dir: Path | str | None = None, split: str = "tr
 
 
 class Images:
-    """``self[i]``: image i, uint8 (C, H, W), or the message of what is wrong: a worker process cannot raise it.
+    """``self[i]``: image i, uint8 (C, H, W). NumPy arrays, because a tensor would come from a worker process by a file
+    descriptor and shared memory, and both are scarce (`ulimit -n`, a container's /dev/shm).
 
-    A batch is one numpy array. Tensors would travel from a worker by a file descriptor and shared memory each: both are
-    scarce (`ulimit -n`, a container's /dev/shm).
     ``labels``: (N,) int64, or None. ``shape``: of the first image. ``source``: what the images are, for a record.
     """
 
-    def __init__(self, labels: Tensor | None, source: dict):
-        self.labels, self.source = labels, source
-
-    @cached_property
-    def shape(self) -> tuple[int, int, int]:
-        return tuple(checked(self[0]).shape)
-
-    def __getitems__(self, indices: Sequence[int]) -> np.ndarray | str:
-        """The batch (B, C, H, W), or the message of its first bad image."""
-        batch = []
-        for index in indices:
-            image = self[index]
-            if isinstance(image, str):
-                return image
-            if image.shape != self.shape:
-                return (
-                    f"{self.name(index)} has the size {tuple(image.shape[1:])}, the first image {self.shape[1:]}; "
-                    "images of one size are expected: crop them by --image-size of evaluation.statistics"
-                )
-            batch.append(image.numpy())
-        return np.stack(batch)
+    def __init__(self, labels: Tensor | None, source: dict, shape: tuple[int, ...]):
+        self.labels, self.source, self.shape = labels, source, shape
 
     @property
     def num_classes(self) -> int | None:
@@ -154,14 +130,14 @@ class Images:
 class ArrayImages(Images):
     """``images``: uint8 (N, C, H, W)."""
 
-    def __init__(self, images: Tensor, labels: Tensor | None, source: dict):
-        super().__init__(labels, source)
+    def __init__(self, images: np.ndarray, labels: Tensor | None, source: dict):
+        super().__init__(labels, source, images.shape[1:])
         self.images = images
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> np.ndarray:
         return self.images[index]
 
     def name(self, index: int) -> str:
@@ -169,34 +145,40 @@ class ArrayImages(Images):
 
 
 class FolderImages(Images):
-    """Image files, read when they are asked for; ``size``: ADM's centre crop to size x size, None: as they are."""
+    """Image files. ``size``: ADM's centre crop to size x size, None: as they are; ``channels``: None: the first's."""
 
-    def __init__(self, paths: list[str], labels: Tensor | None, size: int | None, channels: int, source: dict):
-        super().__init__(labels, source)
+    def __init__(self, paths: list[str], labels: Tensor | None, size: int | None, channels: int | None, source: dict):
         self.paths, self.size, self.channels = paths, size, channels
+        super().__init__(labels, source, self.read(paths[0]).shape)
+        self.channels = self.shape[0]
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Tensor | str:
-        try:
-            return self._read(self.paths[index])
-        except InputError as error:
-            return str(error)
+    def __getitem__(self, index: int) -> np.ndarray:
+        image = self.read(self.paths[index])
+        if image.shape != self.shape:
+            raise InputError(
+                f"{self.paths[index]} has the size {image.shape[1:]}, the first image {self.shape[1:]}; "
+                "images of one size are expected: crop them by --image-size of evaluation.statistics"
+            )
+        return image
 
     def name(self, index: int) -> str:
         return self.paths[index]
 
-    def _read(self, path: str) -> Tensor:
+    def read(self, path: str) -> np.ndarray:
         with parsing(path, "an image"), Image.open(path) as file:
+            grey = file.mode in ("1", "L")
+            channels = self.channels or (1 if grey else 3)
             if file.mode.startswith(("I", "F")):
                 raise InputError(f"{path} has mode {file.mode}; images of 8 bits a channel are expected")
-            if self.channels == 1 and file.mode not in ("1", "L"):
+            if channels == 1 and not grey:
                 raise InputError(f"{path} has colours (mode {file.mode}); greyscale images are expected")
-            image = file.convert("L" if self.channels == 1 else "RGB")
+            image = file.convert("L" if channels == 1 else "RGB")
         if self.size is not None:
             image = centre_crop(image, self.size)
-        return torch.from_numpy(np.array(image)).view(image.height, image.width, self.channels).permute(2, 0, 1)
+        return np.array(image).reshape(image.height, image.width, channels).transpose(2, 0, 1)
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
@@ -209,28 +191,18 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def checked(image: Tensor | np.ndarray | str) -> Tensor | np.ndarray:
-    if isinstance(image, str):
-        raise InputError(image)
-    return image
-
-
 def batches_of(images: Images, batches: Sequence[Sequence[int]], workers: int) -> Iterator[Tensor]:
     """uint8 (B, C, H, W) of each of ``batches``, read by ``workers`` processes. Raises `InputError`."""
-    images.shape  # noqa: B018  read once, before the workers copy it
-    loader = DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=as_it_is)
     try:
-        for batch in loader:
-            yield torch.from_numpy(checked(batch))
+        loader = DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=np.stack)
+        yield from map(torch.from_numpy, loader)
+    except InputError as error:  # a worker's traceback stands before a worker's message
+        raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
     except (RuntimeError, OSError) as error:
         raise InputError(
             f"a process that reads {images.source['images']} has ended ({first_line(error)}); "
             "was it short of memory? Lower --batch-size, or --workers of evaluation.statistics"
         ) from error
-
-
-def as_it_is(batch: np.ndarray | str) -> np.ndarray | str:
-    return batch
 
 
 def choose_workers(processes: int) -> int:
@@ -248,10 +220,8 @@ def open_images(text: str, size: int | None, channels: int, data_dir: str | None
     if text in DATASETS:
         images, labels = load_dataset(text, data_dir)
         digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
-        return ArrayImages(images, labels, {"images": text, "sha256": digest})
-    if path.is_dir():
-        return open_folder(path, size, channels)
-    return open_npz(require_file(path, IMAGE_SOURCES))
+        return ArrayImages(images.numpy(), labels, {"images": text, "sha256": digest})
+    return open_folder(path, size, channels) if path.is_dir() else open_npz(require_file(path, IMAGE_SOURCES))
 
 
 def open_npz(path: Path) -> ArrayImages:
@@ -265,12 +235,15 @@ def open_npz(path: Path) -> ArrayImages:
             raise InputError(
                 f"{path} has arr_1 {labels.dtype} {labels.shape}; {len(images)} whole numbers are expected"
             )
-        if len(labels) and not 0 <= labels.min() <= labels.max() <= MAX_LABEL:
-            raise InputError(f"{path} has labels {labels.min()} to {labels.max()}; allowed: 0 to {MAX_LABEL}")
-        labels = torch.from_numpy(labels.astype(np.int64))
+        labels = labels_in_range(labels, path)
     require_scale(images, path)
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return ArrayImages(images, labels, {"images": str(path), "sha256": sha256(path)})
+    return ArrayImages(images.transpose(0, 3, 1, 2), labels, {"images": str(path), "sha256": sha256(path)})
+
+
+def labels_in_range(labels: Sequence[int] | np.ndarray, source: Path) -> Tensor:
+    if not 0 <= min(labels) <= max(labels) <= MAX_LABEL:
+        raise InputError(f"{source} has labels {min(labels)} to {max(labels)}; allowed: 0 to {MAX_LABEL}")
+    return torch.tensor(labels, dtype=torch.long)
 
 
 def in_order(names: list[str], folder: Path) -> list[str]:
@@ -301,12 +274,10 @@ def indexed_labels(index: Path, names: list[str]) -> Tensor | None:
     with parsing(index, expected):
         known = {name: int(label) for name, label in pairs}
         labels = [known[name] for name in names]
-    if not 0 <= min(labels) <= max(labels) <= MAX_LABEL:
-        raise InputError(f"{index} has labels {min(labels)} to {max(labels)}; allowed: 0 to {MAX_LABEL}")
-    return torch.tensor(labels)
+    return labels_in_range(labels, index)
 
 
-def open_folder(folder: Path, size: int | None, channels: int) -> FolderImages:
+def open_folder(folder: Path, size: int | None = None, channels: int | None = None) -> FolderImages:
     """A folder per class, in the order of `in_order`; or images without labels in ``folder`` itself.
 
     Where there is a dataset.json (EDM's and REPA's data), the labels are its, and the folders are no classes.
@@ -339,11 +310,3 @@ def open_folder(folder: Path, size: int | None, channels: int) -> FolderImages:
     if size is not None:
         source["image_size"] = size
     return FolderImages(paths, labels, size, channels, source)
-
-
-def open_samples(folder: Path) -> FolderImages:
-    """A folder of images of one size as they are; greyscale if the first one is."""
-    images = open_folder(folder, None, 3)
-    with parsing(images.paths[0], "an image"), Image.open(images.paths[0]) as file:
-        images.channels = 1 if file.mode in ("1", "L") else 3
-    return images

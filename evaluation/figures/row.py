@@ -12,20 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.metrics import (
-    CHUNK,
-    LEAST_SUBSETS,
-    check_features,
-    distance_of_checked,
-    equal_sets,
-    inception_score,
-    kid,
-    mean_over,
-    neighbours,
-    root_of,
-    sliced_wasserstein,
-    statistics,
-)
+from evaluation import metrics
 from evaluation.samples.files import LEAST_IMAGES
 from train_cc.draws import rng_of
 from train_cc.io.class_names import contradiction, dataset_of
@@ -33,6 +20,7 @@ from train_cc.io.errors import InputError
 from train_cc.models.features import FeatureSpace
 
 ORDER = 25  # first key of the draws
+SIDES = {"Recall": 1, "Precision": 0, "Density": 0, "Coverage": 1}  # of which side's images: generated, reference
 LEAST_SHARE = 0.8  # of the classes that a chunk in random order has
 
 
@@ -56,7 +44,7 @@ class Embedded:
 def embed(content: Mapping[str, np.ndarray], path: Path, space: FeatureSpace, batch: int, what: str) -> Embedded:
     """Raises `InputError` for features that are not finite, and labels that the space does not know."""
     features, logits = space.of(content["arr_0"], batch)
-    check_features(features, what, LEAST_IMAGES)
+    metrics.check_features(features, what, LEAST_IMAGES)
     labels = content.get("arr_1")
     if labels is not None and space.knows_labels:
         if not (labels.min() >= 0 and labels.max() < logits.shape[1]):
@@ -64,17 +52,16 @@ def embed(content: Mapping[str, np.ndarray], path: Path, space: FeatureSpace, ba
             span = f"{path} has labels from {labels.min()} to {labels.max()}"
             raise InputError(f"{span}, {space.name} knows 0 to {logits.shape[1] - 1}{hint}")
         if "classes" in content:
-            require_same_classes(content["classes"].tolist(), path, space)
+            check_class_folders(content["classes"].tolist(), path, space)
     return Embedded(features, logits, labels, space.knows_labels)
 
 
-def require_same_classes(folders: list[str], path: Path, space: FeatureSpace) -> None:
+def check_class_folders(folders: list[str], path: Path, space: FeatureSpace) -> None:
     """The class folders are the classes of the space's classifier, in their order. Raises `InputError`."""
-    number = space.num_logits
-    if len(folders) != number:
-        counts = f"{path} has {len(folders)} class folders, {space.name} {number} classes"
+    if len(folders) != space.num_logits:
+        counts = f"{path} has {len(folders)} class folders, {space.name} {space.num_logits} classes"
         raise InputError(f"{counts}: which is which is not known; give all of them, or one folder without classes")
-    if wrong := contradiction(folders, number, dataset_of(Path(space.name.partition(":")[2]))):
+    if wrong := contradiction(folders, len(folders), dataset_of(Path(space.name.partition(":")[2]))):
         raise InputError(f"{path}: {wrong} ({space.name}); name the folders by the model's numbers (0, 1, ...)")
 
 
@@ -91,61 +78,53 @@ class Reference:
         if stored is not None:
             self.statistics, self.source = stored, "mu and sigma stored in the reference"
         else:
-            self.statistics = statistics(self.features)
+            self.statistics = metrics.statistics(self.features)
             self.source = f"computed from the reference's {len(self.features)} images: it stores no mu and sigma"
             if len(self.features) <= self.features.shape[1]:
                 self.source += f", and the covariance of so few is singular in {self.features.shape[1]} features"
-        self._root = root_of(self.statistics[1])
+        self._root = metrics.root_of(self.statistics[1])
 
     def distance(self, features: Tensor) -> float:
         """The FID of (N, D) features."""
-        return distance_of_checked(*statistics(features), *self.statistics, self._root)
-
-
-@dataclass(frozen=True)
-class Tally:
-    """Per image: its values summed over the sets that contain it, and their number."""
-
-    sums: Tensor
-    counts: Tensor
-
-    def mean(self, rows: Tensor | slice) -> float:
-        return (self.sums[rows].sum() / self.counts[rows].sum()).item()
+        return metrics.distance_of_checked(*metrics.statistics(features), *self.statistics, self._root)
 
 
 class Sets:
     """Samples against reference images in disjoint sets of ``size`` on both sides."""
 
     def __init__(self, generated: Tensor, reference: Reference, size: int):
-        self.generated, self.reference, self.size = generated, reference, size
-        self.pairs = equal_sets(len(generated), len(reference.features), size)
-        counts = (len(generated), len(reference.features))
-        sums = {"Recall": 1, "Precision": 0, "Density": 0, "Coverage": 1}  # name -> of which side's images
-        sums = {name: (side, torch.zeros(counts[side], dtype=torch.float64)) for name, side in sums.items()}
-        times = [torch.zeros(count) for count in counts]
+        self.generated, self.reference = generated, reference
+        self.counts = (len(generated), len(reference.features))
+        self.pairs = metrics.equal_sets(*self.counts, size)
+        # Per image: its values summed over the sets that contain it, and the number of these sets.
+        self.sums = {name: torch.zeros(self.counts[side], dtype=torch.float64) for name, side in SIDES.items()}
+        self.times = [torch.zeros(count) for count in self.counts]
         for pair in self.pairs:
-            near = neighbours(reference.features[pair[1]], generated[pair[0]])
+            near = metrics.neighbours(reference.features[pair[1]], generated[pair[0]])
             values = (near.recalled, near.inside > 0, near.inside / near.k, near.near)
-            for (side, total), value in zip(sums.values(), values, strict=True):
-                total[pair[side]] += value.double()
+            for (name, side), value in zip(SIDES.items(), values, strict=True):
+                self.sums[name][pair[side]] += value.double()
             for side, rows in enumerate(pair):
-                times[side][rows] += 1
-        self.tallies = {name: (side, Tally(total, times[side])) for name, (side, total) in sums.items()}
+                self.times[side][rows] += 1
+
+    def shares(self, rows: Sequence[Tensor | slice]) -> dict[str, float]:
+        """Recall, precision, density and coverage of ``rows`` of the generated images and of the reference's."""
+        times = [self.times[side][chosen].sum() for side, chosen in enumerate(rows)]
+        return {name: (self.sums[name][rows[side]].sum() / times[side]).item() for name, side in SIDES.items()}
 
     def distances(self, rows: Tensor | slice, frechet: bool) -> dict[str, float]:
         """SW (against sets of the reference) and FD (of the sets, against the statistics) of some of the samples."""
         sides = (self.generated[rows], self.reference.features)
-        distances = {"SW": mean_over(self.pairs, sliced_wasserstein, *sides)}
+        distances = {"SW": metrics.mean_over(self.pairs, metrics.sliced_wasserstein, *sides)}
         if frechet:
-            distances["FD"] = mean_over(self.pairs, lambda part, _: self.reference.distance(part), *sides)
+            distances["FD"] = metrics.mean_over(self.pairs, lambda part, _: self.reference.distance(part), *sides)
         return distances
 
     def recall_of_classes(self) -> list[float | None] | None:
         """Per class of the reference images; None for a class without images, or if there are no labels."""
         if self.reference.labels is None:
             return None
-        _, tally = self.tallies["Recall"]
-        return by_class(tally.sums.numpy(), self.reference.labels, tally.counts.numpy())
+        return by_class(self.sums["Recall"].numpy(), self.reference.labels, self.times[1].numpy())
 
 
 def by_class(values: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> list[float | None]:
@@ -167,10 +146,10 @@ def row_of(
     sets = None if reference.features is None else Sets(embedded.features, reference, size)
     figures, distances = figures_of(embedded, reference, sets, real, ceiling or real is not None, [slice(None)] * 2)
     errors = {}
-    if sets is not None and min(len(embedded.features), len(reference.features)) >= 2 * LEAST_SUBSETS:
-        figures["KID"], errors["KID"] = kid(reference.features, embedded.features)
+    if sets is not None and min(len(embedded.features), len(reference.features)) >= 2 * metrics.LEAST_SUBSETS:
+        figures["KID"], errors["KID"] = metrics.kid(reference.features, embedded.features)
     if reference.whole is not None:
-        adm = neighbours(reference.whole, embedded.features).figures()
+        adm = metrics.neighbours(reference.whole, embedded.features).figures()
         figures |= {"ADM recall": adm["Recall"], "ADM precision": adm["Precision"]}
     row = {"figures": figures, "images": len(embedded.features), "standard_errors": errors, "distances": distances}
     row["classes"] = {"recall": sets and sets.recall_of_classes()}
@@ -178,24 +157,32 @@ def row_of(
         row["classes"]["accuracy"] = by_class(embedded.right, embedded.labels)
     if rounds:
         row["draws"] = bootstrap(embedded, reference, sets, rounds, real)
-        row["intervals"] = intervals(row)
+        row["intervals"] = {name: around(figures[name], values) for name, values in row["draws"].items()}
+        for name, error in errors.items():
+            row["intervals"][name] = [figures[name] - 1.96 * error, figures[name] + 1.96 * error]
     return row | {"notes": notes_of(embedded)}
 
 
 def figures_of(
     embedded: Embedded, reference: Reference, sets: Sets | None, real: dict | None, frechet: bool, rows: Sequence
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The figures but KID, and the distances, of ``rows`` of the generated images and of the reference's."""
+    """The figures but KID, and the distances, of ``rows`` of the generated images and of the reference's.
+
+    FDr and SWr are ratios to the distances ``real`` of held-out real images: a fresh real draw scores 1.
+    """
     generated, distances = rows[0], {}
     figures = {"FID": reference.distance(embedded.features[generated])}
     if embedded.logits is not None:
-        figures["IS"] = inception_score(embedded.logits[generated])
+        figures["IS"] = metrics.inception_score(embedded.logits[generated])
     if embedded.right is not None:
         figures["accuracy"] = embedded.right[generated].mean().item()
     if sets is not None:
         distances = sets.distances(generated, frechet)
-        figures |= {name: tally.mean(rows[side]) for name, (side, tally) in sets.tallies.items()}
-        figures |= {"SW": distances["SW"]} | ratios(distances, real)
+        figures |= sets.shares(rows) | {"SW": distances["SW"]}
+    if real is not None:
+        if min(real.values()) <= 0:
+            raise InputError(f"the held-out images are {real} from the reference: there is nothing to measure by")
+        figures |= {f"{name}r": distances[name] / real[name] for name in ("FD", "SW")}
     return figures, distances
 
 
@@ -204,61 +191,43 @@ def notes_of(embedded: Embedded) -> list[str]:
     (count, size), notes = embedded.features.shape, []
     if count <= size:
         notes.append(f"{count} images in {size} features: the covariance is singular, and FID too high")
-    if embedded.logits is None or count <= CHUNK:
+    if embedded.logits is None or count <= metrics.CHUNK:
         return notes
     classes = embedded.logits.argmax(dim=1).numpy() if embedded.labels is None else embedded.labels
     order = torch.randperm(count, generator=rng_of(ORDER, count))
     if classes_in_chunks(classes) < LEAST_SHARE * classes_in_chunks(classes[order.numpy()]):
-        scores = [inception_score(logits) for logits in (embedded.logits, embedded.logits[order])]
+        scores = [metrics.inception_score(logits) for logits in (embedded.logits, embedded.logits[order])]
         notes.append(
-            f"the samples are stored class by class, and IS is of consecutive chunks of {CHUNK}: {scores[0]:.2f}, "
-            f"in random order {scores[1]:.2f}; shuffle the file for a figure that compares"
+            f"the samples are stored class by class, and IS is of consecutive chunks of {metrics.CHUNK}: "
+            f"{scores[0]:.2f}, in random order {scores[1]:.2f}; shuffle the file for a figure that compares"
         )
     return notes
 
 
 def classes_in_chunks(classes: np.ndarray) -> float:
     """exp(entropy) of the classes (N,) in each of the Inception Score's chunks, the mean."""
-    counts = []
-    for start in range(0, len(classes), CHUNK):
-        shares = np.unique(classes[start : start + CHUNK], return_counts=True)[1] / len(classes[start : start + CHUNK])
-        counts.append(np.exp(-(shares * np.log(shares)).sum()))
-    return float(np.mean(counts))
-
-
-def ratios(distances: dict[str, float], real: dict[str, float] | None) -> dict[str, float]:
-    """FDr and SWr, the ratios to the distances of held-out real images. A fresh real draw scores 1."""
-    if real is None:
-        return {}
-    if min(real.values()) <= 0:
-        raise InputError(f"the held-out images are {real} from the reference: there is nothing to measure by")
-    return {f"{name}r": distances[name] / real[name] for name in ("FD", "SW")}
+    parts = [classes[start : start + metrics.CHUNK] for start in range(0, len(classes), metrics.CHUNK)]
+    shares = [np.unique(part, return_counts=True)[1] / len(part) for part in parts]
+    return float(np.mean([np.exp(-(share * np.log(share)).sum()) for share in shares]))
 
 
 def bootstrap(
-    embedded: Embedded, reference: Reference, sets: Sets | None, rounds: int, real: dict | None, seed: int = 0
+    embedded: Embedded, reference: Reference, sets: Sets | None, rounds: int, real: dict | None
 ) -> dict[str, list[float]]:
     """Every figure but KID in ``rounds`` resamplings of the generated images (recall, coverage: of the reference's).
 
     The balls are those of all images: a resampled set has duplicates, which would shrink them.
     """
     drawn: dict[str, list[float]] = {}
-    counts = [len(embedded.features)] + ([] if sets is None else [len(reference.features)])
+    counts = (len(embedded.features),) if sets is None else sets.counts
     for i in range(rounds):
-        generator = rng_of(seed, i)
+        generator = rng_of(0, i)
         rows = [torch.randint(count, (count,), generator=generator) for count in counts]
         for name, value in figures_of(embedded, reference, sets, real, real is not None, rows)[0].items():
             drawn.setdefault(name, []).append(value)
     return drawn
 
 
-def intervals(row: dict) -> dict[str, list[float]]:
-    """95 %, about the figure itself: duplicates add a bias of their own to FID and SW. Of KID: by its error."""
-    ends = {name: around(row["figures"][name], values) for name, values in row["draws"].items()}
-    for name, error in row["standard_errors"].items():
-        ends[name] = [row["figures"][name] - 1.96 * error, row["figures"][name] + 1.96 * error]
-    return ends
-
-
 def around(figure: float, draws: list[float]) -> list[float]:
+    """95 %, about the figure itself: duplicates add a bias of their own to FID and SW."""
     return (np.quantile(draws, [0.025, 0.975]) + figure - np.mean(draws)).tolist()

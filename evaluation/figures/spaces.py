@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,22 +29,13 @@ NO_IMAGES = (
 )
 
 
-@dataclass(frozen=True)
-class Real:
-    """The reference, the held-out images (None: there are none), and the file that these come from."""
-
-    reference: dict[str, np.ndarray]
-    held_out: dict[str, np.ndarray] | None = None
-    path: Path | None = None
-
-
-def hold_out(reference: Path, held_out: str | None) -> Real:
-    """``held_out``: a file, or `HALVES`: the reference is split at random, once and for all. Raises `InputError`."""
+def read_real(reference: Path, held_out: str | None) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None]:
+    """The reference and the held-out images: of a file, or by `HALVES` of the reference. Raises `InputError`."""
     content = read_reference(reference)
     if held_out is None:
-        return Real(content)
+        return content, None
     if held_out == HALVES:
-        return Real(*halves(content, reference), reference)
+        return halves(content, reference)
     path = Path(held_out)
     others = read_images(path, "held-out")
     if others["arr_0"].shape[1:] != content["arr_0"].shape[1:]:
@@ -58,7 +48,7 @@ def hold_out(reference: Path, held_out: str | None) -> Real:
             f"{common} of the {len(others['arr_0'])} images of --held-out {path} are in the reference {reference}: "
             f"they are not held out. Give other real images, or --held-out {HALVES}, which splits the reference"
         )
-    return Real(content, others, path)
+    return content, others
 
 
 def digest(image: np.ndarray) -> bytes:
@@ -66,32 +56,28 @@ def digest(image: np.ndarray) -> bytes:
 
 
 def halves(content: dict[str, np.ndarray], path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Two disjoint random halves of the images and their labels; whatever else the file stores stays with the first."""
-    count = len(content["arr_0"])
-    if count < 2 * LEAST_IMAGES:
-        raise InputError(f"{path} holds {count} images; two halves need {2 * LEAST_IMAGES} or more")
-    order = torch.randperm(count, generator=rng_of(SPLIT, count)).numpy()
+    """Two disjoint random halves of the images and labels, always the same; all else in the file is in the first."""
+    half = len(content["arr_0"]) // 2
+    if half < LEAST_IMAGES:
+        raise InputError(f"{path} holds {len(content['arr_0'])} images; two halves need {2 * LEAST_IMAGES} or more")
+    order = torch.randperm(len(content["arr_0"]), generator=rng_of(SPLIT, len(content["arr_0"]))).numpy()
     images = {name: content[name] for name in ("arr_0", "arr_1") if name in content}
-    first, second = (
-        {name: value[rows] for name, value in images.items()}
-        for rows in (order[: count // 2], order[count // 2 : 2 * (count // 2)])
-    )
-    return content | first, second
+    parts = [{name: value[rows] for name, value in images.items()} for rows in (order[:half], order[half : 2 * half])]
+    return content | parts[0], parts[1]
 
 
-def load_spaces(
-    names: list[str], backbone: str | None, inception: Path | None, shape: tuple[int, ...] | None
-) -> list[FeatureSpace]:
+def load_spaces(settings: argparse.Namespace, shape: tuple[int, ...] | None) -> list[FeatureSpace]:
     """``shape``: (H, W, C) of the images; None: not known, and no space of pixels then.
 
     Raises `InputError`, also for one space under two names.
     """
-    spaces = [load_space(name, device(), backbone, inception, image_shape=shape) for name in names]
-    seen: dict[str, str] = {}
+    files = (settings.dinov2_backbone, settings.inception_weights)
+    spaces = [load_space(name, device(), *files, image_shape=shape) for name in settings.space]
+    names: dict[str, str] = {}
     for space in spaces:
         identity = json.dumps([space.sha256, space.preprocessing])
-        if seen.setdefault(identity, space.name) != space.name:
-            raise InputError(f"--space {seen[identity]} and {space.name} are one space: its figures would count twice")
+        if names.setdefault(identity, space.name) != space.name:
+            raise InputError(f"--space {names[identity]} and {space.name} are one space: its figures would count twice")
     return spaces
 
 
@@ -99,39 +85,35 @@ def stored_by_space(content: Mapping[str, np.ndarray], path: Path, spaces: list[
     """mu and sigma that a reference stores, under the name of their one space; {} if it stores none.
 
     A file of evaluation.statistics names its space. ADM's does not: 2 048 wide, they are Inception's and nobody else's.
-    Its mu_s and sigma_s are those of sFID. Raises `InputError` if no space fits, or several.
+    Its mu_s and sigma_s are those of sFID. Raises `InputError` if no space fits or several do, and if one of ``spaces``
+    has neither statistics nor images.
     """
     if not content.keys() & {"mu", "sigma"}:
         return {}
     if not {"mu", "sigma"} <= content.keys():
         raise InputError(f"{path} stores {'mu' if 'mu' in content else 'sigma'} alone; both are expected, or none")
-    stored = check_statistics(content["mu"], content["sigma"], str(path))
-    size, sizes = len(stored[0]), ", ".join(f"{space.name} has {space.size}" for space in spaces)
+    mu, sigma = check_statistics(content["mu"], content["sigma"], str(path))
+    size, inception = len(mu), [space for space in spaces if space.name == "inception"]
     if "space" in content:
         named = read_space(content["space"], path)
         keys = ("sha256", "preprocessing")
         fitting = [space for space in spaces if all(space.describe()[key] == named.get(key) for key in keys)]
         if not fitting:
             raise InputError(f"{path} stores statistics of {named.get('name')}, by both hashes none of the spaces here")
+    elif size == OF_INCEPTION and not inception:
+        raise InputError(f"{path} stores mu {mu.shape} of Inception's features: ask for that space, too")
     else:
-        fitting = [space for space in spaces if space.name == "inception"]
-        if size == OF_INCEPTION and not fitting:
-            raise InputError(f"{path} stores mu {stored[0].shape} of Inception's features: ask for that space, too")
-        fitting = [space for space in fitting or spaces if space.size == size]
-    if not fitting or fitting[0].size != size:
-        raise InputError(f"{path} stores mu {stored[0].shape}, but {sizes} features")
+        fitting = inception or spaces
+    fitting = [space for space in fitting if space.size == size]
+    if not fitting:
+        sizes = ", ".join(f"{space.name} has {space.size}" for space in spaces)
+        raise InputError(f"{path} stores mu {mu.shape}, but {sizes} features")
     if len(fitting) > 1:
         names = " and ".join(space.name for space in fitting)
-        raise InputError(f"{path} stores mu {stored[0].shape}, which can be of {names}: ask for one of them alone")
-    by_space = {fitting[0].name: stored}
+        raise InputError(f"{path} stores mu {mu.shape}, which can be of {names}: ask for one of them alone")
+    stored = {fitting[0].name: (mu, sigma)}
     if "mu_s" in content and "sigma_s" in content and any(space.name == SPATIAL for space in spaces):
-        by_space[SPATIAL] = check_statistics(content["mu_s"], content["sigma_s"], str(path))
-    return by_space
-
-
-def statistics_for(content: Mapping[str, np.ndarray], path: Path, spaces: list[FeatureSpace]) -> dict[str, tuple]:
-    """`stored_by_space`, of every space if there are no images. Raises `InputError`."""
-    stored = stored_by_space(content, path, spaces)
+        stored[SPATIAL] = check_statistics(content["mu_s"], content["sigma_s"], str(path))
     without = [space.name for space in spaces if space.name not in stored]
     if "arr_0" not in content and without:
         raise InputError(
@@ -142,38 +124,39 @@ def statistics_for(content: Mapping[str, np.ndarray], path: Path, spaces: list[F
 
 
 def judge(
-    settings: argparse.Namespace, samples: dict[str, Path], space: FeatureSpace, real: Real, stored: dict, size: int
+    settings: argparse.Namespace, samples: dict[str, Path], space: FeatureSpace, real: tuple, stored: dict, size: int
 ) -> dict:
-    """All rows in one space, as they are written. ``stored``: of `stored_by_space`; ``size``: of the sets."""
-    batch, images = settings.batch_size, "arr_0" in real.reference
-    embedded = embed(real.reference, settings.reference, space, batch, "reference") if images else None
-    reference = Reference(embedded, stored.get(space.name))
-    if space.name in stored and "space" not in real.reference:
+    """All rows in one space, as they are written.
+
+    ``real``: of `read_real`; ``stored``: of `stored_by_space`; ``size``: of the sets.
+    """
+    (real_images, held_out), halved = real, settings.held_out == HALVES
+
+    def embedded(content: Mapping[str, np.ndarray], path: Path, what: str) -> Embedded:
+        return embed(content, path, space, settings.batch_size, what)
+
+    images = embedded(real_images, settings.reference, "reference") if "arr_0" in real_images else None
+    reference = Reference(images, stored.get(space.name))
+    if space.name in stored and "space" not in real_images:
         reference.source += f"; the file names no network: by their size, {space.size}, a guess, of {space.name}"
     rows, ceiling = {}, None
-    if real.held_out is not None:
-        embedded = embed(real.held_out, real.path, space, batch, "held-out")
-        ceiling = row_of(embedded, reference, size, ceiling=True)
+    if held_out is not None:
+        others = embedded(held_out, settings.reference if halved else Path(settings.held_out), "held-out")
+        ceiling = row_of(others, reference, size, ceiling=True)
     if settings.adm:
-        halved = settings.held_out == HALVES
-        reference.whole = torch.cat([reference.features, embedded.features]) if halved else reference.features
+        reference.whole = torch.cat([reference.features, others.features]) if halved else reference.features
     for name, path in samples.items():
-        embedded, provenance = embed_samples(path, space, batch)
-        row = row_of(embedded, reference, size, settings.bootstrap, ceiling and ceiling["distances"])
+        content = read_images(path)
+        generated, provenance = embedded(content, path, "generated"), provenance_of(content, path)
+        del content  # at full size 10 GB
+        row = row_of(generated, reference, size, settings.bootstrap, ceiling and ceiling["distances"])
         rows[name] = row | {"generation": provenance}
     if ceiling is not None:
-        compared = ceiling["images"] == len(embedded.features)  # else its FID and IS do not compare
+        compared = ceiling["images"] == len(generated.features)  # else its FID and IS do not compare
         figures = {name: value for name, value in ceiling["figures"].items() if compared or name not in ("FID", "IS")}
         rows[HELD_OUT] = ceiling | {"figures": figures | dict.fromkeys(FD_AND_SW, 1.0), "generation": None}
     source = {"features": space.name, "features_sha256": space.sha256, "fid_reference": reference.source}
-    return source | ({} if images else {"missing": NO_IMAGES}) | {"rows": rows}
-
-
-def embed_samples(path: Path, space: FeatureSpace, batch: int) -> tuple[Embedded, dict | None]:
-    """The images are let go before any figure is computed: at full size they are 10 GB."""
-    content = read_images(path)
-    provenance = provenance_of(content, path)
-    return embed(content, path, space, batch, "generated"), provenance
+    return source | ({"missing": NO_IMAGES} if images is None else {}) | {"rows": rows}
 
 
 def over_spaces(judged: list[dict]) -> dict[str, dict]:
@@ -181,19 +164,19 @@ def over_spaces(judged: list[dict]) -> dict[str, dict]:
 
     A row's "rewarded_in" names the spaces among them that rewarded it.
     """
-    rows: dict[str, dict] = {}
+    means: dict[str, dict] = {}
     for name, first in judged[0]["rows"].items():
-        figures = [each["rows"][name]["figures"] for each in judged]
-        means = {key: float(np.mean([figure[key] for figure in figures])) for key in FD_AND_SW}
-        rows[name] = {"figures": means, "images": first["images"]}
-        rewarded = [each["features"] for each in judged if rewarded_by(first["generation"], each["features_sha256"])]
-        rows[name] |= {"rewarded_in": rewarded} if rewarded else {}
+        rows = [each["rows"][name] for each in judged]
+        figures = {key: float(np.mean([row["figures"][key] for row in rows])) for key in FD_AND_SW}
+        means[name] = {"figures": figures, "images": first["images"]}
+        if rewarded := [
+            each["features"] for each in judged if rewarded_by(first["generation"], each["features_sha256"])
+        ]:
+            means[name]["rewarded_in"] = rewarded
         if "draws" in first:
-            draws = [each["rows"][name]["draws"] for each in judged]
-            rows[name]["intervals"] = {
-                key: around(means[key], np.mean([each[key] for each in draws], axis=0).tolist()) for key in FD_AND_SW
-            }
-    return rows
+            draws = {key: np.mean([row["draws"][key] for row in rows], axis=0).tolist() for key in FD_AND_SW}
+            means[name]["intervals"] = {key: around(figures[key], draws[key]) for key in FD_AND_SW}
+    return means
 
 
 def judge_all(settings: argparse.Namespace, samples: dict[str, Path], shape: tuple[int, ...]) -> tuple:
@@ -201,23 +184,21 @@ def judge_all(settings: argparse.Namespace, samples: dict[str, Path], shape: tup
 
     ``samples``: name -> file; ``shape``: (N, H, W, C) of one.
     """
-    spaces = load_spaces(settings.space, settings.dinov2_backbone, settings.inception_weights, shape[1:])
-    real = hold_out(settings.reference, settings.held_out)
-    stored = statistics_for(real.reference, settings.reference, spaces)
-    counts = [len(each["arr_0"]) for each in (real.reference, real.held_out) if each and "arr_0" in each]
-    size = min([shape[0], *counts])
+    spaces = load_spaces(settings, shape[1:])
+    real = read_real(settings.reference, settings.held_out)
+    stored = stored_by_space(real[0], settings.reference, spaces)
+    size = min([shape[0], *(len(each["arr_0"]) for each in real if each and "arr_0" in each)])
     judged = [judge(settings, samples, space, real, stored, size) for space in spaces]
-    return judged, over_spaces(judged) if real.held_out is not None else {}, size
+    return judged, over_spaces(judged) if settings.held_out is not None else {}, size
 
 
 def check_inputs(settings: argparse.Namespace, shape: tuple[int, ...] | None) -> None:
     """`--check`: all but the features of all images. ``shape``: (N, H, W, C) of the reference, if it has images."""
-    spaces = load_spaces(settings.space, settings.dinov2_backbone, settings.inception_weights, shape and shape[1:])
-    content = read_reference(settings.reference)
-    statistics_for(content, settings.reference, spaces)
-    names = ", ".join(space.name for space in spaces)
+    spaces = load_spaces(settings, shape and shape[1:])
+    content, _ = read_real(settings.reference, settings.held_out)
+    stored_by_space(content, settings.reference, spaces)
     for space in spaces if shape else ():
         space.of(content["arr_0"][:LEAST_IMAGES], LEAST_IMAGES)
+    names = ", ".join(space.name for space in spaces)
     what = f"{shape[0]} images, {names}" if shape else f"{names}; {NO_IMAGES}"
     print(f"{settings.reference} can be evaluated against: {what}")
-    hold_out(settings.reference, settings.held_out)

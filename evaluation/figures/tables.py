@@ -92,8 +92,7 @@ def over_seeds(rows: dict[str, dict]) -> dict[str, list[dict]]:
     """Rows named "NAME, seed N", together by NAME, in their order. Raises `InputError` for another name."""
     groups: dict[str, list[dict]] = {}
     for name, row in rows.items():
-        match = re.fullmatch(rf"(.*), seed \d+|({HELD_OUT})", name)
-        if match is None:
+        if not (match := re.fullmatch(rf"(.*), seed \d+|({HELD_OUT})", name)):
             raise InputError(f"--over-seeds: the row is named {name!r}; 'NAME, seed N' is expected")
         groups.setdefault(match[1] or match[2], []).append(row)
     return groups

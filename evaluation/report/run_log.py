@@ -136,17 +136,14 @@ def read_rows(path: Path, problems: list[str]) -> list[dict]:
 def read_record(folder: Path, problems: list[str]) -> dict:
     """args.json, or {} if it cannot be read."""
     path = folder / "args.json"
-    if not path.is_file():
-        problems.append("args.json is missing")
-        return {}
     try:
         record = read_json(path, "a run's record")
-        if not isinstance(record.get("arguments"), dict):
-            raise InputError(f"{path} has no arguments; a run's record is expected")
+        if isinstance(record.get("arguments"), dict):
+            return record
+        problems.append(printable(f"{path} has no arguments; a run's record is expected"))
     except InputError as error:
-        problems.append(printable(str(error)))
-        return {}
-    return record
+        problems.append(printable(str(error)) if path.exists() else "args.json is missing")
+    return {}
 
 
 def read_run(folder: Path) -> RunLog:
@@ -200,8 +197,7 @@ def table_of(content: dict, path: Path, set_size: int | None) -> FigureTable:
     table.space_sha256 = str(content.get("features_sha256", ""))
     for name, row in content["rows"].items():
         table.rows[printable(name)] = row["figures"]
-        made_by, count = row.get("generation"), row.get("images")
-        table.made_by[printable(name)] = made_by if isinstance(made_by, dict) else {}
-        if name != HELD_OUT:  # its images can be fewer
-            table.count = count if is_step(count) else table.count
+        table.made_by[printable(name)] = row["generation"] if isinstance(row.get("generation"), dict) else {}
+        if name != HELD_OUT and is_step(row.get("images")):  # images held out can be fewer
+            table.count = row["images"]
     return table

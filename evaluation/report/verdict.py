@@ -40,20 +40,18 @@ def estimator_falls_behind(series: Series) -> list[str]:
     There a good fake score's loss hardly depends on the samples; at large t it does, and may well rise.
     """
     small = band_columns("loss_fake")[0]
-    losses = [series.part(small, i / 10, (i + 1) / 10) for i in range(10)]
-    gaps = [series.part("score_gap", i / 10, (i + 1) / 10) for i in range(10)]
-    if not (np.isfinite(losses).any() and np.isfinite(gaps).any()):
+    if not (series.has(small) and series.has("score_gap")):
         return []
+    losses, gaps = ([series.part(name, i / 10, (i + 1) / 10) for i in range(10)] for name in (small, "score_gap"))
     first_loss, first_gap = series.part(small, 0, 0.02), series.part("score_gap", 0, 0.02)
     first_loss = first_loss if np.isfinite(first_loss) else losses[0]
-    worst_loss = float(np.nanmax(losses))
-    if worst_loss > 1.6 * first_loss and np.nanmax(gaps) > 2 * first_gap:
-        return [
-            f"the estimator falls behind the generator: at small t its loss rose to {worst_loss:.3g} from "
-            f"{first_loss:.3g} while the score gap rose to {np.nanmax(gaps):.3g} from {first_gap:.3g}. Raise "
-            "--learning-rate-estimator or --ratio-update, or lower --learning-rate-generator"
-        ]
-    return []
+    loss, gap = np.nanmax(losses), np.nanmax(gaps)
+    text = (
+        f"the estimator falls behind the generator: at small t its loss rose to {loss:.3g} from {first_loss:.3g} "
+        f"while the score gap rose to {gap:.3g} from {first_gap:.3g}. Raise --learning-rate-estimator or "
+        "--ratio-update, or lower --learning-rate-generator"
+    )
+    return [text] if loss > 1.6 * first_loss and gap > 2 * first_gap else []
 
 
 def generator_too_fast(series: Series) -> list[str]:
@@ -116,13 +114,11 @@ def class_collapsed(series: Series) -> list[str]:
     ][:1]
 
 
-RULES = (estimator_falls_behind, generator_too_fast, reward_too_strong)
-RULES += (gradients_oppose, reward_is_hacked, class_collapsed)
-
-
 def warnings_of(series: Series) -> list[str]:
     """The warnings of all rules about one run's log."""
-    return [text for rule in RULES for text in rule(series)]
+    rules = (estimator_falls_behind, generator_too_fast, reward_too_strong)
+    rules += (gradients_oppose, reward_is_hacked, class_collapsed)
+    return [text for rule in rules for text in rule(series)]
 
 
 def collapsed_recall(rows: dict[str, dict]) -> list[str]:
@@ -156,11 +152,8 @@ class OfRun:
 @dataclass
 class Verdict:
     state: str
+    title: str
     runs: list[OfRun]
-
-    @property
-    def title(self) -> str:
-        return TITLES[self.state]
 
 
 def worst(states: list[str]) -> str:
@@ -172,7 +165,7 @@ def verdict(runs: list[RunLog], tables: list[FigureTable]) -> Verdict:
     states = [of_run.state for of_run in each]
     if "unmeasured" in states and set(states) & {"good", "partly"}:  # one run's figures are enough for a title
         states = [state for state in states if state != "unmeasured"]
-    return Verdict(worst(states), each)
+    return Verdict(worst(states), TITLES[worst(states)], each)
 
 
 def verdict_on(run: RunLog, runs: list[RunLog], tables: list[FigureTable]) -> OfRun:
@@ -224,13 +217,14 @@ def say_figures(words: OfRun, run: RunLog, runs: list[RunLog], table: FigureTabl
     base, base_words = base_of(run, runs, table)
     if base:
         against_control(words, figures, table.rows[base], base_words, where)
-    elif teacher:
+        return
+    if teacher:
         against_teacher(words, run, figures, table.rows[teacher], where)
-    elif not rewarded(run):
-        words.say(f"{text}. The teacher was not measured beside it.", "unmeasured")
-    if rewarded(run) and not base:
-        beside = "" if teacher else f"{text}. "
+    beside = "" if teacher else f"{text}. "
+    if rewarded(run):
         words.say(f"{beside}No control was measured beside it, so the reward's effect is not known.", "unmeasured")
+    elif not teacher:
+        words.say(f"{beside}The teacher was not measured beside it.", "unmeasured")
 
 
 def rewarded(run: RunLog) -> bool:

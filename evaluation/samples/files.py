@@ -30,37 +30,29 @@ LEAST_IMAGES = 4  # precision and recall need three neighbours
 def image_shape(path: Path, what: str = "generated") -> tuple[int, ...]:
     """(N, H, W, C) of an .npz or a folder of images, without reading them all. Raises `InputError`."""
     headers: Mapping[str, tuple] = {}
+    expected = REFERENCE if what == "reference" else IMAGE_FILES
     if path.is_dir():
-        from train_cc.images import open_samples  # torch takes seconds to import: an .npz does without
+        from train_cc.images import open_folder  # torch takes seconds: an .npz does without
 
-        images = open_samples(path)
-        channels, height, width = images.shape
-        shape = len(images), height, width, channels
+        images = open_folder(path)
+        shape = (len(images), *images.shape[1:], images.shape[0])
     else:
-        headers = npz_headers(path, IMAGE_FILES)
-        shape = images_shape(headers, path, IMAGE_FILES)
+        headers = npz_headers(path, expected)
+        shape = images_shape(headers, path, expected)
     if not all(0 < n < 2**31 for n in shape[1:]):
-        raise InputError(f"{path} has images {shape}; {IMAGE_FILES} is expected")
+        raise InputError(f"{path} has images {shape}; {expected} is expected")
     if shape[0] < LEAST_IMAGES:
         raise InputError(f"{LEAST_IMAGES} {what} images or more are needed, {path} holds {shape[0]}")
-    labels = headers.get("arr_1")
-    if labels is not None:
-        if labels[0] != shape[:1]:
-            raise InputError(f"{path} has {shape[0]} images and labels of shape {labels[0]}")
-        if labels[1].kind not in "iu":
-            raise InputError(f"{path} has labels of type {labels[1]}; whole numbers are expected")
+    labels, dtype = headers.get("arr_1", (shape[:1], None))
+    if labels != shape[:1] or (dtype is not None and dtype.kind not in "iu"):
+        raise InputError(f"{path} has {shape[0]} images and labels {dtype} {labels}; a whole number each is expected")
     return shape
 
 
 def reference_shape(path: Path) -> tuple[int, ...] | None:
     """`image_shape`; None for a file of mu and sigma without images."""
-    if path.is_dir():
-        return image_shape(path, "reference")
-    headers = npz_headers(path, REFERENCE)
-    if headers.keys() & {"mu", "sigma"} and "arr_0" not in headers:
-        return None
-    images_shape(headers, path, REFERENCE)
-    return image_shape(path, "reference")
+    names = npz_headers(path, REFERENCE).keys() if path.is_file() else set()
+    return None if names & {"mu", "sigma"} and "arr_0" not in names else image_shape(path, "reference")
 
 
 def read_reference(path: Path) -> dict[str, "np.ndarray"]:
@@ -81,9 +73,9 @@ def read_folder(folder: Path) -> dict[str, "np.ndarray"]:
     """An image folder as an .npz would have it; ``classes``: the class folders. Raises `InputError`."""
     import numpy as np
 
-    from train_cc.images import batches_of, choose_workers, open_samples
+    from train_cc.images import batches_of, choose_workers, open_folder
 
-    images = open_samples(folder)
+    images = open_folder(folder)
     batches = [range(first, min(first + 250, len(images))) for first in range(0, len(images), 250)]
     read = batches_of(images, batches, choose_workers(1) if len(batches) > 1 else 0)
     content = {"arr_0": np.concatenate([batch.permute(0, 2, 3, 1).numpy() for batch in read])}
@@ -111,12 +103,7 @@ def provenance_of(content: Mapping[str, "np.ndarray"], path: Path) -> dict | Non
     """The record of the command that made the samples; None in files of others. Raises `InputError` if damaged."""
     if "provenance" not in content:
         return None
-    text = content["provenance"]
-    if text.shape != () or text.dtype.kind != "U":
-        raise InputError(f"{path}: its provenance is {text.dtype} {text.shape}; JSON text is expected")
-    with parsing(path, "a provenance that is JSON text"):
-        provenance = json.loads(str(text))
-    if not isinstance(provenance, dict):
-        raise InputError(f"{path}: its provenance is a {type(provenance).__name__}; a JSON object is expected")
+    with parsing(path, "a provenance that is a JSON object"):
+        provenance = {**json.loads(str(content["provenance"]))}
     require_plain(provenance, path)
     return provenance

@@ -1,7 +1,6 @@
 """Statistics of images, summed in parts that survive a kill: what evaluation/statistics.py runs."""
 
 import argparse
-import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.samples.parts import in_parts, write_part
+from evaluation.samples.parts import PART, in_parts, is_whole, write_part
 from train_cc.images import FolderImages, Images, batches_of, choose_workers, open_images
 from train_cc.io.class_names import order_of
 from train_cc.io.errors import InputError
@@ -70,7 +69,7 @@ def merged(parts: Iterator[dict[str, np.ndarray]], size: int, num_classes: int |
 def read_moments(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise InputError(f"{path} is missing: do all processes share the storage of --output? Run the command again")
-    return read_npz(path, "a part of this command")
+    return read_npz(path, PART)
 
 
 def sum_parts(
@@ -98,20 +97,6 @@ def sum_parts(
                 )
             labels = None if images.labels is None else images.labels[parts[path].start : parts[path].stop]
             write_part(path, **part_moments(features, labels))
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """A network's rounding on a CPU depends on the number of threads, which launchers set.
-
-    More cores are used by more processes.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 # The command ------------------------------------------------------------------------------------------------------
@@ -167,11 +152,12 @@ def gather(args: argparse.Namespace) -> None:
         parts = {place.parts / f"{part.start:09d}-{part.stop:09d}.npz": part for part in ranges}
         if processes.is_main_process:
             need_space(place.parts, 4 * network.size**2 * (len(parts) + 6))
-        todo = [path for path in parts if not path.exists()]
-        processes.wait_for_everyone()  # all have looked before any writes
-        mine = todo[processes.process_index :: processes.num_processes]
-        with one_thread():
-            sum_parts({path: parts[path] for path in mine}, images, network, processes, args.batch_size, workers)
+        mine = list(parts)[processes.process_index :: processes.num_processes]
+        todo = {path: parts[path] for path in mine if not is_whole(path)}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a network's rounding on a CPU depends on them; more cores: more processes
+        sum_parts(todo, images, network, processes, args.batch_size, workers)
+        torch.set_num_threads(threads)
         processes.wait_for_everyone()
         if not processes.is_main_process:
             return

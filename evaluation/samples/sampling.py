@@ -22,10 +22,9 @@ from tqdm import tqdm
 
 from evaluation.samples.files import provenance_of
 from evaluation.samples.parts import (
-    check_settings,
     in_parts,
+    is_whole,
     merge_samples,
-    read_part,
     read_samples_record,
     samples_record,
     write_part,
@@ -56,15 +55,10 @@ Decode = Callable[[Tensor], Tensor]
 # Samples ----------------------------------------------------------------------------------------------------------
 
 
-class ImageNoise:
+def image_noise(seed: int, indices: range, shape: tuple[int, ...], device: torch.device) -> Callable[..., Tensor]:
     """Noise for the images ``indices``, one step after another; each row is a function of (seed, i, step)."""
-
-    def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device: torch.device):
-        self._draws = [Draws(seed, IMAGES, i) for i in indices]
-        self._shape, self._device = shape, device
-
-    def __call__(self, like: Tensor | None = None) -> Tensor:
-        return torch.stack([draws.noise(*self._shape) for draws in self._draws]).to(self._device)
+    draws = [Draws(seed, IMAGES, i) for i in indices]
+    return lambda like=None: torch.stack([each.noise(*shape) for each in draws]).to(device)
 
 
 def labels_of(indices: range, settings: argparse.Namespace, num_classes: int) -> Tensor:
@@ -78,7 +72,7 @@ def labels_of(indices: range, settings: argparse.Namespace, num_classes: int) ->
 @torch.no_grad()
 def samples_of(model: SiT, indices: range, y: Tensor, settings: argparse.Namespace) -> Tensor:
     """x0 (B, C, h, w): sample i of ``indices``, of the class y[i]."""
-    noise, labels = ImageNoise(settings.seed, indices, model.sample_shape, model.device), y.to(model.device)
+    noise, labels = image_noise(settings.seed, indices, model.sample_shape, model.device), y.to(model.device)
 
     def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return model(x, t, y).float()  # the solver's algebra is fp32 whatever the network's dtype
@@ -116,30 +110,27 @@ def generate_batch(model: SiT, decode, indices: range, settings: argparse.Namesp
 # Decoding ---------------------------------------------------------------------------------------------------------
 
 
-def decoding_in_batches(network: nn.Module) -> Decode:
-    """Images in [0, 1] of x0 (B, 4, h, w), a part of the batch at a time, products of fp32 weights in fp32."""
+class Decoder:
+    """x0 (B, C, h, w) -> images in [0, 1], a part of the batch at a time, products of fp32 weights in fp32.
+
+    An image that is not finite by ``narrow``, if there is one, is decoded by ``wide``; ``again`` counts these.
+    """
+
+    def __init__(self, wide: nn.Module, narrow: nn.Module | None = None):
+        self.wide, self.narrow, self.again = wide, narrow, 0
 
     @torch.no_grad()
-    def decode(x0: Tensor) -> Tensor:
-        with without_tf32():
-            return torch.cat([network(part) for part in x0.split(DECODED_AT_ONCE)])
-
-    return decode
-
-
-class Decoder:
-    """x0 -> images in [0, 1] by ``narrow``; an image that is not finite there by ``wide``. ``again`` counts these."""
-
-    def __init__(self, wide: Decode, narrow: Decode | None = None):
-        self._wide, self._narrow, self.again = wide, narrow, 0
-
     def __call__(self, x0: Tensor) -> Tensor:
-        if self._narrow is None:
-            return self._wide(x0)
-        images = self._narrow(x0)
+        with without_tf32():
+            return torch.cat([self.decode(part) for part in x0.split(DECODED_AT_ONCE)])
+
+    def decode(self, x0: Tensor) -> Tensor:
+        if self.narrow is None:
+            return self.wide(x0)
+        images = self.narrow(x0)
         overflow = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten()
         if len(overflow):
-            images[overflow] = self._wide(x0[overflow])
+            images[overflow] = self.wide(x0[overflow])
             self.again += len(overflow)
         return images
 
@@ -151,7 +142,7 @@ def decoder_of(
     device: torch.device,
     first: Callable[[], Tensor],
     half: bool,
-):
+) -> tuple[Decoder, str | None, tuple[int, int, int]]:
     """Return a `Decoder`, its precision ("fp32", "fp16", or None in pixel space), and (H, W, C) of an image.
 
     ``vae``: what `load_decoder` takes, or "none"; ``latents``: what the model records of its own, or None;
@@ -162,20 +153,19 @@ def decoder_of(
     if not isinstance(decoder, VAEDecoder):
         return Decoder(decoder), None, (height, width, channels)
     factor = 2 ** (len(decoder.vae.config.block_out_channels) - 1)
-    wide, main = decoding_in_batches(decoder), PartialState().is_main_process
-    decode, precision = Decoder(wide), "fp32"
-    if half and decoder.needs_fp32:
-        if main:
-            print(f"images are decoded in fp32: the config of --vae {vae} has force_upcast", flush=True)
-    elif half:
-        narrow = decoding_in_batches(copy.deepcopy(decoder).half())
-        words = [what_shows(wide, narrow, first()[:DECODED_AT_ONCE]) if main else ""]
+    size = (factor * height, factor * width, decoder.vae.config.out_channels)
+    if not half:
+        return Decoder(decoder), "fp32", size
+    narrow, main = copy.deepcopy(decoder).half(), PartialState().is_main_process
+    if decoder.needs_fp32:
+        problem = f"the config of --vae {vae} has force_upcast"
+    else:
+        words = [what_shows(Decoder(decoder), Decoder(narrow), first()[:DECODED_AT_ONCE]) if main else ""]
         broadcast_object_list(words)
-        if words[0] and main:
-            print(f"images are decoded in fp32: in fp16 {words[0]}", flush=True)
-        elif not words[0]:
-            decode, precision = Decoder(wide, narrow), "fp16"
-    return decode, precision, (factor * height, factor * width, decoder.vae.config.out_channels)
+        problem = words[0] and f"in fp16 {words[0]}"
+    if problem and main:
+        print(f"images are decoded in fp32: {problem}", flush=True)
+    return (Decoder(decoder), "fp32", size) if problem else (Decoder(decoder, narrow), "fp16", size)
 
 
 def what_shows(decode: Decode, narrow: Decode, x0: Tensor) -> str:
@@ -195,13 +185,20 @@ def load_sampler(settings: argparse.Namespace, source: Source, device: torch.dev
 
     def first() -> Tensor:
         indices = range(DECODED_AT_ONCE)
-        return samples_of(model, indices, torch.tensor(indices) % source.num_classes, settings)
+        return samples_of(model, indices, torch.tensor(indices) % source.config["num_classes"], settings)
 
     half = device.type == "cuda"
     return model, *decoder_of(settings.vae, source.latent_space, model.sample_shape, device, first, half)
 
 
 # The commands -----------------------------------------------------------------------------------------------------
+
+
+def open_sampling(args: argparse.Namespace) -> tuple[Source, argparse.Namespace]:
+    """The model, and ``args`` completed by `settings_for`. Raises `InputError`."""
+    source = open_source(args.generator)
+    require_decoder(source.config["in_channels"], args.vae, args.generator)
+    return source, settings_for(args, source)
 
 
 def provenance_of_run(settings: argparse.Namespace, source: Source) -> dict:
@@ -217,53 +214,46 @@ def provenance_of_run(settings: argparse.Namespace, source: Source) -> dict:
     }
 
 
-def part_paths(folder: Path, settings: argparse.Namespace) -> dict[Path, range]:
-    """Path -> the images of that part."""
-    count, size = settings.num_images, settings.shard_size
-    return {folder / f"{first:08d}.npz": range(first, min(first + size, count)) for first in range(0, count, size)}
-
-
 def make_parts(
     folder: Path, settings: argparse.Namespace, provenance: dict, source: Source, processes: PartialState
-) -> None:
-    """Make this process's share of the parts that are missing or damaged. The decoder's precision is noted."""
-    model, decode, provenance["decoder"], image_shape = load_sampler(settings, source, processes.device)
+) -> list[Path]:
+    """Return all parts, of which this process made its share if they were missing. The decoder's precision is noted."""
+    model, decode, precision, image_shape = load_sampler(settings, source, processes.device)
+    provenance["decoder"] = precision
+    count, size = settings.num_images, settings.shard_size
+    ranges = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    suffix = "" if precision is None else f"-{precision}"  # continued on another device, a set is of one precision
+    parts = {folder / f"{each.start:08d}{suffix}.npz": each for each in ranges}
     if processes.is_main_process:
         there = sum(path.stat().st_size for path in folder.glob("*.npz"))
-        need_space(folder, 2 * settings.num_images * math.prod(image_shape) - there)
-    parts = list(part_paths(folder, settings).items())[processes.process_index :: processes.num_processes]
-    total = sum(len(indices) for _, indices in parts)
+        need_space(folder, 2 * count * math.prod(image_shape) - there)
+    mine = list(parts)[processes.process_index :: processes.num_processes]
+    total = sum(len(parts[path]) for path in mine)
     with tqdm(desc="images", total=total, disable=not processes.is_main_process) as progress:
-        for path, indices in parts:
-            labels = labels_of(indices, settings, model.null_class).numpy()
-            if read_part(path, labels, image_shape, provenance) is None:
+        for path in mine:
+            indices, before = parts[path], decode.again
+            if not is_whole(path):
                 batches = [indices[i : i + settings.batch_size] for i in range(0, len(indices), settings.batch_size)]
-                before = decode.again
                 pairs = [generate_batch(model, decode, batch, settings) for batch in batches]
                 images, y = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
-                text, again = np.array(json.dumps(provenance)), np.array(decode.again - before)
-                write_part(path, arr_0=images, arr_1=y, provenance=text, again=again)
+                write_part(path, arr_0=images, arr_1=y, again=np.array(decode.again - before))
             progress.update(len(indices))
+    return list(parts)
 
 
 def write_samples(args: argparse.Namespace) -> None:
     """`evaluation.generate`, its flags checked. Raises `InputError`."""
     processes = open_processes(SHARDS_TIMEOUT)
-    source = open_source(args.generator)
-    require_decoder(source.in_channels, args.vae, args.generator)
-    settings = settings_for(args, source)
-    if twice := sorted({k for k in settings.classes or () if settings.classes.count(k) > 1}):
-        raise InputError(f"--classes names class {twice[0]} more than once; give each class once")
+    source, settings = open_sampling(args)
+    if twice := [k for k in settings.classes or () if settings.classes.count(k) > 1]:
+        raise InputError(f"--classes names class {min(twice)} more than once; give each class once")
     provenance = provenance_of_run(settings, source)
-    content, output = samples_record(provenance), args.output
-    if not args.overwrite:
-        check_settings(output, content)
+    content, output, parts = samples_record(provenance), args.output, [args.output]
     if args.png_dir is not None:
         check_product(args.png_dir, content, args.overwrite, "--png-dir")
     with in_parts(output, content, args.overwrite, read_samples_record, processes) as place:
-        parts = [output] if place is None else list(part_paths(place.parts, settings))
         if place is not None:
-            make_parts(place.parts, settings, provenance, source, processes)
+            parts = make_parts(place.parts, settings, provenance, source, processes)
             processes.wait_for_everyone()
         if not processes.is_main_process:
             return
@@ -285,21 +275,17 @@ def note_decoded_again(count: int) -> None:
 
 def draw_classes(args: argparse.Namespace) -> None:
     """`evaluation.sample`, its flags checked: a column per class, its name above. Raises `InputError`."""
-    place = device()
-    source = open_source(args.generator)
-    require_decoder(source.in_channels, args.vae, args.generator)
-    settings = settings_for(args, source)
+    source, settings = open_sampling(args)
     names = names_of_classes(args, source)
-    model, decode, *_ = load_sampler(settings, source, place)
+    model, decode, *_ = load_sampler(settings, source, device())
     columns = []
     for k in settings.classes:
         # Of a balanced set of samples, those of the class: evaluation.generate makes the same images.
-        indices = range(k, source.num_classes * args.per_class, source.num_classes)
+        indices = range(k, source.config["num_classes"] * args.per_class, source.config["num_classes"])
         columns.append(images_of_labels(model, decode, indices, torch.full((args.per_class,), k), settings))
     note_decoded_again(decode.again)
     titles = [str(k) if names is None else names[k].split(",")[0] for k in settings.classes]
-    picture = above(grid(list(np.stack(columns, axis=1))), titles)
     args.grid.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.grid, png_bytes(picture))
+    write_atomically(args.grid, png_bytes(above(grid(list(np.stack(columns, axis=1))), titles)))
     text = json.dumps(titles, ensure_ascii=False)
     print(f"{len(columns)} classes ({text}), {args.per_class} images each: {args.grid}")

@@ -2,10 +2,12 @@
 
 import argparse
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from train_cc.io.class_names import class_names
 from train_cc.io.errors import InputError, note
+from train_cc.io.fields import replaced
 from train_cc.io.products import record_of
 from train_cc.io.read import require_file, require_folder, sha256
 from train_cc.io.remote import model_folder, pinned
@@ -26,17 +28,9 @@ class Source:
     rewards_sha256: list[str] = field(default_factory=list)  # networks that rewarded it, as far as it is recorded
     latent_space: str | None = None  # SHA-256, as its teacher recorded it
 
-    @property
+    @cached_property
     def config(self) -> dict:
         return self.checkpoint.units["model_config"] if self.checkpoint is not None else read_sit_config(self.path)
-
-    @property
-    def in_channels(self) -> int:
-        return self.config["in_channels"]
-
-    @property
-    def num_classes(self) -> int:
-        return self.config["num_classes"]
 
     def load(self) -> SiT:
         """A checkpoint's EMA weights if there are some."""
@@ -54,7 +48,9 @@ def open_source(path: Path) -> Source:
         weights = require_file(checkpoint.file(f"accelerator_1/{name}.safetensors"), "the checkpoint's weights")
         rewards = checkpoint.units.get("rewards_sha256", [])
         latents = checkpoint.units.get("latent_space_sha256")
-        return Source(path, checkpoint, sha256(weights), recorded_sampling(checkpoint), rewards, latents)
+        arguments = checkpoint.units["arguments"]
+        sampling = arguments["num_steps"], float(arguments["timestep_shift"])
+        return Source(path, checkpoint, sha256(weights), sampling, rewards, latents)
     if path.is_file():
         raise InputError(f"{path} is a file; a model folder or a checkpoints/torch_units/step-N.pt is expected")
     path = model_folder(path)
@@ -63,18 +59,12 @@ def open_source(path: Path) -> Source:
     return Source(path, None, digest, own.sampling, own.rewards_sha256 or [], own.latent_space_sha256)
 
 
-def recorded_sampling(checkpoint: Checkpoint) -> tuple[int, float]:
-    """(K, shift) that a checkpoint's run trains for."""
-    arguments = checkpoint.units["arguments"]
-    return arguments["num_steps"], float(arguments["timestep_shift"])
-
-
 def settings_for(args: argparse.Namespace, source: Source) -> argparse.Namespace:
     """``args`` with the steps and the shift if they were left open, classes as numbers, and the hub's commit.
 
     Raises `InputError`.
     """
-    channels = source.in_channels
+    channels = source.config["in_channels"]
     if args.guidance_channels is not None and args.guidance_channels > channels:
         allowed = f"allowed: 1 to {channels}, the channels of {args.generator}; without it all are guided"
         raise InputError(f"--guidance-channels is {args.guidance_channels}; {allowed}")
@@ -91,14 +81,13 @@ def settings_for(args: argparse.Namespace, source: Source) -> argparse.Namespace
         scale = f"--guidance-scale is {args.guidance_scale:g}, and at most 1 is off"
         note(f"--guidance-interval and --guidance-channels change nothing: {scale}")
     steps, shift = source.sampling if source.sampling and few else (1, 1.0)
-    settings = argparse.Namespace(**vars(args))
-    settings.generator = pinned(args.generator)
-    settings.num_steps = steps if args.num_steps is None else args.num_steps
-    settings.timestep_shift = shift if args.timestep_shift is None else args.timestep_shift
-    if args.classes is not None:
+    classes = args.classes
+    if classes is not None:
         names = names_of_classes(args, source)
-        settings.classes = [class_of(text, names, source.num_classes) for text in args.classes]
-    return settings
+        classes = [class_of(text, names, source.config["num_classes"]) for text in classes]
+    steps = steps if args.num_steps is None else args.num_steps
+    shift = shift if args.timestep_shift is None else args.timestep_shift
+    return replaced(args, generator=pinned(args.generator), num_steps=steps, timestep_shift=shift, classes=classes)
 
 
 # Classes ----------------------------------------------------------------------------------------------------------
@@ -143,4 +132,4 @@ def data_of(source: Source) -> str | None:
 def names_of_classes(args: argparse.Namespace, source: Source) -> list[str] | None:
     """The names of all classes, if there are any. Raises `InputError`."""
     names = str(args.names.absolute()) if args.names else "auto"  # a file, though it be named like a data set
-    return class_names(names, source.num_classes, data_of(source), "--names")
+    return class_names(names, source.config["num_classes"], data_of(source), "--names")

@@ -4,7 +4,6 @@ import argparse
 import functools
 import importlib
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -18,9 +17,9 @@ from evaluation.study.rows import JUDGING, SAMPLING, Row, Table
 from scripts.jobs import ROOT, Command, Job, finished
 from scripts.launch import make_plan
 from train_cc.io.errors import InputError
-from train_cc.io.fields import flag_of, marked
-from train_cc.io.products import write_atomically
-from train_cc.io.read import read_json, sha256
+from train_cc.io.fields import marked
+from train_cc.io.products import differences, record, record_of, write_record
+from train_cc.io.read import sha256
 from train_cc.settings import Output
 
 LAUNCHERS = {"cold_start": "scripts/cold_start_{}.sh", "dmdr": "scripts/dmdr_{}_refl.sh"}
@@ -72,8 +71,8 @@ class Frontier:
             generator = self.place("runs", row, seed) / "generator"
         output = self.place("samples", row, seed, ".npz")
         words = [*(row.flags if row.stage == "teacher" else self.table.generate), "--seed", str(seed)]
-        settings = settings_of(generate.build_parser().parse_args(SAMPLING + words))
-        if not self.kept(output, settings | {"generator": content_sha256(generator)}):
+        args = generate.build_parser().parse_args(SAMPLING + words)
+        if not self.kept(output, settings_of(args, generator=content_sha256(generator))):
             command = [sys.executable, "-m", "scripts.launch", "evaluation.generate", *words]
             yield Command([*command, "--generator", str(generator), "--output", str(output)])
 
@@ -88,8 +87,8 @@ class Frontier:
             steps += self.table.extra_steps
         words = [*row.flags, "--keep-checkpoints", "1", *self.args.train_flags]
         words += ["--max-train-steps", str(steps), "--seed", str(seed)]
-        settings = settings_of(importlib.import_module(module).stage_parser().parse_args([*launched, *words]))
-        if not self.kept(run, settings | environment | more) or not finished(run):
+        args = importlib.import_module(module).stage_parser().parse_args([*launched, *words])
+        if not self.kept(run, settings_of(args, **environment, **more)) or not finished(run):
             yield Command(["bash", LAUNCHERS[row.stage].format(self.args.recipe), *words], variables)
             if not finished(run):
                 raise InputError(f"{run} is not finished: its training was stopped; the same command continues")
@@ -99,77 +98,64 @@ class Frontier:
         return Command([*command, *self.table.evaluate, *self.args.evaluate_flags, *more])
 
     @functools.cached_property
-    def judging(self) -> dict[str, str]:
+    def judging(self) -> dict:
         """All that decides a row's figures, but for its samples."""
         words = [*JUDGING, *self.table.evaluate, *self.args.evaluate_flags]
-        return settings_of(evaluate.build_parser().parse_args(words)) | {"reference": sha256(self.table.reference)}
+        return settings_of(evaluate.build_parser().parse_args(words), reference=sha256(self.table.reference))
 
     def check(self) -> Iterator[Command]:
         """Spaces and reference are what evaluation can use, before anything is trained for it."""
         places = [self.place("rows", row) for row in self.table.rows]
-        judged = [recorded_in(self.note_of(at)) if (at / "figures.json").exists() else {} for at in places]
-        if not all(self.judging.items() <= settings.items() for settings in judged):
+        made = [record_of(self.note_of(at)) if (at / "figures.json").exists() else {} for at in places]
+        if any(differences(each, self.judging) for each in made):
             yield self.judge([Path("none.npz")], "--check")
 
     def evaluate(self, row: Row) -> Iterator[Command]:
         folder, names = self.place("rows", row), [row.named(seed) for seed in self.table.seeds]
         samples = [self.place("samples", row, seed, ".npz") for seed in self.table.seeds]
         made_of = {f"samples of {name}": sha256(path) for name, path in zip(names, samples, strict=True)}
-        if not self.kept(folder, self.judging | made_of) or not (folder / "figures.json").exists():
+        if not self.kept(folder, self.judging | {"samples": made_of}) or not (folder / "figures.json").exists():
             yield self.judge(samples, "--names", *names, "--output", str(folder / "figures.json"))
 
     # What is kept ---------------------------------------------------------------------------------------------------
 
     def note_of(self, product: Path) -> Path:
-        return self.folder / "settings" / product.relative_to(self.folder).with_name(f"{product.name}.json")
+        """The folder of the record of ``product``."""
+        return self.folder / "settings" / product.relative_to(self.folder)
 
-    def kept(self, product: Path, settings: dict[str, str]) -> bool:
-        """True if ``product`` is there, made with ``settings``, which are noted. A stale one is moved, never deleted.
+    def kept(self, product: Path, settings: dict) -> bool:
+        """True if ``product`` is there, made with ``settings``; they are recorded. A stale one is moved, never deleted.
 
-        Raises `InputError` for a product without a note: nobody knows whose it is.
+        Raises `InputError` for a product without a record: nobody knows whose it is.
         """
         note = self.note_of(product)
         if product.exists() and (product.is_file() or any(product.iterdir())):
-            if not note.is_file():
+            if not note.is_dir():
                 raise InputError(f"{product} is there, but {note}, which says how it was made, is not: move it away")
-            before = recorded_in(note)
-            differing = [
-                f"{name} {before.get(name, 'not given'):.80}, asked {settings.get(name, 'not given'):.80}"
-                for name in sorted(settings.keys() | before.keys())
-                if settings.get(name) != before.get(name)
-            ]
-            if not differing:
+            words = differences(record_of(note), settings)
+            if not words:
                 return True
-            names = (self.folder / "stale" / f"{note.stem}-{number}" for number in itertools.count(1))
+            names = (self.folder / "stale" / f"{product.name}-{number}" for number in itertools.count(1))
             aside = next(path for path in names if not path.exists())
             aside.parent.mkdir(exist_ok=True)
             os.replace(product, aside)
-            print(f"stale: {product} was made with {'; '.join(differing[:6])}; now in stale/{aside.name}", flush=True)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(note, json.dumps({"settings": settings}, indent=2) + "\n")
+            print(f"stale: {product} was made with {'; '.join(words[:6])}; now in stale/{aside.name}", flush=True)
+        note.mkdir(parents=True, exist_ok=True)
+        write_record(note, settings)
         return False
 
 
-def recorded_in(note: Path) -> dict[str, str]:
-    """The settings in a note; {} if it is damaged."""
-    try:
-        settings = read_json(note, "the settings of a product").get("settings")
-    except InputError:
-        return {}
-    return {name: str(value) for name, value in settings.items()} if isinstance(settings, dict) else {}
+def settings_of(args: argparse.Namespace, **contents: str) -> dict:
+    """The record of the flags that decide what a command makes, paths in full, and of the contents of files in them.
 
-
-def settings_of(args: argparse.Namespace) -> dict[str, str]:
-    """The flags that decide what a command makes, paths in full, and the contents of the files among them."""
-    settings = {}
-    for name, value in vars(args).items():
-        words = [] if name in ASIDE else list(words_in(value))
-        settings |= {flag_of(name): " ".join(words)} if words else {}
-        for word in words:
-            for part in word.rpartition(":"):
-                if os.path.isabs(part) and os.path.exists(part):
-                    settings[f"content of {word}"] = content_sha256(Path(part))
-    return settings
+    ``contents``: of other files, and what else decides.
+    """
+    words = {name: list(words_in(value)) for name, value in vars(args).items() if name not in ASIDE}
+    for word in itertools.chain(*words.values()):
+        for part in word.rpartition(":"):
+            if os.path.isabs(part) and os.path.exists(part):
+                contents[f"content of {word}"] = content_sha256(Path(part))
+    return record("frontier", {name: " ".join(each) for name, each in words.items() if each}, contents=contents)
 
 
 def words_in(value: object) -> Iterator[str]:

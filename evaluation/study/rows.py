@@ -20,7 +20,7 @@ from evaluation.figures.tables import HELD_OUT
 from scripts.jobs import tomllib, words_of
 from train_cc.io import fields
 from train_cc.io.errors import InputError
-from train_cc.io.fields import check_numbers, require_keys
+from train_cc.io.fields import setting
 from train_cc.io.read import parsing, printable, require_file
 from train_cc.setup.arguments import build_parser
 
@@ -30,9 +30,25 @@ OWN |= {"--names", "--over-seeds", "--auto-resume", "--overwrite", "--dry-run"}
 SAMPLING = ["--generator", "g", "--output", "o"]  # what evaluation.generate asks for, while its flags are checked
 TRAINING = ["--teacher", "t", "--output-dir", "o"]  # and a stage
 JUDGING = ["s.npz", "r.npz"]  # and evaluation.evaluate
-NEEDED = ("seeds", "base_steps", "extra_steps", "reference", "evaluate", "cold_starts")
-OPTIONAL = ("generate", "train", "teachers", "additions", "rows", "published")
 CONTROL = "control"
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """The keys of a file of rows."""
+
+    seeds: tuple = setting()
+    base_steps: int = setting()
+    extra_steps: int = setting()
+    reference: str = setting()
+    evaluate: str = setting()
+    cold_starts: dict = setting()
+    generate: str = setting("")
+    train: str = setting("")
+    teachers: dict | None = setting(None)
+    additions: dict | None = setting(None)
+    rows: dict | None = setting(None)
+    published: tuple = setting(())
 
 
 @dataclass(frozen=True)
@@ -85,47 +101,37 @@ def read_table(path: Path) -> Table:
     require_file(path, "a table of rows, such as scripts/frontier/digits.toml")
     with parsing(path, "a TOML file"):
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    require_keys(content, NEEDED, OPTIONAL, path)
-    words = {name: words_of(content.get(name, ""), f"{path}: {name}") for name in ("generate", "evaluate", "train")}
-    check_numbers(content, {"base_steps": fields.COUNT, "extra_steps": fields.COUNT}, path)
-    seeds = part(content, "seeds", list, path)
-    for seed in seeds:
-        check_numbers({"seeds": seed}, {"seeds": fields.SEED}, path)
-    table = Table(
-        read_rows(content, words["train"], words["generate"], path),
-        list(dict.fromkeys(seeds)),
-        content["base_steps"],
-        content["extra_steps"],
-        Path(" ".join(words_of(content["reference"], f"{path}: reference"))),
-        words["generate"],
-        words["evaluate"],
-    )
-    if not seeds:
+    content = TableFile(**fields.check(TableFile, content, path))
+    for seed in content.seeds:
+        fields.check_numbers({"seeds": seed}, {"seeds": fields.SEED}, path)
+    if not content.seeds:
         raise InputError(f"{path}: seeds is []; a list of whole numbers is expected")
-    counts = {parse(generate.build_parser(), SAMPLING, table.generate, f"{path}: generate").num_images}
-    for row in table.rows:
+    texts = ("generate", "evaluate", "train", "reference")
+    sampling, judging, training, reference = (words_of(getattr(content, name), f"{path}: {name}") for name in texts)
+    rows = read_rows(content, training, sampling, path)
+    counts = {parse(generate.build_parser(), SAMPLING, sampling, f"{path}: generate").num_images}
+    for row in rows:
         counts |= check_flags(row, f"{path}, row {row.name!r}")
     if len(counts) > 1:
         raise InputError(f"{path}: rows of {sorted(counts)} images do not compare; give --num-images to all or none")
-    parse(evaluate.build_parser(), JUDGING, table.evaluate, f"{path}: evaluate")
-    return table
+    parse(evaluate.build_parser(), JUDGING, judging, f"{path}: evaluate")
+    seeds, steps = list(dict.fromkeys(content.seeds)), (content.base_steps, content.extra_steps)
+    return Table(rows, seeds, *steps, Path(" ".join(reference)), sampling, judging)
 
 
-def read_rows(content: dict, train: list[str], sampling: list[str], path: Path) -> list[Row]:
+def read_rows(content: TableFile, train: list[str], sampling: list[str], path: Path) -> list[Row]:
     """All rows in their order: teachers, then each cold start and what is added to it. Raises `InputError`."""
     teachers, cold_starts, additions = (
-        {name: words_of(text, f"{path}, {key}, {name!r}") for name, text in part(content, key, dict, path).items()}
+        {name: words_of(text, f"{path}, {key}, {name!r}") for name, text in (getattr(content, key) or {}).items()}
         for key in ("teachers", "cold_starts", "additions")
     )
-    added = {
-        cold: list(map(str, part(content["rows"], cold, list, path))) for cold in part(content, "rows", dict, path)
-    }
-    published = set(map(str, part(content, "published", list, path)))
+    with parsing(path, "a list of additions to each cold start in [rows]"):
+        added = {cold: [str(name) for name in names] for cold, names in (content.rows or {}).items()}
+    published = set(map(str, content.published))
     wrong = [*(added.keys() - cold_starts.keys()), *(published - cold_starts.keys() - additions.keys())]
     wrong += [name for names in added.values() for name in names if name not in additions]
     if wrong:
-        there = ", ".join([*cold_starts, *additions])
-        raise InputError(f"{path}: {wrong[0]!r} has no flags; there are {there}")
+        raise InputError(f"{path}: {wrong[0]!r} has no flags; there are {', '.join([*cold_starts, *additions])}")
     rows = [Row(name, [*sampling, *words], "teacher") for name, words in teachers.items()]
     for cold, words in cold_starts.items():
         rows.append(Row(cold, [*train, *words], published=cold in published))
@@ -143,14 +149,6 @@ def read_rows(content: dict, train: list[str], sampling: list[str], path: Path) 
         if len(same) > 1:
             raise InputError(f"{where}: its files could not be told from those of {same[1]!r}")
     return rows
-
-
-def part(content: dict, key: str, kind: type, path: Path) -> dict | list:
-    """The table or list ``key``, empty if it is not there. Raises `InputError` for another kind."""
-    value = content.get(key, kind())
-    if not isinstance(value, kind):
-        raise InputError(f"{path}: {key} is {str(value)[:80]!r}; a {kind.__name__} is expected")
-    return value
 
 
 def check_flags(row: Row, where: str) -> set[int]:

@@ -1151,7 +1151,7 @@ SAMPLING = [
         "samples that are there with other settings",
         lambda folder: sampling.main(shlex.split(GENERATE.partition(" ")[2])),
         f"{GENERATE} --num-steps 1 --seed 3",
-        ("s.npz exists, made otherwise (seed 0, now 3); give another --output",),
+        ("s.npz exists, made with --seed 0 (asked for: 3); choose another --output",),
     ),
     Situation(
         "a generator whose weights are a pointer of Git LFS",

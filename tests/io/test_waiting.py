@@ -8,21 +8,26 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+import evaluation.statistics
+from evaluation import generate
 from tests import ROOT
 from tests.conftest import flags, run_cold_start, words
+from tests.evaluation.test_statistics import digits
 from train_cc.io.errors import InputError
 from train_cc.io.processes import Place
 from train_cc.run import devices
 
-LIMIT, SLOW = 5, 9  # seconds: torch's default for a group in these processes, and what one of them takes longer
+LIMIT, SLOW = 2, 4  # seconds: torch's default for a group in these processes, and what one of them takes longer
 PHASES = {
     "loading": ("train_cc.setup.stage", "build"),
     "first cycle": ("train_cc.distillation.loop", "generator_turn"),
@@ -53,33 +58,57 @@ def slow_down(phase: str) -> None:
 
 def worker(jobs: list[dict]) -> None:
     dist.distributed_c10d.default_pg_timeout = timedelta(seconds=LIMIT)
-    for job in jobs:
-        os.environ |= job.get("environment", {})
-        if "folder" in job:  # each process sees storage of its own
-            os.chdir(Path(job["folder"]) / os.environ["RANK"])
+    for each in jobs:
+        os.environ |= each.get("environment", {})
+        if "folder" in each:  # each process sees storage of its own
+            os.chdir(Path(each["folder"]) / os.environ["RANK"])
         DONE.clear()
-        for phase in job["slow"]:
+        for phase in each["slow"]:
             slow_down(phase)
-        import_module(job["command"]).main(job["flags"])
-        assert set(job["slow"]) <= set(DONE), f"{job['slow']} were not all reached: {DONE}"
+        import_module(each["command"]).main(each["flags"])
+        assert set(each["slow"]) <= set(DONE), f"{each['slow']} were not all reached: {DONE}"
+        assert not each.get("once") or len(DONE) == 1, f"{len(DONE)} parts were made by one of two processes"
+
+
+def job(command: str, *arguments: object, slow: Sequence[str] = (), **more: object) -> dict:
+    return {"command": command, "flags": words(*arguments), "slow": list(slow)} | more
 
 
 def run_jobs(*jobs: dict, count: int = 2) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "scripts.launch", "tests.io.test_waiting", json.dumps(jobs)]
+    command = [sys.executable, "-m", "scripts.launch", "tests.io.test_waiting", json.dumps(jobs, default=str)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUM_PROCESSES": str(count), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def samples_job(teacher: Path, folder: Path) -> dict:
-    arguments = words("--generator", teacher, "--output", folder / "samples.npz", "--num-images", 4, "--shard-size", 2)
-    return {"command": "evaluation.generate", "flags": arguments, "slow": ["shard of samples"]}
+def test_two_processes_share_the_parts_await_each_other_and_refuse_checkpoints_that_differ(
+    teacher, reward_folder, tmp_path
+):
+    """Nobody gives up on a slow process after torch's default, and the files are those of one process.
 
-
-def test_a_slow_shard_is_awaited(teacher, tmp_path):
-    """The samples of the slow process are there: nobody gave up on it after torch's default."""
-    done = run_jobs(samples_job(teacher, tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "samples.npz").exists()
+    The checkpoints are of the same name and sizes, on disks of their own: each process would continue another run.
+    """
+    images = ["--generator", teacher, "--num-images", 6, "--shard-size", 3, "--output"]
+    space = f"classifier:{reward_folder}"
+    statistics = ["--images", digits(tmp_path / "real.npz"), "--space", space, "--shard-size", 40, "--output"]
+    generate.main(words(*images, tmp_path / "samples-1.npz"))
+    evaluation.statistics.main(words(*statistics, tmp_path / "statistics-1.npz"))
+    for rank in (0, 1):
+        output = tmp_path / str(rank) / "run"
+        run_cold_start(teacher, output, "--max-train-steps", 1, "--seed", rank, "--num-previews", 0)
+    done = run_jobs(
+        job("evaluation.generate", *images, tmp_path / "samples-2.npz", slow=["shard of samples"], once=True),
+        job(
+            "evaluation.statistics", *statistics, tmp_path / "statistics-2.npz", slow=["shard of statistics"], once=True
+        ),
+        job("train_cc.cold_start", *flags(teacher, Path("run"), "--auto-resume", "--num-previews", 0), folder=tmp_path),
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "step-1.pt and its files are not the same for all processes" in done.stderr
+    for name in ("samples", "statistics"):
+        with np.load(tmp_path / f"{name}-1.npz") as one, np.load(tmp_path / f"{name}-2.npz") as two:
+            for array in one.keys() - {"space", "provenance"}:
+                atol = 1 if name == "samples" else 1e-10
+                np.testing.assert_allclose(two[array].astype(float), one[array], rtol=0, atol=atol, err_msg=array)
 
 
 def test_the_groups_of_a_mesh_of_nodes_have_our_timeout(monkeypatch):
@@ -94,51 +123,30 @@ def test_the_groups_of_a_mesh_of_nodes_have_our_timeout(monkeypatch):
     assert limits == [devices.TIMEOUT] * 2 and timedelta(hours=1) <= devices.TIMEOUT
 
 
-def training_job(teacher: Path, output: Path, *more: object, sharded: bool, **environment: str) -> dict:
+def training_job(command: str, teacher: Path, output: Path, *more: object, sharded: bool, **environment: str) -> dict:
     environment |= {"ACCELERATE_USE_FSDP": str(sharded).lower()}
     slow = ["loading", "first cycle", "preview", "checkpoint", "export"]
     arguments = flags(teacher, output, "--max-train-steps", 2, *more)
-    return {"command": "train_cc.cold_start", "flags": arguments, "slow": slow, "environment": environment}
+    return job(command, *arguments, slow=slow, environment=environment)
 
 
 @pytest.mark.slow
-def test_a_slow_process_is_awaited_in_every_phase(teacher, classifier, tmp_path):
-    """Training by DDP and FSDP2, the second stage, statistics and the benchmark."""
-    statistics = ["--images", "digits", "--space", f"classifier:{classifier}", "--output", tmp_path / "s.npz"]
-    statistics = words(*statistics, "--shard-size", 500)
-    benchmark = words(
-        "--size", "SiT-S/2", "--cycles", 1, "--batch-size", 1, "--ratio-update", 1, "--mixed-precision", "no"
-    )
-    ddp = training_job(teacher, tmp_path / "ddp", sharded=False)
-    more = ["--resume-ckpt", tmp_path / "ddp/checkpoints/torch_units/step-2.pt", "--max-train-steps", 3]
-    second = training_job(teacher, tmp_path / "second", *more, "--encoder-type", "none", sharded=False)
-    done = run_jobs(
-        ddp,
-        training_job(teacher, tmp_path / "fsdp2", sharded=True),
-        second | {"command": "train_cc.dmdr_refl"},
-        {"command": "evaluation.statistics", "flags": statistics, "slow": ["shard of statistics"]},
-        {"command": "evaluation.benchmark", "flags": benchmark, "slow": ["benchmark"]},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.slow
-def test_a_slow_process_is_awaited_over_two_nodes(teacher, tmp_path):
-    """Four processes as two nodes of two: both dimensions of the mesh wait."""
-    job = training_job(teacher, tmp_path / "run", sharded=True, LOCAL_WORLD_SIZE="2")
-    done = run_jobs(job, count=4)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_a_checkpoint_that_is_not_the_same_on_all_nodes_is_refused(teacher, tmp_path):
-    """Two folders of the same name and sizes, as on local disks: each process would continue another run."""
-    for rank in (0, 1):
-        output = tmp_path / str(rank) / "run"
-        run_cold_start(teacher, output, "--max-train-steps", 1, "--seed", rank, "--num-previews", 0)
-    arguments = flags(teacher, Path("run"), "--auto-resume", "--num-previews", 0)
-    done = run_jobs({"command": "train_cc.cold_start", "flags": arguments, "slow": [], "folder": str(tmp_path)})
-    assert done.returncode == 2, done.stderr[-3000:]
-    assert "step-1.pt and its files are not the same for all processes" in done.stderr
+def test_a_slow_process_is_awaited_in_every_phase(teacher, tmp_path):
+    """Training by DDP and FSDP2, the second stage and the benchmark; then by two nodes of two."""
+    cold = "train_cc.cold_start"
+    more = ("--resume-ckpt", tmp_path / "ddp/checkpoints/torch_units/step-2.pt", "--max-train-steps", 3)
+    tiny = ("--size", "SiT-S/2", "--cycles", 1, "--batch-size", 1, "--ratio-update", 1, "--mixed-precision", "no")
+    for count, jobs in (
+        (2, [
+            training_job(cold, teacher, tmp_path / "ddp", sharded=False),
+            training_job(cold, teacher, tmp_path / "fsdp2", sharded=True),
+            training_job("train_cc.dmdr_refl", teacher, tmp_path / "2", *more, "--encoder-type", "none", sharded=False),
+            job("evaluation.benchmark", *tiny, slow=["benchmark"]),
+        ]),
+        (4, [training_job(cold, teacher, tmp_path / "nodes", sharded=True, LOCAL_WORLD_SIZE="2")]),
+    ):  # fmt: skip
+        done = run_jobs(*jobs, count=count)
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 # The meeting ------------------------------------------------------------------------------------------------------
@@ -146,9 +154,9 @@ def test_a_checkpoint_that_is_not_the_same_on_all_nodes_is_refused(teacher, tmp_
 
 @pytest.fixture
 def port(monkeypatch) -> int:
-    """A free port, where processes wait for two seconds."""
-    monkeypatch.setattr(devices, "MEETING", timedelta(seconds=2))
-    monkeypatch.setattr(devices, "FIRST", 0.5)
+    """A free port, where processes wait for a second."""
+    monkeypatch.setattr(devices, "MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(devices, "FIRST", 0.25)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -41,7 +41,7 @@ MODULES = {
     "train_cc/objectives.py": ["paper/test_math"],
     "train_cc/samplers.py": [
         "paper/test_math",
-        "evaluation/test_sampling",
+        "paper/test_samplers",
         "run/test_processes::test_every_process_makes_the_same_calls",
     ],
     "train_cc/run/diagnostics.py": ["paper/test_diagnostics", "paper/test_golden"],
@@ -69,7 +69,7 @@ MODULES = {
         "io/test_command_line",
     ],
     "train_cc/io/products.py": ["io/test_products"],
-    "train_cc/pretrain/resumable.py": ["pretrain/test_pretrain"],
+    "train_cc/pretrain/resumable.py": ["pretrain/test_resumable"],
     "train_cc/distillation/panel.py": ["paper/test_diagnostics", "paper/test_distill"],
     "train_cc/distillation/state.py": ["paper/test_distill", "run/test_resume"],
     "train_cc/settings.py": ["run/test_recipes", "docs/test_docs::test_the_page_of_flags_is_that_of_the_parsers"],
@@ -136,15 +136,15 @@ MODULES = {
         "run/test_resume::test_resume_drops_later_rows_and_a_torn_line",
     ],
     "train_cc/run/session.py": ["paper/test_distill", "run/test_processes"],
-    "train_cc/pretrain/networks.py": ["models/test_teacher", "pretrain/test_pretrain"],
+    "train_cc/pretrain/networks.py": ["models/test_teacher", "pretrain/test_resumable", "pretrain/test_networks"],
     "evaluation/metrics.py": ["evaluation/test_metrics"],
     "convert_weight/pipeline.py": [
-        "evaluation/test_sampling",
+        "convert/test_pipeline",
         "convert/test_sharing",
         "io/test_trust_inputs::test_the_pipeline_samples_as_its_generator_was_trained",
         "io/test_trust_inputs::test_the_shift_of_a_vae_is_honoured",
     ],
-    "evaluation/report/verdict.py": ["evaluation/test_rules", "evaluation/test_verdict"],
+    "evaluation/report/verdict.py": ["evaluation/test_verdict"],
 }
 # Subprocesses, waits and large models: seconds that would be paid by every mutant.
 SLOW = "signal or kill or launcher or launch or two_processes or compile or benchmark or eight_bit or every_size"

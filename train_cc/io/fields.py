@@ -282,11 +282,3 @@ def check_numbers(config: Mapping, allowed: Mapping[str, Number], source: Path |
     for name, number in allowed.items():
         if name in config and (words := number.problem(config[name])):
             raise InputError(f"{source}: {name} is {shown(config[name])}; allowed: {words}")
-
-
-def require_keys(config: Mapping, needed: Sequence[str], optional: Sequence[str], source: Path | str) -> None:
-    """``config`` has all of ``needed``, and besides them at most ``optional`` and private keys (``_name``)."""
-    missing = [name for name in needed if name not in config]
-    unknown = [str(name) for name in config if name not in needed and name not in optional and str(name)[:1] != "_"]
-    if missing or unknown:
-        raise InputError(f"{source} does not fit: missing {missing[:8]}, unknown {unknown[:8]}")

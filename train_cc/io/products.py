@@ -217,7 +217,7 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is not written: {reason}") from error
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     """``path`` holds ``content``, text as UTF-8, or what it held before."""
     for each in list(path.parent.iterdir()):
         if re.fullmatch(re.escape(path.name) + UNFINISHED, each.name):  # a kill has left it

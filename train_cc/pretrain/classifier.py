@@ -28,9 +28,7 @@ def command_parser() -> Parser:
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     args = command_parser().parse_args(argv)
-    from train_cc.pretrain.networks import (
-        train_classifier,  # torch takes seconds: what is wrong with the flags has been said
-    )
+    from train_cc.pretrain.networks import train_classifier  # torch takes seconds
 
     train_classifier(args)
 

@@ -15,6 +15,7 @@ from train_cc.draws import Draws, rng_of
 from train_cc.flow import interpolate
 from train_cc.images import NUM_CLASSES, load_dataset
 from train_cc.io.errors import InputError
+from train_cc.io.products import apart
 from train_cc.io.read import parsing, require_folder
 from train_cc.models.classifier import ImageClassifier, accuracy
 from train_cc.models.generator import GenerationConfig
@@ -243,10 +244,7 @@ def check_vae(args: argparse.Namespace, shape: tuple[int, int, int]) -> None:
         raise InputError(f"{pair}: the decoder alone is trained against a classifier's features; give both, or neither")
     if args.decoder_of is not None:
         require_folder(args.decoder_of, "a VAE folder", "config.json")
-        if args.decoder_of.resolve() == args.output_dir.resolve():
-            raise InputError(
-                f"--decoder-of and --output-dir are both {args.output_dir}; the VAE that is read must stay"
-            )
+        apart((("--decoder-of", args.decoder_of), ("--output-dir", args.output_dir)))
     if wrong := [width for width in args.channels if width % args.groups]:
         raise InputError(f"--groups is {args.groups}, which does not divide --channels {wrong[0]}")
     if shape[1] % 2 ** (len(args.channels) - 1):

@@ -6,12 +6,12 @@ The draws of a step are a function of the step, so a checkpoint needs no state o
 """
 
 import argparse
+import io
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,9 +20,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from train_cc.io.errors import InputError
-from train_cc.io.products import flush, need_space, product, record
+from train_cc.io.products import need_space, product, record, write_atomically
 from train_cc.io.read import parsing, read_torch
-from train_cc.io.weights import fit, require_finite
 from train_cc.run.stop import StopSignal
 
 CHECKPOINT = "checkpoint.pt"
@@ -47,24 +46,13 @@ class Training:
     optimizer: torch.optim.AdamW
     update: Callable[[int], Tensor]
     average: AveragedModel | None = None
-    factor: Callable[[int, int], float] = field(default_factory=lambda: warmed_cosine(0))
+    factor: Callable[[int, int], float] = cosine_decay
     max_grad_norm: float | None = None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All state that changes, by name. AdamW's moments are made here, as its first step would make them."""
-        state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        if self.average is not None:
-            state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            moments = self.optimizer.state[parameter]
-            if not moments:
-                fused = self.optimizer.defaults["fused"]  # its kernel reads the step where the parameter is
-                moments["step"] = torch.zeros((), device=parameter.device if fused else None)
-                moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            state |= {f"optimizer.{name}.{key}": value.detach() for key, value in moments.items()}
-        return state
+    def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """All that a checkpoint holds the state of, by name."""
+        average = {} if self.average is None else {"average": self.average}
+        return {"model": self.model, "optimizer": self.optimizer} | average
 
 
 def make_network(stage: str, args: argparse.Namespace, prepare: Callable[[Path], tuple[Training, Finish]]) -> None:
@@ -72,19 +60,24 @@ def make_network(stage: str, args: argparse.Namespace, prepare: Callable[[Path],
     with product(args.output_dir, record(stage, vars(args)), args.overwrite, keep=True) as place:
         if place is None:
             return
-        began = time.monotonic()
+        began, file = time.monotonic(), place.parts / CHECKPOINT
         training, finish = prepare(place.parts)
-        if train(training, place.parts, args, stage):
+        try:
+            step = restore(training, file)
+        except InputError as error:
+            print(f"warning: {error}; training starts anew", file=sys.stderr)
+            training, finish = prepare(place.parts)
+            step = 0
+        if train(training, file, step, args, stage):
             print(f"{finish(place.new)}, {time.monotonic() - began:.0f} s -> {args.output_dir}")
 
 
-def train(training: Training, parts: Path, args: argparse.Namespace, title: str) -> bool:
-    """Train from the checkpoint in folder ``parts`` or anew. -> True if finished, False if a signal stopped it.
+def train(training: Training, file: Path, begin: int, args: argparse.Namespace, title: str) -> bool:
+    """Train from step ``begin`` on, with checkpoints in ``file``. Return False if a signal stopped it.
 
     Raises `InputError` if loss or weights are no longer finite; then the last checkpoint stays.
     """
-    steps, file = args.max_train_steps, parts / CHECKPOINT
-    saved = begin = restore(training, file)
+    steps, saved = args.max_train_steps, begin
     progress = tqdm(total=steps, initial=begin, desc=title, mininterval=2)
     with StopSignal() as stop, progress:
         for step in range(begin, steps):
@@ -118,31 +111,23 @@ def require(fine: bool, problem: str, step: int, saved: int) -> None:
 
 
 def save_checkpoint(training: Training, file: Path, step: int, saved: int) -> None:
-    tensors = {name: value.cpu() for name, value in training.tensors().items()}
-    bad = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    content = {name: part.state_dict() for name, part in training.parts().items()}
+    weights = content["model"]
+    bad = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
     require(not bad, f"{', '.join(bad[:2])} holds NaN or infinity", step, saved)
-    need_space(file.parent, sum(value.nbytes for value in tensors.values()))
-    temporary = file.with_name(file.name + ".tmp")
-    torch.save({"step": step, "tensors": tensors}, temporary)
-    flush(temporary)
-    os.replace(temporary, file)
+    need_space(file.parent, 4 * sum(value.nbytes for value in weights.values()))
+    buffer = io.BytesIO()
+    torch.save(content | {"step": step}, buffer)
+    write_atomically(file, buffer.getbuffer())
 
 
-@torch.no_grad()
 def restore(training: Training, file: Path) -> int:
-    """Return the step to go on from: the checkpoint's, or 0 without one, or with a damaged one, after a warning."""
+    """Return the step to go on from: the checkpoint's, or 0 without one. Raises `InputError` for a damaged one."""
     if not file.exists():
         return 0
     expected = "a checkpoint of this command"
-    try:
-        with parsing(file, expected):
-            content, own = read_torch(file, expected), training.tensors()
-            step, state = content["step"], content["tensors"]
-            fit({name: value.shape for name, value in own.items()}, state, file)
-            require_finite(state, file)
-    except InputError as error:
-        print(f"warning: {error}; training starts anew", file=sys.stderr)
-        return 0
-    for name, value in own.items():
-        value.copy_(state[name])
-    return step
+    with parsing(file, expected):
+        content = read_torch(file, expected)
+        for name, part in training.parts().items():
+            part.load_state_dict(content[name])
+        return content["step"]

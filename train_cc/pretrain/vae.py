@@ -38,7 +38,7 @@ def command_parser() -> Parser:
 @exits_on_input_error
 def main(argv: list[str] | None = None) -> None:
     args = command_parser().parse_args(argv)
-    from train_cc.pretrain.networks import train_vae  # torch takes seconds: what is wrong with the flags has been said
+    from train_cc.pretrain.networks import train_vae  # torch takes seconds
 
     train_vae(args)
 
