@@ -16,7 +16,7 @@ from evaluation import evaluate, generate
 from evaluation.samples.files import content_sha256
 from evaluation.study.rows import JUDGING, SAMPLING, Row, Table
 from scripts.jobs import ROOT, Command, Job, finished
-from scripts.processes import make_plan
+from scripts.launch import make_plan
 from train_cc.io.errors import InputError
 from train_cc.io.fields import flag_of, marked
 from train_cc.io.products import write_atomically

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from scripts.processes import make_plan
+from scripts.launch import make_plan
 from tests.conftest import flags, refused
 from train_cc import cold_start
 from train_cc.io import processes

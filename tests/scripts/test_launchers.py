@@ -307,7 +307,7 @@ MEET = {"NUM_NODES": "4", "NODE_RANK": "0", "MAIN_ADDRESS": "a"}
     ],
 )
 def test_numbers_that_cannot_be(variables, told):
-    from scripts.processes import make_plan
+    from scripts.launch import make_plan
     from train_cc.io.errors import InputError
 
     with pytest.raises(InputError, match=told):
@@ -332,14 +332,14 @@ def test_numbers_that_cannot_be(variables, told):
     ids=str,
 )
 def test_how_many_processes(variables, expected):
-    from scripts.processes import make_plan
+    from scripts.launch import make_plan
 
     plan = make_plan(variables)
     assert (plan.processes, plan.nodes) == expected and plan.environment["NUM_PROCESSES"] == str(expected[0])
 
 
 def test_every_config_of_ours_is_handed_on():
-    from scripts.processes import make_plan
+    from scripts.launch import make_plan
 
     found = {}
     for path in (ROOT / "scripts" / "accelerate").glob("*.yaml"):
@@ -368,7 +368,7 @@ def test_every_config_of_ours_is_handed_on():
     ],
 )
 def test_odd_configs(tmp_path, content, told):
-    from scripts.processes import make_plan
+    from scripts.launch import make_plan
     from train_cc.io.errors import InputError
 
     (tmp_path / "c.yaml").write_text(content)
