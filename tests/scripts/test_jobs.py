@@ -168,7 +168,7 @@ def test_what_nobody_makes_and_what_is_not_set_is_an_error(tmp_path, monkeypatch
     with pytest.raises(InputError, match="waits for x, which nobody makes"):
         run_all([Job("d", iter(()), needs=["x"])], 1, {})
     monkeypatch.delenv("DIGITS", raising=False)
-    with pytest.raises(InputError, match="the variable DIGITS is not set"):
+    with pytest.raises(InputError, match="set the variable DIGITS"):
         read_jobs(ROOT / "scripts/recipes/digits.toml", ["teacher"])
     monkeypatch.setenv("DIGITS", str(tmp_path))
     with pytest.raises(InputError, match=r"nonsense is no job of .*; allowed: teacher, classifiers, "):
@@ -177,6 +177,6 @@ def test_what_nobody_makes_and_what_is_not_set_is_an_error(tmp_path, monkeypatch
 
 def test_the_time_left_is_that_of_what_had_to_be_made():
     assert time_left([], 5, 1) == ""
-    assert time_left([60.0, 180.0], 6, 2) == "about 6 min left"
-    assert time_left([3600.0], 10, 2) == "about 5.0 h left"
-    assert time_left([120.0], 1, 4) == "about 2 min left"
+    assert time_left([60.0, 180.0], 6, 2) == ", about 6 min left"
+    assert time_left([3600.0], 10, 2) == ", about 5.0 h left"
+    assert time_left([120.0], 1, 4) == ", about 2 min left"
