@@ -14,11 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train_cc.io import fields
 from train_cc.io.class_names import NAMES_FILE as CLASS_NAMES
-from train_cc.io.errors import InputError, exits_on_input_error
-from train_cc.io.products import check_product, place_of, record
+from train_cc.io.errors import InputError, exits_on_input_error, saying
+from train_cc.io.products import check_product, place_of, product, record
 from train_cc.io.read import require_file, sha256
 from train_cc.io.remote import check_hub_name, push_folder
-from train_cc.io.saying import saying
 
 
 def build_parser() -> fields.Parser:
@@ -82,8 +81,9 @@ def main(argv: list[str] | None = None) -> None:
         inputs["results"] = sha256(require_file(args.results, "a results.json"))
     content = record("export_generator", vars(args), inputs=inputs)
     if all([check_product(folder, content, args.overwrite, flag) for flag, folder in targets.items()]):
-        folders = " and ".join(map(str, targets.values()))
-        print(f"there already, by the same command: {folders}; --overwrite makes it anew")
+        for flag, folder in targets.items():
+            with product(folder, content, flag=flag):  # says so, and clears what a kill has left beside it
+                pass
     else:
         with saying("writing and verifying"):
             step = export(args, targets, content)

@@ -18,11 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from convert_weight.foreign import read_checkpoint, require_checkpoint_file
 from train_cc.io import fields
-from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.errors import InputError, exits_on_input_error, saying
 from train_cc.io.products import check_parent, check_product, need_space, product, record, write_atomically
 from train_cc.io.read import sha256
 from train_cc.io.remote import download
-from train_cc.io.saying import saying
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
 
 if TYPE_CHECKING:

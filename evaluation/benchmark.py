@@ -43,7 +43,7 @@ from train_cc.io.fields import Number, check_numbers
 from train_cc.io.products import check_output_file, library_versions, write_atomically
 from train_cc.io.read import printable, read_json
 from train_cc.models import SIT_SIZES, SiT
-from train_cc.models.half import MARGIN, Seen, watched
+from train_cc.models.estimator import MARGIN, Seen, watched
 from train_cc.rewards.terms import rewards_at_x0
 from train_cc.run.meters import FlopCounter
 from train_cc.run.session import COMPUTE_DTYPES, open_session

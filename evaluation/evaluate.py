@@ -23,11 +23,10 @@ from pathlib import Path
 from evaluation.figures.tables import HELD_OUT, over_seeds, print_tables, warning_lines
 from evaluation.samples.files import content_sha256, image_shape, provenance_of, read_images, reference_shape
 from train_cc.io import fields
-from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.errors import InputError, exits_on_input_error, saying
 from train_cc.io.figures import write_figures
 from train_cc.io.products import apart, check_output_file, library_versions
 from train_cc.io.read import printable
-from train_cc.io.saying import saying
 
 
 def row_name(text: str) -> str:

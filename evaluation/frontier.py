@@ -22,7 +22,7 @@ from evaluation.figures.tables import (
     suffered,
     table,
 )
-from evaluation.study.comparison import against_controls, domination
+from evaluation.study.comparison import against_controls, domination, picture
 from evaluation.study.jobs import Frontier
 from evaluation.study.rows import Table, check_more_flags, flags_in, read_table
 from scripts.jobs import ROOT, Job, run_all
@@ -114,8 +114,6 @@ def write_results(args: argparse.Namespace, rows: Table, spaces: list[dict]) -> 
     write_figures(args.output_dir / "frontier.json", first["rows"], features=first["features"], **named)
     drawn = [each for each in means if "Precision" in next(iter(each["rows"].values()))["figures"]]
     if drawn:
-        from evaluation.study.scatter import picture  # matplotlib takes a second
-
         picture(drawn, rows.rows, args.output_dir / "frontier.png")
     else:
         print("no picture: no row has recall and precision")

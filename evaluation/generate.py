@@ -13,9 +13,8 @@ same command continues after a stop, and changes nothing if it had finished.
 import argparse
 
 from train_cc.io import fields
-from train_cc.io.errors import InputError, exits_on_input_error
+from train_cc.io.errors import InputError, exits_on_input_error, saying
 from train_cc.io.products import apart, check_output_file
-from train_cc.io.saying import saying
 
 MULTI_STEPS = 50  # of euler and heun, unless told otherwise: a teacher in one step is not what they are for
 SDE_STEPS = 250  # as published

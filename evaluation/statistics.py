@@ -17,9 +17,8 @@ import argparse
 from collections.abc import Sequence
 
 from train_cc.io import fields
-from train_cc.io.errors import exits_on_input_error
+from train_cc.io.errors import exits_on_input_error, saying
 from train_cc.io.products import check_output_file
-from train_cc.io.saying import saying
 
 
 def build_parser() -> argparse.ArgumentParser:

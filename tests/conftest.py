@@ -16,7 +16,7 @@ from torch import nn
 from train_cc import cold_start
 from train_cc.models import SiT
 from train_cc.models.classifier import ImageClassifier
-from train_cc.rewards.networks import Networks
+from train_cc.rewards.build import Networks
 from train_cc.rewards.terms import Reward, classifier_losses, rewards_at_x0
 from train_cc.run.session import open_session
 from train_cc.run.states import copy_whole

@@ -5,8 +5,7 @@ Run by `scripts/cold_start_sitxl.sh` and `scripts/cold_start_digits.sh`; the def
 
 import argparse
 
-from train_cc.io.errors import exits_on_input_error
-from train_cc.io.saying import saying
+from train_cc.io.errors import exits_on_input_error, saying
 from train_cc.setup.arguments import build_parser, validate
 
 

@@ -33,10 +33,9 @@ from evaluation.samples.parts import (
 )
 from evaluation.samples.source import Source, names_of_classes, open_source, settings_for
 from train_cc.draws import Draws
-from train_cc.io.errors import InputError
+from train_cc.io.errors import InputError, note
 from train_cc.io.products import check_product, library_versions, need_space, write_atomically
 from train_cc.io.read import sha256
-from train_cc.io.saying import note
 from train_cc.models.features import without_tf32
 from train_cc.models.sit import SiT, choose_attention
 from train_cc.models.vae import DECODED_AT_ONCE, VAEDecoder, images_to_uint8, load_decoder, require_decoder, vae_files

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from train_cc.io.class_names import class_names
-from train_cc.io.errors import InputError
+from train_cc.io.errors import InputError, note
 from train_cc.io.products import record_of
 from train_cc.io.read import require_file, require_folder, sha256
 from train_cc.io.remote import model_folder, pinned
-from train_cc.io.saying import note
 from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.models.generator import GenerationConfig
 from train_cc.models.sit import SiT, read_sit_config

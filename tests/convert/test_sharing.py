@@ -211,7 +211,9 @@ def test_a_pipeline_is_pushed_whole_and_without_paths_of_this_machine(run, tmp_p
     message = refused(export, run, *push, capsys=capsys)
     assert "no token" in message and "hf auth login" in message
     monkeypatch.setattr(Api, "broken", False)
+    (tmp_path / "p.tmp").mkdir()  # of a kill when all was done
     export(run, *push)  # what was written before stays
+    assert not (tmp_path / "p.tmp").exists()
     told = capsys.readouterr().out
     assert "there already" in told and "https://huggingface.co/me/digits" in told
     expected = {"README.md", "model_index.json", "pipeline.py", "generator/sit.py", "generator/config.json"}

@@ -1,9 +1,9 @@
-"""What is said and drawn of a frontier's rows: evaluation/study/comparison.py and scatter.py."""
+"""What is said and drawn of a frontier's rows: evaluation/study/comparison.py."""
 
 import pytest
 
 from evaluation.figures.tables import HELD_OUT, means_of, named_space
-from evaluation.study import comparison, scatter
+from evaluation.study import comparison
 from evaluation.study.rows import Row
 
 
@@ -52,9 +52,9 @@ def test_the_picture_shows_every_row_by_a_mark_of_its_own(tmp_path):
     rows += [Row("row 1 + control", [], "dmdr", "row 1"), Row("row 1 + reward", [], "dmdr", "row 1", "row 1 + control")]
     means = {each.name: row(1, 0.02 * k, 0.5 + 0.01 * k) for k, each in enumerate(rows)} | {HELD_OUT: row(0, 1, 1)}
     spaces = [{"features": "timm:$\\frac{$", "rows": means}, {"features": "b", "rows": means}]
-    scatter.picture(spaces, rows, tmp_path / "p.png")
+    comparison.picture(spaces, rows, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
-    marks = scatter.marks_of(rows)
+    marks = comparison.marks_of(rows)
     assert len({tuple(mark.values()) for mark in marks.values()}) == len(rows)
     assert [marks[f"row 1 + {name}"]["color"] for name in ("control", "reward")] == ["tab:gray", "tab:red"]
 

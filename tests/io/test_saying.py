@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from train_cc.io import saying
-from train_cc.io.saying import beating
+from train_cc.io import errors
+from train_cc.io.errors import beating
 
 
 def test_what_lasts_is_told_again_and_again_until_it_ends():
@@ -20,8 +20,8 @@ def test_what_lasts_is_told_again_and_again_until_it_ends():
 @pytest.mark.parametrize("rank,first,shown", [("0", 0.01, True), ("1", 0.01, False), ("0", 5, False)])
 def test_the_main_process_alone_says_it_and_not_at_once(monkeypatch, capsys, rank, first, shown):
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(saying.beating.__wrapped__, "__defaults__", (first, 10.0))
-    with pytest.raises(KeyError), saying.saying("reading"):
+    monkeypatch.setattr(errors.beating.__wrapped__, "__defaults__", (first, 10.0))
+    with pytest.raises(KeyError), errors.saying("reading"):
         time.sleep(0.2)
         raise KeyError
     assert capsys.readouterr().err == "reading, 0 s\n" * shown

@@ -16,7 +16,7 @@ from torch.utils import backend_registration
 from tests.conftest import build_run, random_sit
 from tests.lab.fake_gpu import PROJECT, Event, FakeGpu, fake_gpu, on_gpu
 from tests.lab.fake_processes import fake_processes
-from train_cc.distillation import scores as scores_room
+from train_cc.distillation import run as run_room
 from train_cc.distillation import turns
 from train_cc.distillation.loop import cycle, show
 from train_cc.distillation.run import Run
@@ -43,7 +43,7 @@ FRECHET = ("train_cc/rewards/frechet.py solve", "train_cc/rewards/frechet.py tra
 DRAWN_ON_THE_CPU = {  # what is drawn there and copied without a wait: labels, times, rows
     "train_cc/distillation/turns.py draw_labels",
     "train_cc/distillation/turns.py renoise",
-    "train_cc/distillation/scores.py both",
+    "train_cc/distillation/run.py both",
     "train_cc/samplers.py few_step_input",
 }
 
@@ -196,7 +196,7 @@ def test_a_frechet_reward_waits_for_its_eigenvalues_alone(gpu, built, sources):
 
 def test_a_function_of_arrays_waits_for_them_alone(gpu, built, sources):
     run = built("--mixed-precision", "bf16", "--tilt", 0.1, "python", sources["ARRAYS"])
-    there = ["train_cc/models/vae.py images_to_uint8", "train_cc/rewards/python_file.py rewards"]
+    there = ["train_cc/models/vae.py images_to_uint8", "train_cc/rewards/build.py rewards"]
     check_cycle(gpu, run, waits=(*there, there[1], FETCH))
 
 
@@ -236,8 +236,8 @@ def test_guided_sampling_waits_for_nothing(gpu, sampler):
 
 
 def a_cpu_tensor_in_scores(run: Run, monkeypatch) -> None:
-    real = scores_room.apply_guidance
-    monkeypatch.setattr(scores_room, "apply_guidance", lambda v, *args: real(v, *args) + torch.zeros(len(v), 1, 1, 1))
+    real = run_room.apply_guidance
+    monkeypatch.setattr(run_room, "apply_guidance", lambda v, *args: real(v, *args) + torch.zeros(len(v), 1, 1, 1))
 
 
 def an_item_in_a_turn(run: Run, monkeypatch) -> None:

@@ -46,9 +46,11 @@ MODULES = {
     ],
     "train_cc/run/diagnostics.py": ["paper/test_diagnostics", "paper/test_golden"],
     "train_cc/distillation/turns.py": TURNS,
-    "train_cc/distillation/scores.py": [
+    "train_cc/distillation/run.py": [
         "paper/test_golden",
         "run/test_speed::test_fake_and_real_in_one_call_are_those_of_two",
+        "run/test_recipes",
+        "paper/test_distill::test_log_columns",
     ],
     "train_cc/distillation/loop.py": [
         "paper/test_loop",
@@ -59,9 +61,8 @@ MODULES = {
         "paper/test_distill::test_seconds_are_those_of_the_cycle",
         "paper/test_distill::test_the_loop_hands_each_step_to_its_cycle",
     ],
-    "train_cc/run/ema.py": ["paper/test_golden", "models/test_teacher", "paper/test_distill"],
+    "train_cc/run/states.py": ["paper/test_golden", "models/test_teacher", "paper/test_distill"],
     "train_cc/rewards/frechet.py": ["rewards/test_frechet"],
-    "train_cc/distillation/run.py": ["run/test_recipes", "paper/test_golden", "paper/test_distill::test_log_columns"],
     "train_cc/setup/build.py": [*TURNS, "run/test_recipes"],
     "train_cc/setup/stage.py": [
         "planning/test_dry_run",
@@ -73,7 +74,6 @@ MODULES = {
     "train_cc/pretrain/resumable.py": ["pretrain/test_pretrain"],
     "train_cc/distillation/panel.py": ["paper/test_diagnostics", "paper/test_distill"],
     "train_cc/distillation/state.py": ["paper/test_distill", "run/test_resume"],
-    "train_cc/distillation/parts.py": ["paper/test_distill", "run/test_resume"],
     "train_cc/settings.py": ["run/test_recipes", "docs/test_docs::test_the_page_of_flags_is_that_of_the_parsers"],
     "train_cc/io/fields.py": ["docs/test_docs::test_the_page_of_flags_is_that_of_the_parsers", "io/test_command_line"],
     "train_cc/models/estimator.py": ["models/test_lora", "models/test_models", "paper/test_golden", "run/test_speed"],

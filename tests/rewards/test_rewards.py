@@ -19,7 +19,7 @@ from train_cc.flow import interpolate
 from train_cc.io.read import sha256
 from train_cc.models.generator import GenerationConfig
 from train_cc.objectives import dmd_direction, dmd_loss, velocity_matching_losses
-from train_cc.rewards.python_file import PythonReward
+from train_cc.rewards.build import PythonReward
 from train_cc.rewards.spec import RewardSpec, named_apart
 from train_cc.rewards.terms import Reward, effective_samples, rewards_at_x0, tilt_weights
 from train_cc.schedules import beta_times

@@ -29,12 +29,12 @@ from train_cc.distillation import loop
 from train_cc.io.errors import InputError
 from train_cc.models import SiT
 from train_cc.models.classifier import ImageClassifier
-from train_cc.rewards import networks
+from train_cc.rewards import build as rewards_build
 from train_cc.run import session as together
 from train_cc.run.session import open_session, resolve_precision
 from train_cc.samplers import few_step_input
 from train_cc.setup import stage
-from train_cc.setup.compiler import configure_compiler
+from train_cc.setup.build import configure_compiler
 
 STAGES = {"cold_start": cold_start, "dmdr_refl": dmdr_refl}
 # Adam divides by the root of the second moment: an epsilon far below the gradients would make a rounding of almost zero
@@ -335,7 +335,7 @@ def test_compile_reaches_the_blocks_of_both_networks(teacher, tmp_path, monkeypa
         block._compiled_call_impl = torch.compile(block._call_impl, backend="eager")
 
     plain = logged(run_cold_start(teacher, tmp_path / "plain", "--max-train-steps", 1))
-    monkeypatch.setattr("train_cc.setup.compiler.require_compiler", lambda: None)
+    monkeypatch.setattr("train_cc.setup.build.require_compiler", lambda: None)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     torch._dynamo.utils.counters.clear()
     other = logged(run_cold_start(teacher, tmp_path / "compiled", "--max-train-steps", 1, "--compile"))
@@ -458,9 +458,9 @@ def test_the_main_process_alone_hashes_and_reads_first(monkeypatch, reward_folde
     order = []
     load = ImageClassifier.from_pretrained
     monkeypatch.setattr(ImageClassifier, "from_pretrained", lambda source: order.append("read") or load(source))
-    monkeypatch.setattr(networks, "sha256", lambda path: order.append("hash") or path.name)
+    monkeypatch.setattr(rewards_build, "sha256", lambda path: order.append("hash") or path.name)
     monkeypatch.setattr(together, "broadcast_object_list", lambda outcome: order.append("all meet"))
-    main = networks.Networks(SimpleNamespace(is_main=True))
+    main = rewards_build.Networks(SimpleNamespace(is_main=True))
     main.classifier(str(reward_folder))
     assert order == ["read", "all meet"]
     assert main.hashes({"teacher": [Path("a")], "vae": [Path("b")]}) == {"teacher": "a", "vae": "b"}
@@ -471,7 +471,7 @@ def test_the_main_process_alone_hashes_and_reads_first(monkeypatch, reward_folde
 
     monkeypatch.setattr(together, "broadcast_object_list", given)
     order.clear()
-    other = networks.Networks(SimpleNamespace(is_main=False))
+    other = rewards_build.Networks(SimpleNamespace(is_main=False))
     other.classifier(str(reward_folder))
     assert order == ["all meet", "read"] and other.hashes({"teacher": [Path("a")]}) == {"teacher": "a"}
     assert "hash" not in order

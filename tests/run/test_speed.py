@@ -40,8 +40,7 @@ from train_cc.models.vae import load_decoder
 from train_cc.run.session import COMPUTE_DTYPES
 from train_cc.settings import Optimisation
 from train_cc.setup.arguments import build_parser, validate
-from train_cc.setup.build import build_optimizer, prepare_scores
-from train_cc.setup.compiler import compiler_works
+from train_cc.setup.build import build_optimizer, compiler_works, prepare_scores
 
 
 def tiny_run(teacher, tmp_path, *more):

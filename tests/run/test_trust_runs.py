@@ -32,10 +32,10 @@ from train_cc.io.read import sha256
 from train_cc.models.generator import GenerationConfig
 from train_cc.run import checkpoint as checkpoints
 from train_cc.run import states
-from train_cc.run.ema import decay_at
 from train_cc.run.folder import is_run
 from train_cc.run.logbook import JsonLines
 from train_cc.run.session import open_session
+from train_cc.run.states import decay_at
 from train_cc.setup.arguments import build_parser
 from train_cc.setup.build import build
 
@@ -632,12 +632,12 @@ def test_a_moved_run_continues(teacher, run, tmp_path):
 
 def test_the_search_happens_behind_the_lock(teacher, run, capsys, monkeypatch):
     from train_cc.io.products import locked
-    from train_cc.setup import start
+    from train_cc.setup import stage
 
     def searched(*args):
         raise AssertionError("the folder was searched while another process writes to it")
 
-    monkeypatch.setattr(start, "_search", searched)
+    monkeypatch.setattr(stage, "_search", searched)
     with locked(run):
         for more in (["--auto-resume"], ["--overwrite"]):
             message = refused(cold_start.main, flags(teacher, run, "--max-train-steps", 4, *more), capsys=capsys)

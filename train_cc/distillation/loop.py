@@ -20,8 +20,7 @@ from train_cc.distillation.turns import (
     generator_turn,
     observe_batches,
 )
-from train_cc.io.errors import InputError
-from train_cc.io.saying import beating, saying
+from train_cc.io.errors import InputError, beating, saying
 from train_cc.run.checkpoint import kept
 from train_cc.run.diagnostics import UpdateSize, finite, gathered
 from train_cc.run.logbook import BY_BAND, OVERFLOW, JsonLines, columns, logger, not_finite

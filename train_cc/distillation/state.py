@@ -1,12 +1,16 @@
-"""Saving, resuming and exporting a run: which tensors go where; and the generator that a checkpoint holds."""
+"""The parts of a run that a checkpoint holds: saving, resuming, the finite check, log and export loop over them."""
 
 import contextlib
 import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from train_cc.distillation.parts import AVERAGE
 from train_cc.distillation.run import Run, trainable
 from train_cc.io.errors import InputError, message_of
 from train_cc.io.products import flush, need_space, plain_mode
@@ -20,7 +24,156 @@ from train_cc.run import states
 from train_cc.run.checkpoint import Checkpoint
 from train_cc.run.folder import EXPORT, GENERATOR_FILES, delete_ours, move_files
 from train_cc.run.logbook import logger
-from train_cc.run.session import on_main
+from train_cc.run.session import Learner, on_main
+
+AVERAGE = "accelerator_1/ema.safetensors"
+MEMORIES = "accelerator_1/rewards.safetensors"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a checkpoint, or one field of its torch_units file. ``state`` and ``load`` are collective.
+
+    ``state``: whole tensors on the CPU of the main process, or the field's value; other processes get what they need
+    not keep. ``anew``: called if a checkpoint lacks the part; without it the part is needed. ``optimizer``: of a part
+    of moments.
+    """
+
+    name: str  # in messages, after "the"
+    file: str  # in a checkpoint, such as "accelerator_1/generator.safetensors"; a field has no "/"
+    state: Callable[[], Any]
+    load: Callable[[Any, Checkpoint], None]
+    anew: Callable[[Checkpoint], None] | None = None
+    tensors: Callable[[], Iterable[Tensor]] = tuple  # as they are on the device
+    network: nn.Module | None = None
+    optimizer: torch.optim.Optimizer | None = None
+
+
+def parts_of(run: Run) -> list[Part]:
+    """All parts of ``run``: networks in training, their moments, the EMA, statistics of rewards, what fp16 counts."""
+    parts = [
+        *(part for name, learner in run.learners.items() for part in learner_parts(run, name, learner)),
+        *([average_part(run)] if run.ema else []),
+        *([memories_part(run)] if run.memories else []),
+    ]
+    return [*parts, average_updates_part(run), scalers_part(run), overflows_part(run), reward_scales_part(run)]
+
+
+def learner_parts(run: Run, name: str, learner: Learner) -> list[Part]:
+    """The weights and the moments of ``learner``; a further loss's network begins anew if a checkpoint lacks it."""
+    network, optimizer = learner.plain, learner.optimizer.optimizer
+    folder = f"accelerator_{1 if learner.accelerator is run.session.generator_accelerator else 2}"
+    what = getattr(network, "trained", "weights")
+    weights = f"{folder}/{name if what == 'weights' else f'{name}_{what.lower()}'}.safetensors"
+    moments, anew = f"{folder}/optimizer.pt", None
+    if name not in ("generator", "estimator"):
+        moments, anew = f"{folder}/{name}_optimizer.pt", lambda checkpoint: None
+    trained = trainable(network)
+    own = trained | dict(network.named_buffers()) if name == "generator" else trained
+
+    def state() -> dict[str, Tensor]:
+        return {key: value for key, value in states.trained_state(network).items() if key in own}
+
+    def load(content: dict, checkpoint: Checkpoint) -> None:
+        states.copy_into(own, content, checkpoint.path)
+
+    def moment_tensors() -> list[Tensor]:
+        values = [value for state in optimizer.state.values() for value in state.values()]
+        return [value.dequantize() if hasattr(value, "codes") else value for value in values]
+
+    def load_moments(content: dict, checkpoint: Checkpoint) -> None:
+        states.restore_optimizer(network, optimizer, content, checkpoint.file(moments))
+
+    moment_state = partial(states.optimizer_state, network, optimizer)
+    return [
+        Part(f"{name}'s {what}", weights, state, load, anew, trained.values, network),
+        Part(f"{name}'s moments", moments, moment_state, load_moments, anew, moment_tensors, network, optimizer),
+    ]
+
+
+def average_part(run: Run) -> Part:
+    """The EMA; otherwise it starts at the raw weights."""
+    values = run.ema.values
+
+    def load(content: dict, checkpoint: Checkpoint) -> None:
+        states.copy_into(values, content, checkpoint.file(AVERAGE))
+
+    @torch.no_grad()
+    def anew(checkpoint: Checkpoint) -> None:
+        for name, value in trainable(run.plain_generator).items():
+            values[name].copy_(value)
+
+    return Part("EMA", AVERAGE, lambda: states.whole_on_main(run.session, values), load, anew, values.values)
+
+
+def average_updates_part(run: Run) -> Part:
+    """The number of the EMA's updates; 0 without one."""
+
+    def load(updates: int, checkpoint: Checkpoint) -> None:
+        if run.ema is not None:
+            run.ema.updates = updates
+
+    def anew(checkpoint: Checkpoint) -> None:  # format 1: an average of that time was updated at every step
+        load(checkpoint.step if checkpoint.has(AVERAGE) else 0, checkpoint)
+
+    return Part("EMA's updates", "ema_updates", lambda: run.ema.updates if run.ema else 0, load, anew)
+
+
+def memories_part(run: Run) -> Part:
+    """The statistics of all rewards that have some; a reward that the file does not name begins anew."""
+
+    def state() -> dict[str, Tensor]:
+        whole = {name: memory.state_dict() for name, memory in run.memories.items()}
+        return {f"{name}.{key}": value for name, own in whole.items() for key, value in own.items()}
+
+    def load(content: dict, checkpoint: Checkpoint) -> None:
+        for name, memory in run.memories.items():
+            own = {key.removeprefix(f"{name}."): value for key, value in content.items() if key.startswith(f"{name}.")}
+            if own:
+                memory.load_state_dict(own, checkpoint.file(MEMORIES))
+
+    return Part("rewards' statistics", MEMORIES, state, load, anew=lambda checkpoint: None)
+
+
+def scalers_part(run: Run) -> Part:
+    """The loss scales of fp16."""
+    scalers = [run.session.generator_accelerator.scaler, run.session.estimator_accelerator.scaler]
+
+    def load(states_of: list, checkpoint: Checkpoint) -> None:
+        for scaler, state in zip(scalers, states_of, strict=True):
+            if scaler is not None and state:
+                scaler.load_state_dict(state)
+
+    return Part("loss scales", "scalers", lambda: [scaler and scaler.state_dict() for scaler in scalers], load)
+
+
+def overflows_part(run: Run) -> Part:
+    """The overflows in a row."""
+
+    def load(counts: dict, checkpoint: Checkpoint) -> None:
+        run.overflows = dict(counts)
+
+    def state() -> dict[str, int]:
+        return {name: count for name, count in run.overflows.items() if count}
+
+    return Part("counts of overflows", "overflows", state, load, anew=lambda checkpoint: load({}, checkpoint))
+
+
+def reward_scales_part(run: Run) -> Part:
+    """The gradient scales of rewards that overflowed; one that is not named begins anew."""
+
+    def load(scales: dict, checkpoint: Checkpoint) -> None:
+        for reward in run.rewards:
+            state = scales.get(reward.name, {"backoff": 1.0, "good_turns": 0})
+            reward.backoff, reward.good_turns = state["backoff"], state["good_turns"]
+
+    def state() -> dict[str, dict]:
+        return {r.name: {"backoff": r.backoff, "good_turns": r.good_turns} for r in run.rewards if r.backoff < 1}
+
+    return Part("rewards' scales", "reward_scales", state, load, anew=lambda checkpoint: load({}, checkpoint))
+
+
+# Saving, resuming and exporting --------------------------------------------------------------------------------------
 
 
 def averaged(run: Run) -> contextlib.AbstractContextManager:

@@ -18,8 +18,7 @@ from train_cc.models.dinov2 import IMAGE_SIZE, PATCH_SIZE, DINOv2Classifier, off
 from train_cc.models.features import FeatureSpace
 from train_cc.models.sit import SIT_SIZES, SiT, read_sit_config
 from train_cc.models.vae import VAEDecoder, new_vae, vae_files
-from train_cc.rewards.networks import Networks
-from train_cc.rewards.python_file import PythonReward
+from train_cc.rewards.build import Networks, PythonReward
 from train_cc.run.session import Session
 
 DINOV2_SIZES = {"vits14": (384, 12), "vitb14": (768, 12), "vitl14": (1024, 24)}  # width, depth

@@ -9,10 +9,9 @@ import os
 
 import torch
 
-from train_cc.io.errors import InputError
+from train_cc.io.errors import InputError, saying
 from train_cc.io.fields import flag_of
 from train_cc.io.processes import MOST, count_of
-from train_cc.io.saying import saying
 from train_cc.planning.memory import GIB, Cost, allowance, simulate
 from train_cc.run.checkpoint import newest_intact, open_checkpoint, step_of
 from train_cc.run.session import GPU_PRECISION, agreed_precision

@@ -32,7 +32,7 @@ from train_cc.objectives import velocity_matching_loss
 from train_cc.pretrain.data import PURPOSES
 from train_cc.pretrain.resumable import Finish, Training, make_network, warmed_cosine
 from train_cc.run import devices
-from train_cc.run.ema import warmed_up_average
+from train_cc.run.states import warmed_up_average
 from train_cc.schedules import logit_normal_times
 
 # First key of the draws, after the seed, as in the stages: no two networks share random numbers.

@@ -15,10 +15,9 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed.device_mesh import DeviceMesh
 
-from train_cc.io.errors import InputError
+from train_cc.io.errors import FIRST, InputError
 from train_cc.io.processes import Place, devices_listed, gpus_shown, started
 from train_cc.io.read import first_line
-from train_cc.io.saying import FIRST
 
 T = TypeVar("T")
 # How long a process waits for the others. Some wait while one hashes, downloads or ends its part of a sampling.

@@ -1,4 +1,4 @@
-"""A run from the command line: networks, judges, rewards, optimizers, each placed on its device."""
+"""A run from the command line: networks, judges, rewards, optimizers, each placed on its device and compiled."""
 
 import argparse
 import json
@@ -10,29 +10,27 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from train_cc.distillation import turns
-from train_cc.distillation.parts import parts_of
 from train_cc.distillation.run import Run, trainable
+from train_cc.distillation.state import parts_of
 from train_cc.draws import Draws
 from train_cc.io.class_names import dataset_of
 from train_cc.io.errors import InputError
 from train_cc.io.fields import of
 from train_cc.io.remote import hub_name, model_folder
 from train_cc.io.weights import GENERATION_CONFIG
-from train_cc.models.estimator import CHECKED_STEPS, ScoreEstimator
+from train_cc.models.estimator import CHECKED_STEPS, MARGIN, ScoreEstimator, overflowing
 from train_cc.models.generator import GenerationConfig, build_generator, generator_lora_rank
-from train_cc.models.half import MARGIN, overflowing
 from train_cc.models.lora import hold_frozen_in
+from train_cc.models.network import SiTBlock
 from train_cc.models.sit import SiT, choose_attention
 from train_cc.models.vae import require_decoder
-from train_cc.rewards.build import Fit, build_rewards, judges_sha256, place_judge
-from train_cc.rewards.networks import Networks
+from train_cc.rewards.build import Fit, Networks, build_rewards, judges_sha256, place_judge
 from train_cc.rewards.spec import rewards_of
 from train_cc.rewards.terms import Reward, Scorer
-from train_cc.run.ema import Average
 from train_cc.run.session import COMPUTE_DTYPES, Learner, Session
+from train_cc.run.states import Average
 from train_cc.samplers import euler_sample
 from train_cc.settings import Method, Optimisation, Output
-from train_cc.setup.compiler import compiler_works
 
 CHECK = 5  # first key of the draws, after the seed, of the batch that users' functions and fp16 are checked on
 SAMPLED = 4  # samples that decoder and judges are checked on in fp16
@@ -268,3 +266,64 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     run.parts = parts_of(run)
     run.generator_terms, run.estimator_terms = [turns.matching, turns.rewards], [turns.velocity_matching]
     return run
+
+
+# The compiler --------------------------------------------------------------------------------------------------------
+
+
+RECOMPILE_LIMIT = 64  # both networks, with and without gradient, autocast, batch sizes; torch's own is 8
+
+
+def configure_compiler() -> None:
+    """Blocks are compiled whole, and for every case that a run has, rather than left uncompiled from some point on.
+
+    DDP would have torch cut a block's graph at the ends of its buckets; gradients of one block after another overlap
+    with their reduction without that. Small kernels that do not wait for one another, such as the casts of weights,
+    become one where that is faster by the card's own clock.
+    """
+    torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._inductor.config.combo_kernels = True
+    torch._inductor.config.benchmark_combo_kernel = True
+
+
+def require_compiler() -> None:
+    """Compile and run a small block of the networks, forward and backward, under autocast, at two batch sizes.
+
+    Raises `InputError` if `torch.compile` cannot do it on this machine.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    block = SiTBlock(hidden_size=64, num_heads=2, mlp_ratio=4.0).to(device)
+    try:
+        compiled = torch.compile(lambda x: block(x, x.mean(dim=1)))
+        for batch in (2, 3):
+            x = torch.zeros(batch, 16, 64, device=device, requires_grad=True)
+            with torch._dynamo.config.patch(suppress_errors=False), torch.autocast(device):
+                out = compiled(x)
+            out.float().sum().backward()
+    except Exception as error:  # whatever the missing piece raises
+        words = " ".join(str(error).strip().splitlines()[:2])
+        missing = "Triton" if device == "cuda" else "a C++ compiler such as g++"
+        raise InputError(
+            f"--compile found no working compiler on this machine: {missing} is needed, and did not compile a small "
+            f"block, forward and backward. Install it, or leave --compile away ({type(error).__name__}: {words})"
+        ) from error
+
+
+def compiler_works(asked: bool | str, session: Session) -> bool:
+    """True if blocks are compiled, as ``asked``: "auto" is only on CUDA, if a compiler is found; else the log says so.
+
+    Raises `InputError` where it was asked for, and there is none.
+    """
+    if not asked or (asked == "auto" and session.device.type != "cuda"):
+        return False
+    configure_compiler()
+    try:
+        require_compiler()
+    except InputError as error:
+        if asked != "auto":
+            raise
+        session.notes.append(f"WARNING: nothing is compiled, and every update takes longer: {error}")
+        return False
+    torch._dynamo.config.suppress_errors = asked == "auto"  # a block that cannot be compiled runs as it is
+    return True

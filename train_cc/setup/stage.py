@@ -1,25 +1,201 @@
-"""One stage from a validated command line to its end: the command that starts a run also resumes it."""
+"""One stage from a validated command line to its end: the command that starts a run also resumes it.
+
+The start is found under the lock: a checkpoint of the run's own folder, one of another, or nothing.
+"""
 
 import argparse
 import contextlib
 import hashlib
+import json
+import os
+import re
 import sys
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from train_cc.distillation.loop import train
 from train_cc.distillation.run import Run, trainable
 from train_cc.distillation.state import restore
-from train_cc.io.errors import InputError
-from train_cc.io.fields import replaced
-from train_cc.io.products import locked
+from train_cc.io.errors import InputError, saying
+from train_cc.io.fields import flag_of, marked, replaced
+from train_cc.io.products import (
+    RECORD,
+    check_output_dir,
+    check_parent,
+    commit,
+    locked,
+    need_space,
+    record,
+    record_of,
+    write_record,
+)
+from train_cc.io.read import shown
 from train_cc.io.remote import model_folder, pinned
-from train_cc.io.saying import saying
 from train_cc.io.weights import WEIGHTS_NAME
-from train_cc.run.checkpoint import Checkpoint
-from train_cc.run.folder import clear_output_dir
+from train_cc.run.checkpoint import (
+    Checkpoint,
+    complete_steps,
+    delete_checkpoint,
+    delete_leftovers,
+    newest_intact,
+    open_checkpoint,
+    rotate_checkpoints,
+    set_aside,
+    units_path,
+)
+from train_cc.run.folder import check_writable, clear_output_dir, exported_step, is_run, is_unused
 from train_cc.run.logbook import log_to, logger
 from train_cc.run.session import on_main, open_session
+from train_cc.setup.arguments import GROUPS
 from train_cc.setup.build import build
-from train_cc.setup.start import Start, check_own, find_start, go_back, write_run_record
+
+
+@dataclass
+class Start:
+    """``continues``: in its own folder. ``damaged``: newer checkpoints there, by step, and what is wrong with them."""
+
+    checkpoint: Checkpoint | None
+    continues: bool
+    damaged: dict[int, str] = field(default_factory=dict)
+    finished: str = ""  # not empty: nothing is left to do, in words
+
+
+def check_own(args: argparse.Namespace) -> None:
+    """The output folder is empty, or a run of ours to continue or replace. Raises `InputError`; writes nothing."""
+    folder = args.output_dir
+    check_parent(folder / RECORD)
+    check_parent(units_path(folder / "checkpoints", 1))  # a link to storage that is not there is no empty run
+    if is_unused(folder) or is_run(folder) or complete_steps(folder / "checkpoints"):
+        return
+    raise InputError(
+        f"the output folder {folder} is not empty, and no training run wrote it: choose another --output-dir"
+    )
+
+
+def find_start(stage: str, args: argparse.Namespace, space: int) -> Start:
+    """The start of the run; call it with the lock held.
+
+    Raises `InputError` for an output folder that holds something which this run would neither continue nor replace,
+    a checkpoint that is not whole, or a disk with less than ``space`` bytes. Changes nothing.
+    """
+    check_own(args)
+    start = _search(args)
+    checkpoint = start.checkpoint
+    if checkpoint is None and stage == "dmdr_refl":
+        raise InputError("--resume-ckpt is missing: this stage starts from a cold start's torch_units/step-N.pt")
+    if checkpoint is not None:
+        start.finished = what_is_left(args, start)
+        if start.finished:
+            return start
+        for name, default in marked("lasting", *GROUPS.values()).items():
+            flag, own, theirs = flag_of(name), getattr(args, name), checkpoint.units["arguments"].get(name, default)
+            if own != theirs:
+                raise InputError(f"{flag} is {own}, but {checkpoint.path} was made with {flag} {theirs}: give that one")
+    check_writable(args.output_dir)
+    need_space(args.output_dir, space)
+    return start
+
+
+def _search(args: argparse.Namespace) -> Start:
+    own = args.output_dir / "checkpoints"
+    resumes = args.auto_resume and not args.overwrite
+    if resumes:
+        checkpoint, damaged = newest_intact(own)
+        if checkpoint is not None:
+            return Start(checkpoint, continues=True, damaged=damaged)
+    source = args.resume_ckpt
+    if source is not None and Path(os.path.realpath(own)) in Path(os.path.realpath(source)).parents:
+        return Start(open_checkpoint(source), continues=True)
+    if not (resumes and died_early(args.output_dir)) and not is_unused(args.output_dir):
+        if args.overwrite and not is_run(args.output_dir):
+            raise InputError(f"{args.output_dir} has no {RECORD} of a training run: --overwrite deletes nothing there")
+        check_output_dir(args.output_dir, args.overwrite)
+    return Start(open_checkpoint(source) if source is not None else None, continues=False)
+
+
+def died_early(folder: Path) -> bool:
+    """True if a run was killed here before its first checkpoint: the same command starts again.
+
+    Not where the log or an exported generator tells of checkpoints that are gone: they were moved.
+    """
+    if not is_run(folder) or complete_steps(folder / "checkpoints"):
+        return False
+    if exported_step(folder) is not None or (folder / "generator" / "config.json").exists():
+        return False
+    log = folder / "log.txt"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return not re.search(r"^\S+ \S+ checkpoint ", text, re.MULTILINE)
+
+
+def what_is_left(args: argparse.Namespace, start: Start) -> str:
+    """Words for a run that is finished; "" where there is something to do. Raises `InputError` for going backwards."""
+    step, steps, folder = start.checkpoint.step, args.max_train_steps, args.output_dir
+    if step < steps:
+        return ""
+    if not start.continues:
+        raise InputError(
+            f"--max-train-steps is {steps}, counted over both stages, and {start.checkpoint.path} is at step {step} "
+            "already: nothing would be trained"
+        )
+    if exported_step(folder) == step:
+        told = other_flags(args, folder, start.checkpoint)
+        asked = f" It was asked for with other flags, which change nothing now: {told}." if told else ""
+        return (
+            f"step {step} of --max-train-steps {steps}: nothing is left to train, and nothing was written. "
+            f"{folder} is as it was.{asked}"
+        )
+    if step > steps:
+        raise InputError(f"--max-train-steps is {steps}, but {folder} is at step {step} already; nothing was changed")
+    return ""
+
+
+def other_flags(args: argparse.Namespace, folder: Path, checkpoint: Checkpoint) -> str:
+    """Flags of this command that differ from the record of ``folder``, in words."""
+    recorded = record_of(folder).get("arguments") or checkpoint.units["arguments"]
+    asked = json.loads(json.dumps(vars(args), default=str))
+    told = [
+        f"{flag_of(name)} is {shown(asked[name])}, recorded {shown(recorded[name])}"
+        for name in asked.keys() & recorded.keys() - set(marked("start", *GROUPS.values()))
+        if asked[name] != recorded[name]
+    ]
+    return "; ".join(sorted(told))
+
+
+def go_back(args: argparse.Namespace, start: Start) -> None:
+    """Continuing ends what came later in the folder: damaged checkpoints are set aside, the rest is deleted."""
+    root, step = args.output_dir / "checkpoints", start.checkpoint.step
+    for later, told in start.damaged.items():
+        logger.warning("WARNING: %s. It is set aside, and the run continues from step %d", told, step)
+        set_aside(root, later)
+    for later in complete_steps(root):
+        if later > step:
+            delete_checkpoint(root, later)
+            logger.info("deleted the checkpoint of step %d: the run went back to step %d", later, step)
+    delete_leftovers(root)
+    rotate_checkpoints(root, args.keep_checkpoints, args.resume_ckpt)  # a kill can come between a checkpoint and that
+
+
+def write_run_record(stage: str, args: argparse.Namespace, start: Start, hashes: dict[str, str]) -> None:
+    """args.json. A run that continues with other arguments keeps the earlier commands, each with where it started."""
+    step = start.checkpoint.step if start.checkpoint is not None else 0
+    path, earlier = args.output_dir / RECORD, []
+    if start.continues:
+        before = record_of(args.output_dir)
+        if not before and path.exists():
+            os.replace(path, path.with_name(RECORD + ".damaged"))
+        earlier = before.get("earlier") if isinstance(before.get("earlier"), list) else []
+        if before and (before["stage"] != stage or other_flags(args, args.output_dir, start.checkpoint)):
+            told = ("stage", "command", "arguments", "from_step")
+            earlier = [*earlier, {name: before[name] for name in told if name in before}]
+        elif before:
+            step = before.get("from_step", step)
+    content = {"command": sys.argv, "commit": commit(), "from_step": step, "sha256": hashes, "earlier": earlier}
+    content["job"] = os.environ.get("SLURM_JOB_ID")
+    write_record(args.output_dir, record(stage, vars(args), **content))
+
+
+# The stage -----------------------------------------------------------------------------------------------------------
+
 
 ENDS = 1 << 20  # bytes of a file's beginning and end that every process compares
 
