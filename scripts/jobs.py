@@ -186,7 +186,8 @@ def words_of(text: object, where: str) -> list[str]:
     try:
         words = [string.Template(word).substitute(os.environ) for word in shlex.split(text)]
     except KeyError as error:
-        raise InputError(f"{where}: set the variable {error.args[0]}, or use the script in scripts/") from None
+        problem = f"the variable {error.args[0]} is not set: set it, or use the script in scripts/"
+        raise InputError(f"{where}: {problem}") from None
     except ValueError as error:
         expected = "flags quoted as in a shell are expected, $$ for a plain $"
         raise InputError(f"{where} is {text[:80]!r}; {expected} ({error})") from None

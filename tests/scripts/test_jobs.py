@@ -168,7 +168,7 @@ def test_what_nobody_makes_and_what_is_not_set_is_an_error(tmp_path, monkeypatch
     with pytest.raises(InputError, match="waits for x, which nobody makes"):
         run_all([Job("d", iter(()), needs=["x"])], 1, {})
     monkeypatch.delenv("DIGITS", raising=False)
-    with pytest.raises(InputError, match="set the variable DIGITS"):
+    with pytest.raises(InputError, match="the variable DIGITS is not set"):
         read_jobs(ROOT / "scripts/recipes/digits.toml", ["teacher"])
     monkeypatch.setenv("DIGITS", str(tmp_path))
     with pytest.raises(InputError, match=r"nonsense is no job of .*; allowed: teacher, classifiers, "):
