@@ -12,7 +12,7 @@ import pytest
 
 from scripts.jobs import Job, finished, read_jobs, run_all, time_left
 from tests import ROOT
-from tests.scripts.test_launchers import as_in_a_terminal
+from tests.scripts.test_launch import as_in_a_terminal
 from train_cc.io.errors import InputError
 
 RUN = """
