@@ -25,7 +25,9 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 @exits_on_input_error
 def program(what: str, folder: Path) -> None:
     """What the launched processes do."""
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ.get("RANK", 0))
+    if what == "plan":
+        print(os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"], file=sys.stderr)
     if what == "message in all" or (what == "message in one" and rank == 1):
         raise InputError("the teacher is nowhere")
     if what == "bug":
@@ -35,14 +37,14 @@ def program(what: str, folder: Path) -> None:
         time.sleep(120)
     if what == "code":
         raise SystemExit(7)
-    if what == "killed" and rank == 1:
+    if what in ("killed", "hangs") and rank == 1:
         while not (folder / "up-0").exists():
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGKILL)
-    if what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL) if what == "killed" else sys.exit(3)
+    if what in ("killed", "hangs"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in an update: it notices by its lost connection
         (folder / "up-0").touch()
-        time.sleep(0.5)
+        time.sleep(0.5 if what == "killed" else 600)
         raise RuntimeError("Connection closed by peer")
     if what == "sleep":
         (folder / f"up-{rank}").touch()
@@ -69,9 +71,9 @@ class Late:
         open(self.trace, "w").close()
 
 
-def launch(what: str, folder: Path, **variables: str) -> subprocess.Popen:
+def launch(what: str, folder: Path, *more: str, **variables: str) -> subprocess.Popen:
     environment = os.environ | NO_GPU | {"NUM_PROCESSES": "2"} | variables
-    command = [sys.executable, "-m", "scripts.launch", "tests.scripts.test_launch", what, str(folder)]
+    command = [sys.executable, "-m", "scripts.launch", "tests.scripts.test_launch", what, str(folder), *more]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
     )
@@ -104,13 +106,14 @@ AFTER_IT = ["process 0 after it: RuntimeError: Connection closed by peer"]
         ("message in one", 2, "error: the teacher is nowhere", []),
         ("bug", 1, "ZeroDivisionError: in process", None),
         ("code", 7, "", []),
+        pytest.param("hangs", 3, "", [], marks=pytest.mark.slow),  # for half a minute
         ("killed", 137, "error: process 1 was ended by SIGKILL", AFTER_IT),
         ("done", 0, "", []),
     ],
 )
 def test_messages_are_shown_once_and_the_exit_code_is_that_of_the_processes(tmp_path, what, code, words, more):
     launcher = launch(what, tmp_path)
-    _, shown = launcher.communicate(timeout=90)
+    _, shown = launcher.communicate(timeout=25 if what != "hangs" else 90)
     assert launcher.returncode == code, shown
     assert shown.count(words) == 1 if words else shown == ""
     assert shown.count("Traceback") == (what == "bug")
@@ -156,14 +159,19 @@ def test_a_signal_before_training_ends_all_quietly(tmp_path, number):
     assert not psutil.wait_procs(workers, timeout=5)[1]
 
 
-@pytest.mark.slow
 def test_two_nodes_on_one_machine(tmp_path):
     nodes = {"NUM_NODES": "2", "MAIN_ADDRESS": "127.0.0.1", "MAIN_PORT": "29871"}
-    for what, code in (("done", 0), ("message in all", 2)):
+    for what, code in (("ends", 0), ("message in all", 2)):
         both = [launch(what, tmp_path, NODE_RANK=str(rank), **nodes) for rank in (0, 1)]
-        shown = [launcher.communicate(timeout=120)[1] for launcher in both]
+        shown = [launcher.communicate(timeout=90)[1] for launcher in both]
         assert [launcher.returncode for launcher in both] == [code, code], shown
         assert all(each.count("the teacher is nowhere") == (code == 2) for each in shown)
+    assert {file.name for file in tmp_path.iterdir()} == {"exit-0", "exit-1"}
+
+
+def test_a_plan_is_made_by_one_process_without_nodes_to_meet(tmp_path):
+    launcher = launch("plan", tmp_path, "--dry-run", NUM_NODES="2", NUM_PROCESSES="16")
+    assert launcher.communicate(timeout=90)[1] == "16 8\n"
 
 
 # Numbers ----------------------------------------------------------------------------------------------------------
