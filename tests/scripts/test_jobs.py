@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def test_a_signal_stops_all_jobs_and_waits_for_them(tmp_path, number):
 
 
 MODULE = """
-import os, sys
+import os
 from pathlib import Path
 
 def main(words):
@@ -115,20 +116,25 @@ def main(words):
     if "--stops" not in words:
         Path(words[1]).touch()
 """
+LAUNCHER = 'echo "in $$"; [ "$1" = --stops ] || touch "$OUTPUT_DIR"'
 
 
-def test_modules_run_in_turn_in_one_process_until_one_is_not_finished(tmp_path):
+@pytest.mark.parametrize("command", ["some_command --output {}", "OUTPUT_DIR={} bash {}/../launcher.sh"])
+def test_commands_of_a_job_run_in_turn_until_one_is_not_finished(tmp_path, command):
+    """Modules in one process, launchers each in its own."""
     (tmp_path / "some_command.py").write_text(MODULE)
-    made = [
-        f"some_command --output {tmp_path}/{name} {more}" for name, more in (("a", ""), ("b", "--stops"), ("c", ""))
-    ]
+    (tmp_path / "launcher.sh").write_text(LAUNCHER)
+    (tmp_path / "made").mkdir()
+    made = [command.format(tmp_path / "made" / name, tmp_path / "made") for name in "abc"]
+    made[1] += " --stops"
     (tmp_path / "jobs.toml").write_text(f"logs = '{tmp_path}/logs'\n[a]\ntitle = 'a'\ncommands = {made}\n")
-    command = [sys.executable, "-m", "scripts.jobs", str(tmp_path / "jobs.toml")]
+    words = [sys.executable, "-m", "scripts.jobs", str(tmp_path / "jobs.toml")]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and f"error: {tmp_path}/b is not finished; the same command continues" in done.stderr
-    first, second, _ = (tmp_path / "logs" / "1-a.txt").read_text().splitlines()
-    assert first == second and (tmp_path / "a").exists() and not (tmp_path / "c").exists()
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and f"{tmp_path}/made/b is not finished; the same command continues" in done.stderr
+    first, second = re.findall(r"^in (\d+)$", (tmp_path / "logs" / "1-a.txt").read_text(), re.MULTILINE)
+    assert (first == second) == ("bash" not in command)
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["a"]
 
 
 def test_what_is_finished(tmp_path):
