@@ -168,9 +168,9 @@ def check_script(script: str, words: list[str], command: Command) -> None:
     if command.quoted and ("*" in script or shutil.which(script)):
         return
     text = (ROOT / script).read_text()
-    sources = "".join(path.read_text() for path in (ROOT / "scripts").rglob("*") if path.suffix in (".sh", ".py"))
+    sources = text + "".join((ROOT / "scripts" / name).read_text() for name in ("env.sh", "launch.py"))
     for name in command.variables:
-        assert name.startswith(("OMP_", "CUDA_", "HF_")) or name in sources, f"{script} reads no {name}"
+        assert name.startswith(("OMP_", "CUDA_", "HF_")) or re.search(rf"\b{name}\b", sources), f"{script}: {name}"
     for pattern, (module, needed, folders) in OF_LAUNCHERS.items():
         if re.fullmatch(pattern, script) and (words or not command.quoted):
             assert len(words) >= folders and not any(word.startswith("-") for word in words[:folders])
