@@ -1,4 +1,4 @@
-# Sourced by the other scripts: goes to the repository's root, makes sure of the environment, defines `launch`.
+# Sourced by the other scripts: goes to the repository's root, makes sure of the environment, defines `launch` and `run`.
 # An active environment that satisfies requirements.txt is used as it is; so is one that uv made, after `uv pip` has
 # installed what it lacks. Otherwise .venv, made and filled on first use.
 set -euo pipefail
@@ -6,16 +6,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 UNFINISHED=.dmdr-installing # is in an environment while we install into it: found later, that was interrupted
 
+refuse() { echo "error: $1" >&2; exit 2; }
+
 satisfied() { # PREFIX: does `python` have everything that requirements.txt asks for, installed to the end?
     [ ! -e "$1/$UNFINISHED" ] && python - <<'PYTHON' 2>/dev/null
 from importlib.metadata import version
 from packaging.requirements import Requirement  # of several libraries; where it is missing, they are
-for line in open("requirements.txt"):
-    if line := line.partition("#")[0].strip():
-        wanted = Requirement(line)
-        needed = wanted.marker is None or wanted.marker.evaluate()
-        if needed and not wanted.specifier.contains(version(wanted.name), prereleases=True):
-            raise SystemExit(1)
+lines = [line.partition("#")[0].strip() for line in open("requirements.txt")]
+for wanted in map(Requirement, filter(None, lines)):
+    needed = wanted.marker is None or wanted.marker.evaluate()
+    if needed and not wanted.specifier.contains(version(wanted.name), prereleases=True):
+        raise SystemExit(1)
 PYTHON
 }
 
@@ -29,24 +30,18 @@ fill() { # PREFIX: install requirements.txt for `python`; after an interruption 
     elif command -v uv >/dev/null; then
         uv pip install --quiet --python "$(command -v python)" ${again:+--reinstall} -r requirements.txt
     else
-        echo "error: $1 has neither pip nor uv to install requirements.txt with; install one, or remove $1" >&2
-        exit 2
+        refuse "$1 has neither pip nor uv to install requirements.txt with; install one, or remove $1"
     fi
     rm -f "$1/$UNFINISHED"
 }
 
 make_venv() { # venv writes bin/activate last: without it .venv is what an interrupted start has left
-    if [ -x .venv/bin/python ] && [ -f .venv/bin/activate ]; then
-        return
-    fi
+    [ ! -x .venv/bin/python ] || [ ! -f .venv/bin/activate ] || return 0
     if [ -e .venv ] && [ ! -f .venv/pyvenv.cfg ] && [ -n "$(find .venv/ -type f -print -quit)" ]; then
-        echo "error: .venv is here and is no Python environment; move it" >&2
-        exit 2
+        refuse ".venv is here and is no Python environment; move it"
     fi
-    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        echo "error: Python 3.10 or newer is needed; python3 is $(python3 --version 2>&1 || true)" >&2
-        exit 2
-    fi
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        refuse "Python 3.10 or newer is needed; python3 is $(python3 --version 2>&1 || true)"
     python3 -m venv --clear .venv
 }
 
@@ -86,15 +81,11 @@ run() {
     return "$code"
 }
 
-# What a small recipe calls first: its batch is that of one process.
-one_process_unless_asked() {
+one_process_unless_asked() { # what a small recipe calls first: its batch is that of one process
     [ -n "${ACCELERATE_CONFIG:-}${NUM_NODES:-}" ] || export NUM_PROCESSES="${NUM_PROCESSES:-1}"
 }
 
-# two_folders "$@": what a script of evaluation is given first.
-two_folders() {
-    if [ $# -lt 2 ] || [[ "$1" == -* || "$2" == -* ]]; then
-        echo "error: two folders are expected: bash $0 GENERATOR_FOLDER OUTPUT_FOLDER [flags]" >&2
-        exit 2
-    fi
+two_folders() { # "$@": what a script of evaluation is given first
+    [[ $# -ge 2 && "$1" != -* && "$2" != -* ]] ||
+        refuse "two folders are expected: bash $0 GENERATOR_FOLDER OUTPUT_FOLDER [flags]"
 }

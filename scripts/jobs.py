@@ -67,35 +67,41 @@ def run_all(jobs: list[Job], at_once: int, environment: Mapping[str, str]) -> No
     def ready() -> list[Job]:
         return [job for job in waiting if done.issuperset(job.needs)]
 
-    with signals_received() as received, stopped_at_the_end(running):
-        while waiting or running:
-            while ready() and len(running) < at_once:
-                waiting.remove(job := ready()[0])
-                job.command, job.began = next(job.commands, None), time.monotonic()
-                left = time_left(seconds, len(waiting) + len(running) + 1, at_once)
-                line = job.title or ", ".join(filter(None, [job.name, left]))
-                line = f"{line}; log: {job.log}" if job.log else line
-                line = line if job.command else f"{job.name}: kept"
-                print(f"[{len(jobs) - len(waiting)}/{len(jobs)}] {line}", flush=True)
-                running.append(job) if job.command else done.add(job.name)
-            if waiting and not running and not ready():
-                needs = ", ".join(set(waiting[0].needs) - done)
-                raise InputError(f"{waiting[0].name} waits for {needs}, which nobody makes")
-            beside = at_once > 1 and len(running) + len(ready()) > 1
-            for job in running:
-                if job.command is not None:
-                    start(job, environment, beside)
-            time.sleep(0.1 if running else 0)
-            if received:
-                raise SystemExit(128 + received[0])
-            for job in [job for job in running if job.process.poll() is not None]:
-                if job.process.returncode:
-                    fail(job)
-                job.command = next(job.commands, None)
-                if job.command is None:
-                    running.remove(job)
-                    done.add(job.name)
-                    seconds.append(time.monotonic() - job.began)
+    with signals_received() as received:
+        try:
+            while waiting or running:
+                while len(running) < at_once and (job := next(iter(ready()), None)):
+                    waiting.remove(job)
+                    job.command, job.began = next(job.commands, None), time.monotonic()
+                    left = time_left(seconds, len(waiting) + len(running) + 1, at_once)
+                    line = (job.title or job.name + left) if job.command else f"{job.name}: kept"
+                    line += f"; log: {job.log}" if job.command and job.log else ""
+                    print(f"[{len(jobs) - len(waiting)}/{len(jobs)}] {line}", flush=True)
+                    running.append(job) if job.command else done.add(job.name)
+                if waiting and not running:
+                    needs = ", ".join(set(waiting[0].needs) - done)
+                    raise InputError(f"{waiting[0].name} waits for {needs}, which nobody makes")
+                beside = at_once > 1 and len(running) + len(ready()) > 1
+                for job in running:
+                    if job.command:
+                        start(job, environment, beside)
+                time.sleep(0.1 if running else 0)
+                if received:
+                    raise SystemExit(128 + received[0])
+                for job in [job for job in running if job.process.poll() is not None]:
+                    if job.process.returncode:
+                        raise SystemExit(failure(job))
+                    job.command = next(job.commands, None)
+                    if not job.command:
+                        running.remove(job)
+                        done.add(job.name)
+                        seconds.append(time.monotonic() - job.began)
+        finally:  # trainings that still run write their checkpoint first
+            alive = [job.process for job in running if job.process and job.process.poll() is None]
+            for process in alive:
+                os.killpg(process.pid, signal.SIGTERM)
+            for process in alive:
+                process.wait()
 
 
 @contextlib.contextmanager
@@ -111,19 +117,6 @@ def signals_received() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def stopped_at_the_end(running: list[Job]) -> Iterator[None]:
-    """Ask the jobs that still run to end, and wait for them: trainings write their checkpoint first."""
-    try:
-        yield
-    finally:
-        alive = [job.process for job in running if job.process is not None and job.process.poll() is None]
-        for process in alive:
-            os.killpg(process.pid, signal.SIGTERM)
-        for process in alive:
-            process.wait()
-
-
 def start(job: Job, environment: Mapping[str, str], beside: bool) -> None:
     """Start the job's command in a session of its own, so that what it starts is stopped with it.
 
@@ -132,24 +125,23 @@ def start(job: Job, environment: Mapping[str, str], beside: bool) -> None:
     # Unbuffered: an error is the last line of its log.
     variables = {"PYTHONUNBUFFERED": "1"} | ({"GOMP_SPINCOUNT": "0"} if beside else {})
     variables |= dict(environment) | job.command.variables
-    if job.log is not None:
+    if job.log:
         job.log.parent.mkdir(parents=True, exist_ok=True)
-    log = job.log.open("ab" if job.process else "wb") if job.log else contextlib.nullcontext()
-    with log as file:
+    with job.log.open("ab" if job.process else "wb") if job.log else contextlib.nullcontext() as file:
         options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "start_new_session": True}
         job.process = subprocess.Popen(job.command.words, cwd=ROOT, env=variables, **options)
     job.command = None
 
 
-def fail(job: Job) -> None:
-    """Show the end of the job's log, and leave with its exit code."""
+def failure(job: Job) -> int:
+    """The exit code of a failed job; shows the end of its log."""
     code = job.process.returncode if job.process.returncode > 0 else 128 - job.process.returncode
     lines = [f'"{job.name}" failed with exit code {code}']
-    if job.log is not None:
+    if job.log:
         text = job.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
         lines = [f"{lines[0]}; the end of {job.log}:", *text.splitlines()[-TAIL:]]
     report("\n".join(lines))
-    raise SystemExit(code)
+    return code
 
 
 def time_left(seconds: list[float], jobs: int, at_once: int) -> str:
@@ -157,7 +149,7 @@ def time_left(seconds: list[float], jobs: int, at_once: int) -> str:
     if not seconds:
         return ""
     minutes = sum(seconds) / len(seconds) * jobs / min(at_once, jobs) / 60
-    return f"about {minutes:.0f} min left" if minutes < 120 else f"about {minutes / 60:.1f} h left"
+    return f", about {minutes:.0f} min left" if minutes < 120 else f", about {minutes / 60:.1f} h left"
 
 
 # Products ---------------------------------------------------------------------------------------------------------
@@ -194,23 +186,21 @@ def words_of(text: object, where: str) -> list[str]:
     try:
         words = [string.Template(word).substitute(os.environ) for word in shlex.split(text)]
     except KeyError as error:
-        raise InputError(
-            f"{where}: the variable {error.args[0]} is not set: set it, or use the script in scripts/"
-        ) from None
+        problem = f"the variable {error.args[0]} is not set: set it, or use the script in scripts/"
+        raise InputError(f"{where}: {problem}") from None
     except ValueError as error:
-        raise InputError(
-            f"{where} is {text[:80]!r}; flags quoted as in a shell are expected, $$ for a plain $ ({error})"
-        ) from None
+        expected = "flags quoted as in a shell are expected, $$ for a plain $"
+        raise InputError(f"{where} is {text[:80]!r}; {expected} ({error})") from None
     return [word for word in words if word]
 
 
 def read_jobs(file: Path, names: list[str]) -> list[Job]:
-    """The jobs of ``file``, or those of ``names``. Raises `InputError`."""
+    """The jobs of ``file``, or those of ``names``; needs that are not among them count as met. Raises `InputError`."""
     content = tomllib.loads(file.read_text(encoding="utf-8"))
     (logs,) = words_of(content.pop("logs"), f"{file}: logs")
     if unknown := [name for name in names if name not in content]:
         raise InputError(f"{', '.join(unknown)} is no job of {file}; allowed: {', '.join(content)}")
-    names, jobs = list(dict.fromkeys(names or content)), []
+    jobs, names = [], list(dict.fromkeys(names or content))
     for number, name in enumerate(names, 1):
         each = content[name]
         commands = [read_command(f"{each.get('common', '')} {text}", name) for text in each["commands"]]
@@ -218,6 +208,13 @@ def read_jobs(file: Path, names: list[str]) -> list[Job]:
         needs = [other for other in each.get("needs", ()) if other in names]
         jobs.append(Job(name, commands_of(commands, each.get("always", False)), log, needs, each["title"]))
     return jobs
+
+
+def read_command(text: str, name: str) -> Command:
+    """``text``: NAME=VALUE for the variables, a module or bash, and flags."""
+    words = words_of(text, name)
+    variables = dict(word.split("=", 1) for word in itertools.takewhile(re.compile("[A-Z_]+=").match, words))
+    return Command(words[len(variables) :], variables)
 
 
 def commands_of(commands: list[Command], always: bool) -> Iterator[Command]:
@@ -230,13 +227,6 @@ def commands_of(commands: list[Command], always: bool) -> Iterator[Command]:
     for command in left:
         yield command
         require_finished(command)
-
-
-def read_command(text: str, name: str) -> Command:
-    """``text``: NAME=VALUE for the variables, a module or bash, and flags."""
-    words = words_of(text, name)
-    variables = dict(word.split("=", 1) for word in itertools.takewhile(re.compile("[A-Z_]+=").match, words))
-    return Command(words[len(variables) :], variables)
 
 
 def run_in_turn(words: list[str]) -> None:

@@ -1,49 +1,53 @@
 """Start a module as one process a visible GPU, or one on the CPU: `python -m scripts.launch train_cc.cold_start FLAGS`.
 
 NUM_PROCESSES and ACCELERATE_CONFIG override; with several nodes: NUM_NODES, NODE_RANK, MAIN_ADDRESS, MAIN_PORT, where
-NUM_PROCESSES counts those of all nodes. One process needs no launcher, and is not given one. Several are torchrun's,
-with three differences: their messages are shown once, and the exit code is theirs; a signal is handed on to them, and
-they are waited for, however long a checkpoint takes; and they end if the launcher was killed.
+NUM_PROCESSES counts those of all nodes. One process needs no launcher, and has none. Several get torchrun's variables,
+but their messages are shown once, and the exit code is theirs; a signal is handed on to them, and they are waited for,
+however long a checkpoint takes (torchrun kills after 30 s below torch 2.12); and they end if the launcher was killed.
 """
 
 import atexit
 import contextlib
-import itertools
-import logging
 import os
 import runpy
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from scripts.jobs import signals_received
-from train_cc.io.errors import InputError, exits_on_input_error, report, saying
+from train_cc.io.errors import InputError, exits_on_input_error, report
 from train_cc.io.processes import count_of, devices_listed, gpus_shown, require_alone
 from train_cc.io.read import parsing
 from train_cc.io.threads import share_cores
 
 MOST_ON_A_NODE = 256
+GRACE = 30  # seconds from the first failure until the other processes are killed
 CONFIG = "an accelerate config, such as those in scripts/accelerate/,"
+KINDS, PRECISIONS = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP"), ("no", "fp16", "bf16")
 # Sections of an accelerate config that ask for what this project does not do.
 NOT_DONE = ("deepspeed_config", "megatron_lm_config", "dynamo_config", "parallelism_config", "fp8_config", "tpu_config")
 
 
-@dataclass(frozen=True)
-class Plan:
+# The number of processes ------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
     """``processes`` over all nodes; ``environment``: variables of each."""
 
     processes: int
     nodes: int
     environment: dict[str, str]
     rank: int = 0
-    address: str = ""
-    port: int = 29500
+    address: str = "127.0.0.1"
+    port: int = 0
 
 
 def visible_gpus(environment: Mapping[str, str]) -> int:
@@ -58,20 +62,16 @@ def read_config(path: Path) -> tuple[dict, dict[str, str]]:
     """
     import yaml
 
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"ACCELERATE_CONFIG is {path}, which {kind}; {CONFIG} is expected")
+    if not path.exists():
+        raise InputError(f"ACCELERATE_CONFIG is {path}, which does not exist; {CONFIG} is expected")
     with parsing(path, CONFIG):
         config = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
         fsdp = dict(config.get("fsdp_config") or {})
     if unused := [name for name in NOT_DONE if config.get(name)]:
         raise InputError(f"{path} has {', '.join(unused)}, which nothing here follows: remove it (--compile compiles)")
-    kind = str(config.get("distributed_type", "NO"))
-    precision = str(config.get("mixed_precision") or "no").lower()  # an unquoted no is False
-    for name, value, allowed in (
-        ("distributed_type", "NO" if kind == "False" else kind, ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP")),
-        ("mixed_precision", precision, ("no", "fp16", "bf16")),
-    ):
+    kind = config.get("distributed_type") or "NO"  # an unquoted no is False
+    precision = str(config.get("mixed_precision") or "no").lower()
+    for name, value, allowed in (("distributed_type", kind, KINDS), ("mixed_precision", precision, PRECISIONS)):
         if value not in allowed:
             raise InputError(f"{path}: {name} is {value}; allowed: {', '.join(allowed)}")
     variables = {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_USE_FSDP": str(kind == "FSDP").lower()}
@@ -95,18 +95,17 @@ def make_plan(environment: Mapping[str, str], dry: bool = False) -> Plan:
     processes = count_of(environment, "NUM_PROCESSES", 1, nodes * MOST_ON_A_NODE, usual)
     if processes % nodes:
         raise InputError(f"NUM_PROCESSES is {processes}; allowed: a multiple of the {nodes} nodes")
-    plan = processes, nodes, variables | {"NUM_PROCESSES": str(processes)}
+    plan = Plan(processes, nodes, variables | {"NUM_PROCESSES": str(processes)})
     if nodes == 1 or dry:
-        return Plan(*plan)
+        return plan
     address = environment.get("MAIN_ADDRESS") or str(config.get("main_process_ip") or "")
     if not address:
         raise InputError("MAIN_ADDRESS is missing: the address of node 0, for the others to meet there")
     if not environment.get("NODE_RANK"):
         raise InputError(f"NODE_RANK is missing: the number of this node, 0 to {nodes - 1}")
     rank = count_of(environment, "NODE_RANK", 0, nodes - 1, "")
-    return Plan(
-        *plan, rank, address, count_of(environment, "MAIN_PORT", 1, 65535, config.get("main_process_port") or 29500)
-    )
+    port = count_of(environment, "MAIN_PORT", 1, 65535, config.get("main_process_port") or 29500)
+    return plan._replace(rank=rank, address=address, port=port)
 
 
 # A process of several ---------------------------------------------------------------------------------------------
@@ -150,91 +149,64 @@ def end(code: int) -> None:
 # The launcher -----------------------------------------------------------------------------------------------------
 
 
-def torchrun(plan: Plan, words: list[str], errors: list[BaseException]) -> None:
-    """Run all processes of this node to their end. An error is appended to ``errors``."""
-    try:
-        from torch.distributed import run
-
-        for name in [name for name in os.environ if name.startswith("PET_")]:
-            del os.environ[name]  # torchrun's own flags, as a cluster sets them for its pods
-        logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # we say it ourselves
-        meet = ["--standalone"]
-        if plan.nodes > 1:
-            meet = ["--nnodes", plan.nodes, "--node_rank", plan.rank]
-            meet += ["--master_addr", plan.address, "--master_port", plan.port]
-        meet += ["--nproc_per_node", plan.processes // plan.nodes]
-        if visible_gpus(os.environ):
-            from accelerate.utils import check_cuda_p2p_ib_support
-
-            if not check_cuda_p2p_ib_support():  # some consumer cards: NCCL would wait for ever
-                os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
-        run.run(run.parse_args([*map(str, meet), "--module", "scripts.launch", "--work", *words]))
-    except BaseException as error:
-        errors.append(error)
-
-
 def run_processes(plan: Plan, words: list[str]) -> int:
-    """Run the processes, hand signals on to them, and wait. Returns the exit code of the job."""
-    import psutil
-
-    children, errors = psutil.Process().children, []
+    """Run this node's processes, hand signals on to them, and wait. Returns the exit code of the job."""
+    here, port = plan.processes // plan.nodes, plan.port
+    if not port:
+        with socket.create_server((plan.address, 0)) as server:
+            port = server.getsockname()[1]  # a free one
     with tempfile.TemporaryDirectory(prefix="dmdr-") as folder, signals_received() as received:
-        os.environ |= {"DMDR_ERRORS": folder, "DMDR_LAUNCHER": str(os.getpid())}
-        # Not in the main thread: there torch takes the signals for itself, and below 2.12 it always kills after 30 s.
-        thread = threading.Thread(target=torchrun, args=(plan, words, errors), daemon=True)
-        thread.start()
-        here = f"node {plan.rank} of {plan.nodes}: waiting for the other nodes at {plan.address}:{plan.port}"
-        with saying(here) if plan.nodes > 1 else contextlib.nullcontext():
-            while thread.is_alive() and not children():
-                thread.join(0.2)
-                if received and not children():
-                    print("stopped", file=sys.stderr)
-                    os._exit(128 + received[0])
-        handed_on = set()  # a process can begin after the signal, or be missed while the others are counted
-        while thread.is_alive():
-            thread.join(0.2)
-            for (count, number), process in itertools.product(enumerate(received), children()):
-                if (count, process.pid) not in handed_on:
-                    handed_on.add((count, process.pid))
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
-        os.environ.pop("DMDR_ERRORS")  # from here on `report` is for the terminal
-        return show(errors[0], Path(folder), received, plan) if errors else 0
+        variables = {"MASTER_ADDR": plan.address, "MASTER_PORT": port, "WORLD_SIZE": plan.processes}
+        variables |= {"LOCAL_WORLD_SIZE": here, "DMDR_ERRORS": folder, "DMDR_LAUNCHER": os.getpid()}
+        command, processes = [sys.executable, "-m", "scripts.launch", "--work", *words], {}
+        for place in range(here):
+            own = variables | {"RANK": plan.rank * here + place, "LOCAL_RANK": place}
+            environment = os.environ | {name: str(value) for name, value in own.items()}
+            processes[own["RANK"]] = subprocess.Popen(command, env=environment, start_new_session=True)
+        first, failed_at, handed_on = {}, 0.0, 0
+        while any(process.poll() is None for process in processes.values()):
+            time.sleep(0.1)
+            for number in received[handed_on:]:
+                handed_on += 1
+                send(number if number == signal.SIGINT else signal.SIGTERM, processes.values())
+            if not first and (first := failures(processes)):
+                failed_at = time.monotonic()
+                send(signal.SIGTERM, processes.values())
+            if first and time.monotonic() > failed_at + GRACE:
+                send(signal.SIGKILL, processes.values())
+        first = first or failures(processes)
+        return show(first, Path(folder), received) if first else 0
 
 
-def show(error: BaseException, folder: Path, received: list[int], plan: Plan) -> int:
-    """Show each message in ``folder`` once; the first process to fail is the cause. Returns the exit code."""
-    from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
+def failures(processes: Mapping[int, subprocess.Popen]) -> dict[int, int]:
+    """The ranks that failed, with their exit codes."""
+    return {rank: process.poll() for rank, process in processes.items() if process.poll()}
 
-    if isinstance(error, DistError | RendezvousError):
-        where = f"{plan.address}:{plan.port}" if plan.nodes > 1 else "this machine"
-        report(f"the processes could not meet at {where}: {str(error).splitlines()[0]}")
-        return 2
-    if not isinstance(error, ChildFailedError):
-        raise error
+
+def send(number: int, processes: Iterable[subprocess.Popen]) -> None:
+    """A signal to each process, SIGKILL to its children too."""
+    for process in processes:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
+
+
+def show(first: dict[int, int], folder: Path, received: list[int]) -> int:
+    """Show each message in ``folder`` once; ``first``, the first processes to fail, are the cause. Returns the code."""
     files = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns)
-    messages = dict.fromkeys(file.read_text() for file in files if file.name.startswith("rank-"))
-    if messages and files[0].name.startswith("rank-"):
-        for message in messages:
+    if files and files[0].name.startswith("rank-"):
+        for message in dict.fromkeys(file.read_text() for file in files if file.name.startswith("rank-")):
             report(message)
         return 2
     bugs = {file.name.removeprefix("bug-"): file.read_text() for file in files if file.name.startswith("bug-")}
-    # Ranks that torch itself ended (SIGTERM, and SIGKILL after 30 seconds) did not cause the failure.
-    first = min(failure.timestamp for failure in error.failures.values())
-    killed = {
-        rank: -failure.exitcode
-        for rank, failure in error.failures.items()
-        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM and failure.timestamp <= first + 5
-    }
-    if not received and not killed:
-        for rank, text in [*bugs.items()][:1]:
+    rank, code = min(first.items(), key=lambda item: item[1])  # a signal's is negative
+    if not received and code > 0:
+        for failed, text in [*bugs.items()][:1]:
             others = f", {len(bugs) - 1} more after it" if len(bugs) > 1 else ""
-            print(f"{text}error: process {rank} failed first, with the traceback above{others}", file=sys.stderr)
-        return 1 if bugs else max(1, max(failure.exitcode for failure in error.failures.values()))
-    rank, number = (None, received[0]) if received else next(iter(killed.items()))
-    if rank is not None:
+            print(f"{text}error: process {failed} failed first, with the traceback above{others}", file=sys.stderr)
+        return 1 if bugs else max(first.values())
+    number = received[0] if received else -code
+    if not received:
         out_of_memory = " (out of memory?)" if number == signal.SIGKILL else ""
         report(f"process {rank} was ended by {signal.Signals(number).name}{out_of_memory}; the others end with it")
     for later, text in bugs.items():  # such as of a compiler that the same signal ended
@@ -260,6 +232,11 @@ def main(words: list[str] | None = None) -> None:
         os.environ |= {"WORLD_SIZE": str(plan.processes), "LOCAL_WORLD_SIZE": str(here)}
     if dry or plan.processes == 1:
         os.execv(sys.executable, [sys.executable, "-m", *words])
+    if visible_gpus(os.environ):
+        from accelerate.utils import check_cuda_p2p_ib_support
+
+        if not check_cuda_p2p_ib_support():  # some consumer cards: NCCL would wait for ever
+            os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
     raise SystemExit(run_processes(plan, words))
 
 

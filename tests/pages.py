@@ -1,37 +1,40 @@
-"""The documentation as its tests read it: pages, their code blocks, and the commands in these."""
+"""The documentation as its tests read it: pages, their code blocks, commands, and the parsers that read these."""
 
 import importlib
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from unittest.mock import patch
 
 from tests import ROOT
 from train_cc.io import fields
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-# Launcher -> the command that reads the flags after it.
-OF_LAUNCHERS = {
-    r"scripts/cold_start_\w+\.sh": "train_cc.cold_start",
-    r"scripts/dmdr_\w+\.sh": "train_cc.dmdr_refl",
-    r"scripts/evaluate_\w+\.sh": "evaluation.generate",  # after two folders
-    r"scripts/frontier_\w+\.sh": "evaluation.frontier",
-    r"scripts/test\.sh": "pytest",
-}
-REQUIRED = {
-    "train_cc.cold_start": ["--teacher", "t", "--output-dir", "o"],
-    "train_cc.dmdr_refl": ["--teacher", "t", "--output-dir", "o"],
-    "evaluation.generate": ["--generator", "g", "--output", "s.npz"],
-    "evaluation.frontier": ["--recipe", "digits", "--output-dir", "o", "--teacher", "t"],
-}
+PACKAGES = ("train_cc", "evaluation", "convert_weight")
+BEGIN = r"(?:[A-Z_0-9]+=\S+ )*(?:bash|python3?|sbatch|accelerate|torchrun|pip|uv|hf)"
 
 
-@dataclass
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+
+
+# The modules of the packages that are commands.
+COMMANDS = sorted(
+    module_of(path)
+    for package in PACKAGES
+    for path in (ROOT / package).rglob("*.py")
+    if '\nif __name__ == "__main__":\n    main()' in path.read_text() or path.name == "__main__.py"
+)
+
+
+@dataclass(frozen=True)
 class Command:
     page: str
     text: str
-    variables: dict[str, str] = field(default_factory=dict)
-    words: list[str] = field(default_factory=list)
+    variables: dict[str, str]
+    words: list[str]
+    quoted: bool = False  # in a sentence, where it may lack its flags
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -39,62 +42,59 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
-def indented(page: str) -> list[str]:
-    """Blocks of lines that are indented by four spaces and look like commands."""
-    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
-    found = re.findall(r"(?<=\n\n)((?:    .*\n)+)", text)
-    return [
-        block for block in found if re.match(r"    ([A-Z_]+=\S+ )*(bash|python3?|sbatch|accelerate|pip|uv|hf) ", block)
-    ]
-
-
 def commands(page: str) -> list[Command]:
-    """The commands of all ```bash and indented blocks, one for each line; a backslash at its end joins the next."""
-    found = []
-    for block in blocks(page, "bash") + indented(page):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            variables = {}
-            while words and re.fullmatch(r"[A-Z_0-9]+=.*", words[0]):
-                name, _, value = words.pop(0).partition("=")
-                variables[name] = value
-            if words:
-                found.append(Command(page, re.sub(r"\s+", " ", line).strip(), variables, expanded(words)))
-    return found
+    """The commands in a page's ```bash and indented blocks, or in a module's docstrings."""
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines += re.findall(rf"^ {{4}}({BEGIN} .+)$", re.sub(r"\\+\n\s*", " ", text), re.MULTILINE)
+    return [command for line in lines if (command := read(page, line))]
+
+
+def quoted_commands(page: str) -> list[Command]:
+    """The commands that stand in sentences, as `python -m MODULE FLAGS`."""
+    text = re.sub(r"\\+\n\s*", " ", (ROOT / page).read_text())
+    return [read(page, line, quoted=True) for line in re.findall(rf"`({BEGIN} [^`\n]+)`", text)]
+
+
+def read(page: str, line: str, quoted: bool = False) -> Command | None:
+    words, variables = shlex.split(line, comments=True), {}
+    while words and re.fullmatch(r"[A-Z_0-9]+=.*", words[0]):
+        name, _, value = words.pop(0).partition("=")
+        variables[name] = value
+    return Command(page, " ".join(line.split()), variables, expanded(words), quoted) if words else None
 
 
 def expanded(words: list[str]) -> list[str]:
     """{a,b} in a word as the shell expands it, once."""
-    found = []
-    for word in words:
-        match = re.fullmatch(r"(.*?)\{([^{}]*,[^{}]*)\}(.*)", word)
-        found += [f"{match[1]}{each}{match[3]}" for each in match[2].split(",")] if match else [word]
-    return found
+    matches = [(word, re.fullmatch(r"(.*?)\{([^{}]*,[^{}]*)\}(.*)", word)) for word in words]
+    return [
+        one
+        for word, match in matches
+        for one in ([match[1] + each + match[3] for each in match[2].split(",")] if match else [word])
+    ]
 
 
 class Parsed(Exception):
-    pass
+    """Ends a command when its parser has read the words."""
 
 
-def parsed(module: str, words: list[str]) -> fields.Parser:
-    """The parser of a command, which has read ``words``. Raises `SystemExit` where it refuses them."""
+def parser_of(module: str, words: list[str] | None = None) -> fields.Parser:
+    """The parser of a command, which has read ``words`` if there are any. Raises `SystemExit` if it refuses them."""
     reading = fields.Parser.parse_known_args
 
     def stop(parser, arguments=None, namespace=None):
-        _, rest = reading(parser, arguments, namespace)
-        if module == "evaluation.benchmark":  # the rest are flags of a stage
+        _, rest = reading(parser, arguments, namespace) if words is not None else (None, [])
+        if rest and module == "evaluation.benchmark":  # the rest are flags of a stage
             from train_cc.setup.arguments import build_parser
 
-            shapes = ["--teacher", "t", "--output-dir", "o"]
-            _, rest = reading(build_parser("stage"), [*shapes, *rest], None)
+            _, rest = reading(build_parser("stage"), ["--teacher", "t", "--output-dir", "o", *rest], None)
         if rest:
             parser.error(f"unknown: {' '.join(rest)}")
         raise Parsed(parser)
 
     with patch.object(fields.Parser, "parse_known_args", stop):
-        main = importlib.import_module(module).main
         try:
-            main(words)
-        except Parsed as found:
-            return found.args[0]
+            importlib.import_module(module).main(words or [])
+        except Parsed as parsed:
+            return parsed.args[0]
     raise AssertionError(f"{module} has read no command line")

@@ -19,20 +19,20 @@ cores="${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}"
 srun --ntasks-per-node=1 $cores --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' job "$@" &
 step=$! requeue="" asked=""
 ask() { # the run saves after its update; once is enough, since Slurm tells its processes too
-    [ -n "$asked" ] || kill -TERM "$step" 2>/dev/null
+    trap '' USR1 TERM INT # a second signal would end the second `wait`, and bash forget the step's exit code
     asked=yes
+    kill -TERM "$step" 2>/dev/null
 }
 trap 'requeue=yes; ask' USR1
 trap ask TERM INT
 
-code=0
-while kill -0 "$step" 2>/dev/null; do # a signal ends `wait` before the step has ended
+wait "$step"
+code=$?
+if [ -n "$asked" ]; then # a signal ends `wait` before the step has ended
     wait "$step"
-    code=$?
-done
-wait "$step" 2>/dev/null
-last=$?
-[ "$last" -eq 127 ] || code=$last # 127: it was waited for already
+    last=$?
+    [ "$last" -eq 127 ] || code=$last # 127: it was waited for already
+fi
 if [ -n "$requeue" ] && [ "$code" -eq 0 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -8,13 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
-from unittest.mock import patch
 
 import pytest
 
-from tests.pages import OF_LAUNCHERS, PAGES, REQUIRED, ROOT, Command, Parsed, blocks, commands, parsed
+from tests.pages import COMMANDS, PACKAGES, PAGES, ROOT, Command, blocks, commands, parser_of, quoted_commands
 from train_cc import cold_start, dmdr_refl
-from train_cc.io import fields
 
 FLAGS = ROOT / "docs" / "flags.md"
 HEAD = """# Every flag of a stage and of the other commands
@@ -45,38 +43,25 @@ OTHERS = (
 # The page of flags ------------------------------------------------------------------------------------------------
 
 
-def flag_lines() -> list[str]:
-    stages = cold_start.stage_parser(), dmdr_refl.stage_parser()
-    lines = []
+def page_of_flags() -> str:
+    stages, lines = (cold_start.stage_parser(), dmdr_refl.stage_parser()), []
     for group in stages[0]._action_groups:
-        actions = [action for action in group._group_actions if "--help" not in action.option_strings]
-        if actions:
+        if actions := without_help(group._group_actions):
             lines += ["", f"## {group.title}", "", "| flag | cold start | DMDR | meaning |", "|---|---|---|---|"]
-            lines += [line_of(action, [shown(parser, action) for parser in stages]) for action in actions]
-    return lines
-
-
-def lines_of_others() -> list[str]:
-    lines = ["", "# Other commands"]
+            lines += [line_of(action, *(default_of(parser, action) for parser in stages)) for action in actions]
+    lines += ["", "# Other commands"]
     for module in OTHERS:
         parser = parser_of(module)
         lines += ["", f"## `python -m {module}`", "", "| flag | default | meaning |", "|---|---|---|"]
-        actions = [action for action in parser._actions if "--help" not in action.option_strings]
-        lines += [line_of(action, [shown(parser, action)]) for action in actions]
-    return lines
+        lines += [line_of(action, default_of(parser, action)) for action in without_help(parser._actions)]
+    return HEAD + "\n".join(lines) + "\n"
 
 
-def parser_of(module: str) -> fields.Parser:
-    def stop(parser, *_):
-        raise Parsed(parser)
-
-    main = importlib.import_module(module).main
-    with patch.object(fields.Parser, "parse_known_args", stop), pytest.raises(Parsed) as found:
-        main([])
-    return found.value.args[0]
+def without_help(actions: list[argparse.Action]) -> list[argparse.Action]:
+    return [action for action in actions if "--help" not in action.option_strings]
 
 
-def line_of(action: argparse.Action, defaults: list[str]) -> str:
+def line_of(action: argparse.Action, *defaults: str) -> str:
     choices = f" One of {', '.join(map(str, action.choices))}." if action.choices else ""
     meaning = (action.help or "").replace("|", "\\|").replace("%%", "%") + choices
     names = action.option_strings or [(action.metavar or action.dest).upper()]
@@ -84,108 +69,60 @@ def line_of(action: argparse.Action, defaults: list[str]) -> str:
     return f"| `{name}` | {' | '.join(defaults)} | {meaning.strip()} |"
 
 
-def shown(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+def default_of(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     value = parser.get_default(action.dest)
     if action.required:
         return "required"
     if value is None or value is False or value == argparse.SUPPRESS:
         return "off" if value is False else "-"
-    told = " ".join(map(str, value)) if isinstance(value, list) else str(value).replace(f"{ROOT}/", "")
-    return f"`{told}`" if told else "-"
-
-
-def page_of_flags() -> str:
-    return HEAD + "\n".join(flag_lines() + lines_of_others()) + "\n"
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value).replace(f"{ROOT}/", "")
+    return f"`{text}`" if text else "-"
 
 
 def test_the_page_of_flags_is_that_of_the_parsers():
     assert FLAGS.read_text() == page_of_flags(), "run python -m tests.docs.test_docs"
 
 
-# Links, sizes -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_has_help_and_shows_its_default(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10000")
+    parser = parser_of(command)
+    text = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        assert action.help and len(action.help) > 4, f"{command}: {action.dest} has no help"
+        value = action.default
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if action.option_strings and (number or isinstance(value, str)) and value != argparse.SUPPRESS:
+            assert f"default: {value}" in text, f"{command}: the default of {action.dest}, {value}, is not shown"
+    assert "default: None" not in text and "default: []" not in text
+
+
+# Links, commands and code -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
-    path = ROOT / page
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
-        if "://" not in target:
-            assert (path.parent / target).exists(), f"{page}: {target}"
+def test_links_lead_somewhere_and_the_readme_leads_to_every_page(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+        assert "://" in target or ((ROOT / page).parent / target).exists(), target
+    assert page == "README.md" or f"]({page})" in (ROOT / "README.md").read_text()
 
 
-def prose(page: str) -> str:
-    """A page without code, tables, pictures and comments."""
-    text = re.sub(r"^```.*?^```$|<!--.*?-->", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
-    return "\n".join(line for line in text.splitlines() if not line.startswith(("|", "!["))) + "\n"
-
-
-def sentences(page: str) -> list[list[str]]:
-    """The words of each sentence; a heading, an item of a list and a paragraph end one."""
-    parts = re.split(r"\n\s*\n|\n(?=[-*#]|\d+\. )|:\n|(?<=[.!?:;])\s+(?=[A-Z`*\[])", prose(page))
-    return [part.split() for part in parts if part.strip()]
-
-
-def test_the_readme_is_short():
-    text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 220 and len(text.split()) <= 2000
-    longest = max(sentences("README.md"), key=len)
-    assert 5 < len(longest) <= 40, " ".join(longest)
-
-
-def test_every_page_is_reached_from_the_readme():
-    text = (ROOT / "README.md").read_text()
-    for page in PAGES[1:]:
-        assert f"]({page})" in text, page
-
-
-# Commands and code ------------------------------------------------------------------------------------------------
-
-ALL = [command for page in PAGES for command in commands(page)]
-OUTSIDE = ("git", "cd", "source", "python3", "pip", "uv", "conda", "tensorboard", "ruff", "cp", "hf")
-
-
-def check(command: Command) -> None:
-    """The script or module is there and its parser takes the flags."""
-    words = command.words
-    if words[0] in OUTSIDE:
-        assert words[0] != "python3" or words[1:3] == ["-m", "venv"], command.text
-        return
-    if words[0] == "sbatch":
-        at = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
-        assert (ROOT / words[at]).is_file(), words[at]
-        words = ["bash", *words[at + 1 :]]
-    if words[0] == "bash":
-        check_launcher(words[1], words[2:], command.variables)
-    elif words[:2] == ["accelerate", "launch"] or words[0] == "torchrun":
-        check_module(words[words.index("-m") + 1], words[words.index("-m") + 2 :])
-    elif words[:2] == ["python", "-m"]:
-        check_module(words[2], words[3:])
-    else:
-        assert words[0] == "python" and (ROOT / words[1]).is_file(), command.text
-        check_module(words[1].removesuffix(".py").replace("/", "."), words[2:])
-
-
-def check_module(module: str, words: list[str]) -> None:
-    if module in ("pytest", "pip", "tests.docs.test_docs", "tests.kills", "tests.mutation.run"):
-        return
-    parsed(module, words)
-
-
-def check_launcher(script: str, words: list[str], variables: dict[str, str]) -> None:
-    text = (ROOT / script).read_text()
-    sourced = "".join(path.read_text() for path in (ROOT / "scripts").rglob("*") if path.suffix in (".sh", ".py"))
-    for name in variables:
-        assert name.startswith(("OMP_", "CUDA_", "HF_")) or name in sourced, f"{script} reads no {name}"
-    for pattern, module in OF_LAUNCHERS.items():
-        if re.fullmatch(pattern, script):
-            if module == "pytest":
-                assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
-                return
-            positional = 2 if module == "evaluation.generate" else 0
-            assert not any(word.startswith("-") for word in words[:positional]) and len(words) >= positional
-            parsed(module, [*REQUIRED[module], *words[positional:]])
-            return
-    assert not words or "$@" in text, f"{script} takes no flags"
+SOURCES = [str(path.relative_to(ROOT)) for folder in (*PACKAGES, "scripts") for path in (ROOT / folder).rglob("*.py")]
+LOG = "docs/results.md"  # its sentences have the commands of their time
+ALL = [command for page in [*PAGES, *sorted(SOURCES)] for command in commands(page)]
+ALL += [command for page in [*PAGES, *sorted(SOURCES)] if page != LOG for command in quoted_commands(page)]
+OUTSIDE = ("git", "cd", "source", "pip", "uv", "conda", "tensorboard", "ruff", "cp", "hf")
+# Launcher -> the command that reads the flags after it, what it needs, the folders before its flags.
+OF_LAUNCHERS = {
+    r"scripts/cold_start_\w+\.sh": ("train_cc.cold_start", ["--teacher", "t", "--output-dir", "o"], 0),
+    r"scripts/dmdr_\w+\.sh": ("train_cc.dmdr_refl", ["--teacher", "t", "--output-dir", "o"], 0),
+    r"scripts/evaluate_\w+\.sh": ("evaluation.generate", ["--generator", "g", "--output", "s.npz"], 2),
+    r"scripts/frontier_\w+\.sh": (
+        "evaluation.frontier",
+        ["--recipe", "digits", "--output-dir", "o", "--teacher", "t"],
+        0,
+    ),
+}
 
 
 @pytest.mark.parametrize("command", ALL, ids=lambda command: f"{command.page}: {command.text[:60]}")
@@ -197,24 +134,58 @@ def test_every_command_parses(command, capsys):
             pytest.fail(capsys.readouterr().err)
 
 
-def test_commands_are_found_and_a_wrong_one_is_seen(tmp_path):
-    assert len(ALL) > 50
-    assert {"README.md", "docs/quickstart.md", "docs/rewards.md"} <= {command.page for command in ALL}
-    for text in ("bash scripts/nothing.sh", "python -m evaluation.generate --no-such x", "python nothing.py"):
-        with pytest.raises((SystemExit, AssertionError, OSError)):
-            check(Command("page", text, {}, text.split()))
-    wrong = Command("page", "", {"NO_SUCH": "1"}, ["bash", "scripts/cold_start_digits.sh"])
-    with pytest.raises(AssertionError, match="NO_SUCH"):
-        check(wrong)
+def check(command: Command) -> None:
+    """The script or module is there and its parser takes the flags. FLAGS, N and [...] are a person's to fill in."""
+    words = [word for word in command.words if word not in ("...", "FLAGS")]
+    words = ["3" if word == "N" else word for word in words if word[0] != "[" and word[-1] != "]"]
+    if words[0] in OUTSIDE or words[:3] == ["python3", "-m", "venv"]:
+        return
+    if len(words) == 1 or words == ["accelerate", "launch"]:  # a command's name in a sentence
+        assert command.quoted
+        return
+    if words[0] == "sbatch":
+        at = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
+        assert (ROOT / words[at]).is_file()
+        words = ["bash", *words[at + 1 :]]
+    if words[0] == "bash":
+        check_script(words[1], words[2:], command)
+    elif "-m" in words:
+        at = words.index("-m")
+        check_module(words[at + 1], words[at + 2 :], command)
+    else:
+        assert words[0] == "python" and (ROOT / words[1]).is_file()
+        check_module(words[1].removesuffix(".py").replace("/", "."), words[2:], command)
+
+
+def check_module(module: str, words: list[str], command: Command) -> None:
+    if module not in COMMANDS:
+        assert importlib.util.find_spec(module)
+    elif words or not command.quoted:
+        parser_of(module, words)
+
+
+def check_script(script: str, words: list[str], command: Command) -> None:
+    if command.quoted and ("*" in script or shutil.which(script)):
+        return
+    text = (ROOT / script).read_text()
+    sources = text + "".join((ROOT / "scripts" / name).read_text() for name in ("env.sh", "launch.py"))
+    for name in command.variables:
+        assert name.startswith(("OMP_", "CUDA_", "HF_")) or re.search(rf"\b{name}\b", sources), f"{script}: {name}"
+    for pattern, (module, needed, folders) in OF_LAUNCHERS.items():
+        if re.fullmatch(pattern, script) and (words or not command.quoted):
+            assert len(words) >= folders and not any(word.startswith("-") for word in words[:folders])
+            parser_of(module, [*needed, *words[folders:]])
+            return
+    assert not words or "$@" in text, f"{script} takes no flags"
+    assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python_blocks_import_what_is_there(page):
-    for block in blocks(page, "python"):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom):
-                module = importlib.import_module(node.module)
-                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+    for node in (node for block in blocks(page, "python") for node in ast.walk(ast.parse(block))):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
 
 
 # In miniature -----------------------------------------------------------------------------------------------------
@@ -225,7 +196,7 @@ NOT_HERE = re.compile(
     r"test\.sh|tests\.|tensorboard --|rewards_digits|frontier_digits|benchmark|SEED=31|you/|hf auth|RUN/|dry-run|"
     r"sit_weights|\bmine\b"
 )
-# Numbers of the digits recipe -> of its miniature, in scripts and commands alike.
+# Numbers of the digits recipe -> of its miniature, in scripts, jobs and commands alike.
 SMALLER = (
     (r"--max-train-steps (2000|800)\b", "--max-train-steps 8"),
     (r"--max-train-steps 400\b", "--max-train-steps 4"),
@@ -247,15 +218,15 @@ def smaller(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory):
-    """The tracked files with launchers of a few updates, and the quickstart run there."""
+    """The tracked files with recipes of a few updates, and the quickstart run there."""
     folder = tmp_path_factory.mktemp("clone") / "dmdr"
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in names:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    for script in (folder / "scripts").glob("*.sh"):
-        script.write_text(smaller(script.read_text()))
+    for recipe in (*(folder / "scripts").glob("*.sh"), folder / "scripts" / "recipes" / "digits.toml"):
+        recipe.write_text(smaller(recipe.read_text()))
     run_in(folder, "bash scripts/quickstart.sh")
     return folder
 
@@ -272,7 +243,7 @@ HERE += ["docs/logs_and_report.md", "docs/troubleshooting.md"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in HERE if (ROOT / page).exists()])
+@pytest.mark.parametrize("page", HERE)
 def test_commands_of_a_page_run_as_pasted_in_miniature(page, miniature):
     """Each page after the quickstart, in order. What needs a GPU, a network or hours is left to the parsers above."""
     lines = [command.text for command in commands(page) if not NOT_HERE.search(command.text)]

@@ -3,7 +3,8 @@
     pip install cosmic-ray
     OMP_NUM_THREADS=1 python -m tests.mutation.run [WORD ...] [--sessions FOLDER]
 
-A WORD picks the files whose path contains it; without one, all. Mutants live in a copy of the tracked files. The
+A WORD picks the files whose path contains it; without one, all. The tests of a module are those of its name, and the
+others of the table. Mutants live in a copy of the tracked files. The
 libraries are imported once and every mutant is a fork: it costs its tests alone, not the start of Python. Sessions are
 cosmic-ray's own (`cr-report --show-diff FILE.sqlite`) and continue where they were stopped; what survived is met again,
 since the tests may have grown. A file that has changed starts anew.
@@ -25,126 +26,46 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TURNS = [
-    "paper/test_golden",
-    "paper/test_distill",
-    "run/test_speed",
-    "rewards/test_reward",
-    "paper/test_diagnostics",
-    "planning/test_dry_run",
-]
-# What is mutated, and the tests that are to notice, the likeliest first.
+ROOMS = {"convert_weight": "convert", "distillation": "paper", "setup": "run"}  # of tests, if named otherwise
+MATH, GOLDEN, DISTILL, RESUME = "paper/test_math", "paper/test_golden", "paper/test_distill", "run/test_resume"
+TURNS = [GOLDEN, DISTILL, "run/test_speed", "rewards/test_reward", "paper/test_diagnostics", "planning/test_dry_run"]
+FLAGS = "docs/test_docs::test_the_page_of_flags_is_that_of_the_parsers"
+# What is mutated, and the tests that are to notice beside those of the module's own name, the likeliest first.
 MODULES = {
-    "train_cc/flow.py": ["paper/test_math"],
-    "train_cc/schedules.py": ["paper/test_math"],
-    "train_cc/draws.py": ["paper/test_math", "paper/test_golden"],
-    "train_cc/objectives.py": ["paper/test_math"],
-    "train_cc/samplers.py": [
-        "paper/test_math",
-        "paper/test_samplers",
-        "run/test_processes::test_every_process_makes_the_same_calls",
-    ],
-    "train_cc/run/diagnostics.py": ["paper/test_diagnostics", "paper/test_golden"],
+    "train_cc/flow.py": [MATH],
+    "train_cc/schedules.py": [MATH],
+    "train_cc/draws.py": [MATH, GOLDEN],
+    "train_cc/objectives.py": [MATH],
+    "train_cc/samplers.py": [MATH, "run/test_processes::test_every_process_makes_the_same_calls"],
+    "train_cc/settings.py": [FLAGS, "run/test_recipes"],
     "train_cc/distillation/turns.py": TURNS,
-    "train_cc/distillation/run.py": [
-        "paper/test_golden",
-        "run/test_speed::test_fake_and_real_in_one_call_are_those_of_two",
-        "run/test_recipes",
-        "paper/test_distill::test_log_columns",
-    ],
-    "train_cc/distillation/loop.py": [
-        "paper/test_loop",
-        "paper/test_distill::test_log_columns",
-        "paper/test_distill::test_previews_and_checkpoints_come_at_every_multiple_and_at_the_end",
-        "paper/test_distill::test_a_scaler_may_skip_an_overflowing_gradient_but_no_loss",
-        "paper/test_distill::test_non_finite_loss_stops_and_keeps_the_last_checkpoint",
-    ],
-    "train_cc/run/states.py": ["paper/test_golden", "models/test_teacher", "paper/test_distill"],
-    "train_cc/rewards/frechet.py": ["rewards/test_frechet"],
+    "train_cc/distillation/loop.py": [DISTILL],
+    "train_cc/distillation/run.py": [GOLDEN, "run/test_recipes", DISTILL],
+    "train_cc/distillation/panel.py": ["paper/test_diagnostics", DISTILL],
+    "train_cc/distillation/state.py": [DISTILL, RESUME],
+    "train_cc/models/network.py": ["models/test_models", "convert/test_convert"],
+    "train_cc/models/sit.py": ["models/test_models"],
+    "train_cc/models/lora.py": ["models/test_models", GOLDEN],
+    "train_cc/models/estimator.py": ["models/test_models", "models/test_lora", GOLDEN],
+    "train_cc/models/generator.py": ["models/test_models"],
+    "train_cc/models/vae.py": ["rewards/test_reward"],
+    "train_cc/models/dinov2.py": ["rewards/test_reward"],
+    "train_cc/rewards/terms.py": ["rewards/test_reward", "rewards/test_rewards", GOLDEN],
+    "train_cc/rewards/frechet.py": [],
+    "train_cc/run/checkpoint.py": [],
+    "train_cc/run/diagnostics.py": [GOLDEN],
+    "train_cc/run/logbook.py": ["paper/test_diagnostics", RESUME],
+    "train_cc/run/session.py": [DISTILL, "run/test_processes"],
+    "train_cc/run/states.py": [GOLDEN, DISTILL],
     "train_cc/setup/build.py": [*TURNS, "run/test_recipes"],
-    "train_cc/setup/stage.py": [
-        "planning/test_dry_run",
-        "paper/test_distill",
-        "run/test_resume",
-        "io/test_command_line",
-    ],
-    "train_cc/io/products.py": ["io/test_products"],
-    "train_cc/pretrain/resumable.py": ["pretrain/test_resumable"],
-    "train_cc/distillation/panel.py": ["paper/test_diagnostics", "paper/test_distill"],
-    "train_cc/distillation/state.py": ["paper/test_distill", "run/test_resume"],
-    "train_cc/settings.py": ["run/test_recipes", "docs/test_docs::test_the_page_of_flags_is_that_of_the_parsers"],
-    "train_cc/io/fields.py": ["docs/test_docs::test_the_page_of_flags_is_that_of_the_parsers", "io/test_command_line"],
-    "train_cc/models/estimator.py": ["models/test_lora", "models/test_models", "paper/test_golden", "run/test_speed"],
-    "train_cc/models/generator.py": [
-        "models/test_models::test_a_generator_of_a_checkpoint_is_frozen_and_its_rank_twice_the_estimators",
-        "models/test_models::test_a_generators_sampling_has_limits_and_is_whole",
-        "models/test_models::test_merged_lora_is_the_lora",
-        "models/test_models::test_lora_generator_starts_as_the_teacher",
-        "io/test_trust_inputs::test_a_generator_of_a_checkpoint_is_fitted_name_by_name",
-        "run/test_trust_runs::test_a_generator_says_how_it_is_sampled_and_where_it_comes_from",
-    ],
-    "train_cc/models/vae.py": [
-        "io/test_trust_inputs::test_a_number_of_a_config_may_be_anything_within_its_limits",
-        "io/test_trust_inputs::test_a_vae_config_that_does_not_fit_is_refused_with_its_path",
-        "rewards/test_reward::test_a_vae_must_decode_what_the_model_samples",
-        "rewards/test_reward::test_where_a_vae_is_looked_for",
-        "rewards/test_reward::test_a_new_vae_has_the_published_size",
-        "rewards/test_reward::test_pixels_are_images_clamped",
-        "rewards/test_reward::test_images_become_bytes_by_rounding",
-        "rewards/test_reward::test_a_decoder_is_frozen_lies_channels_last_and_recomputes_every_block",
-        "rewards/test_reward::test_images_are_the_decoded_latents_over_the_scaling_factor",
-        "rewards/test_reward::test_a_vae_folder_with_missing_files_is_refused",
-        "io/test_trust_inputs::test_the_shift_of_a_vae_is_honoured",
-        "io/test_trust_inputs::test_a_vae_of_an_old_kind_of_file_is_read_by_us_and_code_in_it_is_not_run",
-    ],
-    "train_cc/models/lora.py": ["models/test_lora", "models/test_models", "run/test_speed", "paper/test_golden"],
-    "train_cc/rewards/terms.py": [
-        "rewards/test_reward::test_loss_and_hits_of_a_classifier_a_sample",
-        "rewards/test_rewards::test_tilt_weights",
-        "rewards/test_rewards::test_a_black_box_tilts_the_estimator",
-        "rewards/test_rewards::test_several_rewards_share_one_decode_and_add_up",
-        "rewards/test_reward::test_the_gradient_reaches_x0_through_decoder_and_classifier",
-        "rewards/test_reward::test_the_generators_gradient_is_that_of_both_losses_on_one_graph",
-        "paper/test_golden",
-    ],
-    "train_cc/models/dinov2.py": ["rewards/test_reward", "io/test_trust_inputs"],
-    "train_cc/models/sit.py": [
-        "models/test_models::test_the_sizes_are_the_papers",
-        "io/test_trust_inputs::test_a_number_of_a_config_may_be_anything_within_its_limits",
-        "io/test_trust_inputs::test_a_sit_config_is_completed_and_its_sizes_divide",
-        "models/test_models::test_what_is_loaded_is_ready_to_sample_in_the_dtype_asked_for",
-        "models/test_models::test_a_folder_whose_weights_are_still_to_come_has_a_config",
-        "models/test_models::test_a_model_folder_that_does_not_fit_is_refused",
-        "models/test_models::test_a_file_is_not_a_model_folder",
-        "models/test_models::test_folder_round_trip_is_exact",
-        "io/test_trust_inputs::test_half_precision_weights_are_read_to_fp32",
-    ],
-    "train_cc/models/network.py": [
-        "models/test_models::test_the_embeddings_are_those_written_out",
-        "models/test_models::test_a_new_model_starts_as_dit_does",
-        "models/test_models::test_a_norm_has_the_papers_epsilon",
-        "models/test_models::test_tokens_are_patches_with_channels_fastest",
-        "models/test_models::test_labels_are_never_dropped",
-        "models/test_models::test_sit_xl_has_the_released_names_and_shapes",
-        "models/test_models::test_gradients_with_activation_checkpointing_are_equal",
-        "convert/test_convert::test_repa_release_is_the_plain_reading",
-    ],
-    "train_cc/run/checkpoint.py": ["run/test_checkpoint"],
-    "train_cc/run/logbook.py": [
-        "paper/test_diagnostics",
-        "run/test_trust_runs::test_damaged_lines_of_a_log_are_dropped_and_told",
-        "run/test_resume::test_resume_drops_later_rows_and_a_torn_line",
-    ],
-    "train_cc/run/session.py": ["paper/test_distill", "run/test_processes"],
-    "train_cc/pretrain/networks.py": ["models/test_teacher", "pretrain/test_resumable", "pretrain/test_networks"],
-    "evaluation/metrics.py": ["evaluation/test_metrics"],
-    "convert_weight/pipeline.py": [
-        "convert/test_pipeline",
-        "convert/test_sharing",
-        "io/test_trust_inputs::test_the_pipeline_samples_as_its_generator_was_trained",
-        "io/test_trust_inputs::test_the_shift_of_a_vae_is_honoured",
-    ],
-    "evaluation/report/verdict.py": ["evaluation/test_verdict"],
+    "train_cc/setup/stage.py": ["planning/test_dry_run", DISTILL, RESUME, "io/test_command_line"],
+    "train_cc/io/fields.py": [FLAGS, "io/test_command_line"],
+    "train_cc/io/products.py": [],
+    "train_cc/pretrain/networks.py": ["models/test_teacher"],
+    "train_cc/pretrain/resumable.py": [],
+    "convert_weight/pipeline.py": ["evaluation/test_sampling", "convert/test_sharing", "convert/test_convert"],
+    "evaluation/metrics.py": [],
+    "evaluation/report/verdict.py": ["evaluation/test_rules"],
 }
 # Subprocesses, waits and large models: seconds that would be paid by every mutant.
 SLOW = "signal or kill or launcher or launch or two_processes or compile or benchmark or eight_bit or every_size"
@@ -153,8 +74,17 @@ ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
 COMPARISONS = {"Eq", "NotEq", "Lt", "LtE", "Gt", "GtE"}
 
 
+def tests_of(module: str) -> list[str]:
+    """The tests of the module's own name, such as run/test_ema for train_cc/run/ema.py, and those of the table."""
+    folder, name = Path(module).parent, Path(module).stem
+    room = "paper" if folder.name == "train_cc" else "evaluation" if folder.parts[0] == "evaluation" else folder.name
+    own = f"{ROOMS.get(room, room)}/test_{name}"
+    tests = list(dict.fromkeys([own, *MODULES[module]]))
+    return [test for test in tests if test != own or (ROOT / "tests" / f"{own}.py").exists()] or [own]
+
+
 def sensible(operator: str) -> bool:
-    """Whether an operator's mutants tell something: one that is a type error is noticed by any test at all."""
+    """True if an operator's mutants tell something: one that is a type error is noticed by any test at all."""
     name = operator.split("/")[1]
     if match := re.fullmatch(r"ReplaceBinaryOperator_(\w+)_(\w+)", name):
         return match[2] in ARITHMETIC and not match[1].startswith(("Bit", "LShift", "RShift"))
@@ -189,7 +119,7 @@ def preload() -> None:
 
 
 def passes(folder: Path, tests: list[str], seconds: float) -> tuple[bool, str]:
-    """Whether ``tests`` pass in a fork, and which failed first; too long counts as failed."""
+    """True if ``tests`` pass in a fork, and which failed first; too long counts as failed."""
     report = folder / REPORT
     child = os.fork()
     if child == 0:
@@ -235,13 +165,13 @@ def session_of(module: str, sessions: Path):
 
 
 def attack(module: str, folder: Path, sessions: Path) -> tuple[int, int]:
-    """Meet every mutant of ``module`` that was not killed before. -> killed, of how many; prints each that survives."""
+    """Meet every mutant of ``module`` that was not killed before; print survivors. Returns killed, of how many."""
     from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
 
     file, began = folder / module, time.monotonic()
     original = file.read_text()
     sys.dont_write_bytecode = False
-    fine, failed = passes(folder, MODULES[module], 1800)
+    fine, failed = passes(folder, tests_of(module), 1800)
     if not fine:
         raise SystemExit(
             f"{module}: its tests fail without a mutant: {failed}\n{(folder / REPORT).read_text()[-3000:]}"
@@ -260,7 +190,7 @@ def attack(module: str, folder: Path, sessions: Path) -> tuple[int, int]:
                 continue
             mutant = mutated(original, mutation)
             file.write_text(mutant)
-            survived, by = passes(folder, MODULES[module], limit)
+            survived, by = passes(folder, tests_of(module), limit)
             file.write_text(original)
             outcome = TestOutcome.SURVIVED if survived else TestOutcome.KILLED
             diff = list(difflib.unified_diff(original.splitlines(), mutant.splitlines(), n=0, lineterm=""))[3:]

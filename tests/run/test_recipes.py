@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts.jobs import read_command, tomllib
-from tests.pages import ROOT, parsed
+from tests.pages import ROOT, parser_of
 from train_cc import cold_start, dmdr_refl
 from train_cc.setup.arguments import validate
 
@@ -70,7 +70,7 @@ def test_stage_2_starts_where_stage_1_ends_and_the_frontier_trains_as_long(recip
 )
 def test_flags_of_the_other_scripts_parse(script):
     for module, *words in commands_of(script):
-        parsed(module, words)
+        parser_of(module, words)
 
 
 def jobs_of(recipe: str) -> dict[str, dict]:
@@ -98,7 +98,7 @@ def test_commands_of_the_jobs_parse(recipe, monkeypatch):
             if module == "bash":
                 ((module, *listed),) = commands_of(words[0].removeprefix("scripts/"))
                 words = [*listed, *words[1:]]
-            parsed(module, words)
+            parser_of(module, words)
     assert len(set(titles)) == len(titles)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from scripts.jobs import Job, finished, read_jobs, run_all, time_left
 from tests import ROOT
-from tests.scripts.test_launchers import as_in_a_terminal
+from tests.scripts.test_launch import as_in_a_terminal
 from train_cc.io.errors import InputError
 
 RUN = """
@@ -29,7 +30,6 @@ FUNCTIONS = """
 cd "$HERE"
 meet() { touch "$1"; for i in {1..400}; do [ -e "$2" ] && echo "met $2" && return; sleep 0.02; done; false; }
 show() { echo "${GOMP_SPINCOUNT:-not set}"; }
-one() { echo "$1 begins" >> noted; sleep 0.1; echo "$1 ends" >> noted; }
 long() { trap 'sleep 0.3; echo saved >> noted; exit 0' TERM; touch up; while :; do sleep 0.02; done; }
 bad() { until [ -e up ]; do sleep 0.02; done; for i in {1..30}; do echo "line $i"; done; exit "$1"; }
 "$@" && touch "$OUTPUT_DIR"
@@ -56,50 +56,36 @@ def start(folder: Path, *jobs: tuple, cores: int = 2, **variables: str) -> subpr
     )
 
 
-def logs(folder: Path) -> dict[str, str]:
-    return {log.name: log.read_text().strip() for log in sorted((folder / "logs").iterdir())}
+def logs(folder: Path) -> list[str]:
+    return [log.read_text().strip() for log in sorted((folder / "logs").iterdir())]
 
 
 def test_jobs_run_side_by_side_and_are_kept_when_they_are_finished(tmp_path):
-    jobs = [("the first", "meet a b"), ("second", "meet b a"), ("last", "echo end", "the first", "second")]
+    jobs = [("first", "meet a b"), ("second", "meet b a"), ("last", "echo end", "first", "second")]
     shown, errors = start(tmp_path, *jobs).communicate(timeout=30)
-    assert errors == "" and shown.splitlines() == [
-        f"[1/3] the first, soon; log: {tmp_path}/logs/1-the first.txt",
-        f"[2/3] second, soon; log: {tmp_path}/logs/2-second.txt",
-        f"[3/3] last, soon; log: {tmp_path}/logs/3-last.txt",
-        "end",
-    ]
-    assert list(logs(tmp_path).values()) == ["met b", "met a", "end"]
+    lines = [f"[{i}/3] {name}, soon; log: {tmp_path}/logs/{i}-{name}.txt" for i, (name, *_) in enumerate(jobs, 1)]
+    assert errors == "" and shown.splitlines() == [*lines, "end"]
+    assert logs(tmp_path) == ["met b", "met a", "end"]
     (tmp_path / "made second").unlink()
     shown, _ = start(tmp_path, *jobs).communicate(timeout=30)
-    assert [line.split(",")[0] for line in shown.splitlines()] == [
-        "[1/3] the first: kept",
-        "[2/3] second",
-        "[3/3] last: kept",
-        "end",
-    ]
+    assert shown.splitlines() == ["[1/3] first: kept", lines[1], "[3/3] last: kept", "end"]
 
 
 @pytest.mark.parametrize(
-    "cores,variables,told",
+    "cores,variables,spins",
     [(2, {}, ["0", "0", "not set"]), (1, {}, ["not set"] * 3), (2, {"GOMP_SPINCOUNT": "7"}, ["7"] * 3)],
     ids=str,
 )
-def test_threads_of_jobs_side_by_side_sleep_at_once(tmp_path, cores, variables, told):
+def test_threads_of_jobs_side_by_side_sleep_at_once(tmp_path, cores, variables, spins):
     process = start(tmp_path, ("a", "show"), ("b", "show"), ("alone", "show", "a", "b"), cores=cores, **variables)
-    assert process.wait(timeout=30) == 0 and list(logs(tmp_path).values()) == told
-
-
-def test_on_one_core_they_follow_one_another(tmp_path):
-    assert start(tmp_path, ("a", "one a"), ("b", "one b"), cores=1).wait(timeout=30) == 0
-    assert (tmp_path / "noted").read_text().splitlines() == ["a begins", "a ends", "b begins", "b ends"]
+    assert process.wait(timeout=30) == 0 and logs(tmp_path) == spins
 
 
 @pytest.mark.parametrize("cores,code", [(2, 3), (1, 2)], ids=str)
 def test_the_first_failure_stops_the_others_and_is_shown(tmp_path, cores, code):
     if cores == 1:
         (tmp_path / "up").touch()
-    process = start(tmp_path, ("bad", f"bad {code}"), ("long", "long"), ("third", "one c"), cores=cores)
+    process = start(tmp_path, ("bad", f"bad {code}"), ("long", "long"), ("third", "echo third"), cores=cores)
     shown, errors = process.communicate(timeout=30)
     assert process.returncode == code and "end" not in shown.splitlines()
     message, *tail = errors.splitlines()
@@ -111,7 +97,7 @@ def test_the_first_failure_stops_the_others_and_is_shown(tmp_path, cores, code):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=str)
 def test_a_signal_stops_all_jobs_and_waits_for_them(tmp_path, number):
-    process = start(tmp_path, ("a", "long"), ("b", "one b", "a"))
+    process = start(tmp_path, ("a", "long"), ("b", "echo b", "a"))
     while not (tmp_path / "up").exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -122,7 +108,7 @@ def test_a_signal_stops_all_jobs_and_waits_for_them(tmp_path, number):
 
 
 MODULE = """
-import os, sys
+import os
 from pathlib import Path
 
 def main(words):
@@ -130,20 +116,25 @@ def main(words):
     if "--stops" not in words:
         Path(words[1]).touch()
 """
+LAUNCHER = 'echo "in $$"; [ "$1" = --stops ] || touch "$OUTPUT_DIR"'
 
 
-def test_modules_run_in_turn_in_one_process_until_one_is_not_finished(tmp_path):
+@pytest.mark.parametrize("command", ["some_command --output {}", "OUTPUT_DIR={} bash {}/../launcher.sh"])
+def test_commands_of_a_job_run_in_turn_until_one_is_not_finished(tmp_path, command):
+    """Modules in one process, launchers each in its own."""
     (tmp_path / "some_command.py").write_text(MODULE)
-    made = [
-        f"some_command --output {tmp_path}/{name} {more}" for name, more in (("a", ""), ("b", "--stops"), ("c", ""))
-    ]
+    (tmp_path / "launcher.sh").write_text(LAUNCHER)
+    (tmp_path / "made").mkdir()
+    made = [command.format(tmp_path / "made" / name, tmp_path / "made") for name in "abc"]
+    made[1] += " --stops"
     (tmp_path / "jobs.toml").write_text(f"logs = '{tmp_path}/logs'\n[a]\ntitle = 'a'\ncommands = {made}\n")
-    command = [sys.executable, "-m", "scripts.jobs", str(tmp_path / "jobs.toml")]
+    words = [sys.executable, "-m", "scripts.jobs", str(tmp_path / "jobs.toml")]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and f"error: {tmp_path}/b is not finished; the same command continues" in done.stderr
-    first, second, _ = (tmp_path / "logs" / "1-a.txt").read_text().splitlines()
-    assert first == second and (tmp_path / "a").exists() and not (tmp_path / "c").exists()
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and f"{tmp_path}/made/b is not finished; the same command continues" in done.stderr
+    first, second = re.findall(r"^in (\d+)$", (tmp_path / "logs" / "1-a.txt").read_text(), re.MULTILINE)
+    assert (first == second) == ("bash" not in command)
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["a"]
 
 
 def test_what_is_finished(tmp_path):
@@ -177,6 +168,6 @@ def test_what_nobody_makes_and_what_is_not_set_is_an_error(tmp_path, monkeypatch
 
 def test_the_time_left_is_that_of_what_had_to_be_made():
     assert time_left([], 5, 1) == ""
-    assert time_left([60.0, 180.0], 6, 2) == "about 6 min left"
-    assert time_left([3600.0], 10, 2) == "about 5.0 h left"
-    assert time_left([120.0], 1, 4) == "about 2 min left"
+    assert time_left([60.0, 180.0], 6, 2) == ", about 6 min left"
+    assert time_left([3600.0], 10, 2) == ", about 5.0 h left"
+    assert time_left([120.0], 1, 4) == ", about 2 min left"

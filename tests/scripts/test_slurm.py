@@ -42,7 +42,7 @@ def job(tmp_path):
     noted = tmp_path / "noted"
 
     def start(name: str, *words: str, nodes: int = 1, send: list[int] | None = None, to_all: bool = False, **more: str):
-        """-> the exit code, and the lines that were noted."""
+        """Returns the exit code, and the lines that were noted."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
         environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTED": str(noted), "SLURM_NNODES": str(nodes)}
         environment |= {"SLURM_JOB_ID": "30007", "SLURM_JOB_NODELIST": "node-[a-b]", "DMDR": str(ROOT)} | more
@@ -82,26 +82,23 @@ def test_the_cores_of_the_job_are_named_to_srun(job, tmp_path, name, nodes):
     assert " --cpus-per-task=64 " in first and "--cpus-per-task" not in second
 
 
-def test_what_ends_by_itself_or_fails_is_not_queued_again(job):
-    assert job("one_node.sbatch", "ends")[0] == 0
-    code, noted = job("one_node.sbatch", "fails")
-    assert code == 3 and not any("requeue" in line for line in noted)
+@pytest.mark.parametrize(
+    "words,send,code", [(["ends"], [], 0), (["fails"], [], 3), (["trains", "5"], [signal.SIGUSR1], 5)], ids=str
+)
+def test_a_run_that_ends_by_itself_fails_or_cannot_save_is_not_queued_again(job, words, send, code):
+    ended, noted = job("one_node.sbatch", *words, send=send)
+    assert ended == code and not any("requeue" in line for line in noted)
 
 
-def test_what_could_not_save_is_not_queued_again(job):
-    code, noted = job("one_node.sbatch", "trains", "5", send=[signal.SIGUSR1])
-    assert code == 5 and not any("requeue" in line for line in noted)
+def test_nodes_meet_at_the_first(job):
+    where = "of 2 at node-a 30007 with scripts/accelerate/nodes_fsdp2.yaml: ends"
+    assert job("nodes.sbatch", "ends", nodes=2) == (0, [f"rank 1 {where}", f"rank 0 {where}"])
 
 
-def test_nodes_are_told_where_to_meet(job):
-    code, noted = job("nodes.sbatch", "ends", nodes=2)
-    assert code == 0
-    told = "of 2 at node-a 30007 with scripts/accelerate/nodes_fsdp2.yaml: ends"
-    assert noted == [f"rank 1 {told}", f"rank 0 {told}"]
-
-
-def test_a_launcher_that_is_not_there_is_told(tmp_path):
-    command = ["bash", str(ROOT / "scripts" / "slurm" / "one_node.sbatch")]
-    for words, told in (([], "a launcher of scripts/ is missing"), (["nowhere.sh"], "nowhere.sh does not exist")):
-        done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode != 0 and told in done.stderr
+@pytest.mark.parametrize(
+    "words,message", [([], "a launcher of scripts/ is missing"), (["nowhere.sh"], "nowhere.sh does not exist")]
+)
+def test_a_launcher_that_is_not_there_is_refused(words, message):
+    command = ["bash", "scripts/slurm/one_node.sbatch", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stderr

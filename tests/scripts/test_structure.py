@@ -1,99 +1,81 @@
-"""The rooms: a module imports only from lower levels, and rooms of one level do not know each other."""
+"""The rooms, what an import costs, and what is installed."""
 
 import ast
+import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
-from tests import ROOT
+from scripts.jobs import tomllib
+from tests.pages import COMMANDS, PACKAGES, ROOT
 
-LEVELS = [
-    (9, "train_cc.dmdr_refl"),
-    (8, "train_cc.cold_start"),
-    (7, "train_cc.planning"),
-    (6, "train_cc.setup"),
-    (6, "train_cc.pretrain"),
-    (5, "train_cc.distillation"),
-    (4, "train_cc.rewards"),
-    (3, "train_cc.models"),
-    (3, "train_cc.run"),
-    (2, "train_cc.objectives"),
-    (2, "train_cc.samplers"),
-    (1, "train_cc.settings"),
-    (1, "train_cc.images"),
-    (1, "train_cc.flow"),
-    (1, "train_cc.schedules"),
-    (1, "train_cc.draws"),
-    (0, "train_cc.io"),
-]
-FILES = sorted(
-    path for folder in ("train_cc", "evaluation", "convert_weight") for path in (ROOT / folder).rglob("*.py")
-)
+# Rooms of one level do not know each other.
+LEVELS = {
+    "train_cc.dmdr_refl": 9,
+    "train_cc.cold_start": 8,
+    "train_cc.planning": 7,
+    "train_cc.setup": 6,
+    "train_cc.pretrain": 6,
+    "train_cc.distillation": 5,
+    "train_cc.rewards": 4,
+    "train_cc.models": 3,
+    "train_cc.run": 3,
+    "train_cc.objectives": 2,
+    "train_cc.samplers": 2,
+    "train_cc.settings": 1,
+    "train_cc.images": 1,
+    "train_cc.flow": 1,
+    "train_cc.schedules": 1,
+    "train_cc.draws": 1,
+    "train_cc.io": 0,
+}
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
-def room(module: str) -> tuple[float, str]:
-    for level, name in LEVELS:
+def room(module: str) -> tuple[int, str]:
+    for name, level in LEVELS.items():
         if module == name or module.startswith(name + "."):
             return level, name
-    return (10, module.split(".")[0])
+    return 10, module.split(".")[0]
 
 
-def imported(path: Path) -> set[str]:
+def imports(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return {name for name in names if name.split(".")[0] in ("train_cc", "evaluation", "convert_weight", "tests")}
+    return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_follow_the_levels(path):
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    if module == "train_cc":
-        return
-    level, own = room(module)
-    for name in imported(path):
-        other_level, other = room(name)
-        if own in ("evaluation", "convert_weight"):
-            assert other == own or other_level <= 6, f"{module} imports {name}"  # neither folder imports the other
-        else:
-            assert other == own or other_level < level, f"{module} imports {name}"
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_from_lower_levels(path):
+    level, own = room(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    for name in imports(path):
+        if name.split(".")[0] in (*PACKAGES, "tests"):
+            other_level, other = room(name)
+            below = 7 if level == 10 else level  # evaluation and convert_weight stand on what makes networks and images
+            assert other == own or other_level < below, name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_the_door_sees_the_command_line(path):
+@pytest.mark.parametrize("room", ["distillation", "rewards", "models", "run"])
+def test_only_the_door_sees_the_command_line(room):
     """Below `setup`, the training code has no parsed arguments: what it needs are settings and numbers."""
-    module = path.relative_to(ROOT).parts
-    if module[0] == "train_cc" and module[1] in ("distillation", "rewards", "models", "run") and module[2] != "spec.py":
-        assert "argparse" not in path.read_text(), f"{path} takes the command line's arguments"
-
-
-COMMANDS = [
-    "train_cc.cold_start",
-    "train_cc.dmdr_refl",
-    "train_cc.pretrain.data",
-    "train_cc.pretrain.teacher",
-    "train_cc.pretrain.classifier",
-    "convert_weight.sit_convert",
-    "convert_weight.export_generator",
-    "evaluation.generate",
-    "evaluation.evaluate",
-    "evaluation.statistics",
-    "evaluation.frontier",
-    "evaluation.sample",
-    "evaluation.report",
-]
+    for path in (ROOT / "train_cc" / room).glob("*.py"):
+        assert "argparse" not in path.read_text() or path.name == "spec.py", path
 
 
 def test_commands_answer_before_they_import_networks():
     """Help and what is wrong with a command line: torch and its like take seconds."""
+    commands = [command for command in COMMANDS if command != "evaluation.benchmark"]  # takes a minute in any case
     code = f"""
 import runpy, sys
-for name in {COMMANDS}:
+for name in {commands}:
     for flag, expected in (("--help", 0), ("--no-such-flag", 2)):
         sys.argv = [name, flag]
         try:
@@ -105,17 +87,53 @@ for name in {COMMANDS}:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("usage:") == len(COMMANDS)
+    assert done.stdout.count("usage:") == len(commands)
 
 
-def test_a_run_imports_nothing_of_the_plan():
-    code = "import train_cc.setup.stage, sys; assert not any('train_cc.planning' in name for name in sys.modules)"
+def test_what_costs_seconds_is_not_imported_for_nothing():
+    """A run imports nothing of the plan; sampling and evaluating no peft."""
+    code = """
+import sys, evaluation.samples.sampling, evaluation.figures.spaces
+assert "peft" not in sys.modules
+import train_cc.setup.stage
+assert not any("train_cc.planning" in name for name in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_who_samples_or_evaluates_imports_no_peft():
-    """With what it brings it takes a second of every command."""
-    code = "import evaluation.samples.sampling, evaluation.figures.spaces, sys; assert 'peft' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+# What is installed: requirements.txt and pyproject.toml -----------------------------------------------------------
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def bounds(lines: list[str]) -> dict[str, str]:
+    """Name -> version range."""
+    return {normal(each.name): str(each.specifier) for each in map(Requirement, lines)}
+
+
+def test_requirements_are_the_dependencies_and_the_extra_dev_and_all_agree():
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    ranges = bounds(PROJECT["dependencies"]) | bounds(EXTRAS["dev"])
+    assert bounds([line for line in lines if line]) == ranges and all(ranges.values())
+    for extra in EXTRAS.values():
+        assert all(ranges.setdefault(name, bound) == bound for name, bound in bounds(extra).items())
+
+
+def test_every_library_that_is_imported_is_a_dependency():
+    """An import of a library that another one happens to bring would end with that one."""
+    libraries = {name.split(".")[0] for path in FILES for name in imports(path)} - set(sys.stdlib_module_names)
+    libraries -= {*PACKAGES, "scripts", "torchao", "triton"}  # an extra; a part of torch for CUDA
+    declared, distributions = bounds(PROJECT["dependencies"]).keys(), packages_distributions()
+    missing = {name for name in libraries if not declared & {normal(name), *map(normal, distributions.get(name, []))}}
+    assert "torch" in libraries and not missing
+
+
+def test_the_packages_have_all_their_modules():
+    """A folder without __init__.py is installed only by chance."""
+    assert all((path.parent / "__init__.py").exists() for path in FILES)
