@@ -31,7 +31,7 @@ TURNS = [
     "run/test_speed",
     "rewards/test_terms",
     "paper/test_diagnostics",
-    "planning/test_dry_run",
+    "planning/test_plan",
 ]
 # What is mutated, and the tests that are to notice, the likeliest first.
 MODULES = {
@@ -65,7 +65,7 @@ MODULES = {
     "train_cc/rewards/frechet.py": ["rewards/test_frechet"],
     "train_cc/setup/build.py": [*TURNS, "run/test_recipes"],
     "train_cc/setup/stage.py": [
-        "planning/test_dry_run",
+        "planning/test_plan",
         "paper/test_distill",
         "run/test_resume",
         "io/test_command_line",
