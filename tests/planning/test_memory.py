@@ -101,9 +101,12 @@ def test_nodes_hold_a_copy_each_unless_all_are_sharded_over(teacher, tmp_path, s
     assert sum(everyone.held.values()) < everyone.peaks["resuming"] <= training < max(everyone.peaks.values())
 
 
-def test_samples_of_turns_that_are_skipped_are_counted(teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("flag", "least"), [("--ratio-update", 1), ("--gradient-accumulation-steps", MOST_CHUNKS)], ids=["turns", "chunks"]
+)
+def test_samples_of_turns_and_chunks_that_are_skipped_are_counted(teacher, tmp_path, monkeypatch, flag, least):
     monkeypatch.setattr(turns, "SAMPLES_AT_ONCE", 1)  # else the peak would be that of making them
-    few, many = (simulated(teacher, tmp_path, "--ratio-update", n) for n in (1, 21))
+    few, many = (simulated(teacher, tmp_path, "--ratio-update", 1, flag, least + more) for more in (0, 20))
     grown = many.peaks["training, estimator turns"] - few.peaks["training, estimator turns"]
     assert grown == pytest.approx(20 * 4 * 8 * 8 * 4, rel=0.01)
 
