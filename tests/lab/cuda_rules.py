@@ -31,7 +31,6 @@ PROMOTED = {  # cast to the widest of their inputs
     "scatter_add",
 }  # fmt: skip
 NORMS = {"norm.Scalar": aten.norm.ScalarOpt_dtype, "norm.ScalarOpt_dim": aten.norm.ScalarOpt_dim_dtype}
-REFUSED = {"binary_cross_entropy"}
 
 
 class AutocastCache:
@@ -100,8 +99,6 @@ def autocast_kernel(name: str, op: Callable, cache: AutocastCache, device: str) 
                 args, kwargs = cast_all(widest(args, kwargs, device), args, kwargs)
             elif name in NORMS:
                 return NORMS[name](*args, dtype=torch.float32 if eligible(args[0], device) else args[0].dtype)
-            elif name in REFUSED:
-                raise RuntimeError(f"torch.nn.functional.{name} is unsafe to autocast; take its _with_logits")
             else:
                 args, kwargs = cast_all(torch.float32, args, kwargs)
             return op(*args, **kwargs)
@@ -116,25 +113,10 @@ def widest(args: tuple, kwargs: dict, device: str) -> torch.dtype:
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
-    """As on a GPU: flash in half precision, memory-efficient in fp32 or under a mask, else plain products."""
-    if enable_gqa:
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    width, value_width = q.shape[-1], v.shape[-1]
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    batched = q.ndim == 4
-    if batched and half and attn_mask is None and width == value_width <= 256:
-        pad = -width % 8
-        scale = width**-0.5 if scale is None else scale
-        q, k, v = (torch.nn.functional.pad(x, (0, pad)) if pad else x for x in (q, k, v))
-        out = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
-        return out[..., :width] if pad else out
-    multiple = 8 if half else 4
-    if not batched or q.dtype == torch.float64 or width % multiple or value_width % multiple:
+    """Flash in half precision without a mask, as on a GPU, else plain products."""
+    width, half = q.shape[-1], q.dtype in (torch.float16, torch.bfloat16)
+    if q.ndim != 4 or not half or attn_mask is not None or not width == v.shape[-1] <= 256:
         return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, float("-inf"))
-        attn_mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
-    kept = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, kept, dropout_p, is_causal, scale=scale)[0]
+    pad, scale = -width % 8, width**-0.5 if scale is None else scale
+    q, k, v = (torch.nn.functional.pad(x, (0, pad)) if pad else x for x in (q, k, v))
+    return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0][..., :width]

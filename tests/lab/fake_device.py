@@ -3,23 +3,17 @@
 import contextlib
 import functools
 import weakref
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
 
 from tests.lab import cuda_rules
-from train_cc.io.errors import InputError
 
 NAME = "fakegpu"
 
 
-class Waits(Protocol):
-    def wait(self, kind: str) -> None: ...
-
-
-active: list[Waits] = []  # the device of the running `fake_gpu`, if any; outside of it the type is not available
+active: list = []  # the device of the running `fake_gpu`, if any; outside of it the type is not available
 
 
 class Generator(torch.Generator):
@@ -123,21 +117,11 @@ class DeviceModule:
 
 @functools.cache
 def install() -> tuple:
-    """Register the device type, once a process. -> what must be kept.
-
-    Raises `InputError` where this torch cannot, or another backend has the place.
-    """
-    setup = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
-    if setup is None:
-        missing = "_setup_privateuseone_for_python_backend"
-        raise InputError(f"torch {torch.__version__} cannot make a fake GPU: it has no {missing}; take a newer torch")
-    taken = torch._C._get_privateuse1_backend_name()
-    if taken != "privateuseone":
-        raise InputError(f"no fake GPU can be made: the backend {taken!r} has the place in torch that it needs")
+    """Register the device type, once a process, and return what must be kept."""
 
     class Hooks(backend_registration._DummyPrivateUse1Hook):
         def is_available(self) -> bool:
             return bool(active)
 
-    setup(NAME, DeviceModule(), Hooks())
+    backend_registration._setup_privateuseone_for_python_backend(NAME, DeviceModule(), Hooks())
     return cuda_rules.register(NAME)

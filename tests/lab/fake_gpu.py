@@ -9,8 +9,8 @@ Tensors on the CPU are real, those on ``gpu.device`` have shape and dtype alone.
 both (a 0-d CPU tensor may join), autocast follows CUDA's lists, attention takes the fused kernels. What makes the host
 wait for the device is recorded with its place in the project's code. Non-blocking copies run late, at the host's next
 wait: a source that was freed by then is recorded as lost, unless it was pinned, or so small that CUDA takes it at the
-call. A value that is read is 0, and where a shape
-depends on values it is the largest possible.
+call. A value that is read is 0, `unique` and an index by a mask have their largest shape. Other results whose shape
+depends on values, as that of `nonzero`, are refused.
 
 The first `fake_gpu` registers the device type with torch for the whole process; outside of the context it says that it
 is not available, and everything behaves as before. The backward pass runs on the calling thread, and the context holds
@@ -100,9 +100,6 @@ class FakeGpu(TorchDispatchMode):
             return READS[func](*args, **kwargs)
         if func in REPORTING and on_gpu(args[0]):
             self.wait(f"asked by {func}")
-        if func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
-            self.wait(f"read by {func}")
-            return _empty(args[0], len(args[0]), dtype=torch.long)
         if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             indices = [i for i in args[1] if i is not None]
             if any(not on_gpu(i) for i in indices):
@@ -163,41 +160,16 @@ def place_in_project() -> str:
     return "outside of the project"
 
 
-# Operators whose result, or its shape, depends on values: on a GPU the host reads them ----------------------------
-
-
-def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-
-
-def _number(x: Tensor) -> float | int | bool:
-    return 0.0 if x.dtype.is_floating_point else False if x.dtype == torch.bool else 0
-
-
-def _unique(x: Tensor, *options: object, **named: object) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(x, x.numel()), _empty(x, x.numel(), dtype=torch.long), _empty(x, x.numel(), dtype=torch.long)
-
-
-def _unique_dim(x: Tensor, dim: int, *options: object, **named: object) -> tuple[Tensor, Tensor, Tensor]:
-    count = x.shape[dim]
-    return _empty(x, *x.shape), _empty(x, count, dtype=torch.long), _empty(x, count, dtype=torch.long)
+# Operators whose result depends on values: on a GPU the host reads them --------------------------------------------
 
 
 READS = {
-    aten._local_scalar_dense.default: _number,
-    aten.is_nonzero.default: lambda x: False,
+    aten._local_scalar_dense.default: lambda x: 0.0 if x.dtype.is_floating_point else x.dtype != torch.bool and 0,
     aten.equal.default: lambda x, other: True,
-    aten.allclose.default: lambda x, other, *options, **named: True,
-    aten.nonzero.default: lambda x: _empty(x, x.numel(), x.ndim, dtype=torch.long),
-    aten.masked_select.default: lambda x, mask: _empty(x, torch.broadcast_shapes(x.shape, mask.shape).numel()),
-    aten._unique.default: lambda x, *options, **named: _unique(x)[:2],
-    aten._unique2.default: _unique,
-    aten.unique_dim.default: _unique_dim,
-    aten.unique_consecutive.default: _unique,
-    aten.bincount.default: lambda x, weights=None, minlength=0: _empty(x, max(minlength, 1), dtype=torch.long),
+    aten._unique2.default: lambda x, *options: (torch.empty_like(x).flatten(), None, None),
     aten._linalg_check_errors.default: lambda *args, **kwargs: None,
 }
-REPORTING = {aten._linalg_eigh.default, aten._linalg_svd.default, aten.linalg_eig.default}  # whether they succeeded
+REPORTING = {aten._linalg_eigh.default, aten._linalg_svd.default}  # whether they succeeded
 MASKS = (torch.bool, torch.uint8)
 
 
@@ -205,7 +177,7 @@ def every_place(index: Tensor | None) -> list[Tensor | None]:
     """A mask as indices into each of its dimensions, of all its places; another index as it is."""
     if index is None or index.dtype not in MASKS:
         return [index]
-    return [_empty(index, index.numel(), dtype=torch.long)] * index.ndim
+    return [torch.empty(index.numel(), dtype=torch.long, device=index.device)] * index.ndim
 
 
 def _tolist(x: Tensor) -> list:
@@ -245,7 +217,7 @@ def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True
 
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[FakeGpu]:
-    """The device, as long as the context lasts. Raises `InputError` where this torch cannot make one."""
+    """The device, as long as the context lasts."""
     cache, _ = install()
     clear = torch.clear_autocast_cache
 
@@ -254,14 +226,17 @@ def fake_gpu() -> Iterator[FakeGpu]:
         cache.clear()
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", clear_both))
-        stack.enter_context(mock.patch.object(torch, "Generator", Generator))
-        stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", synchronize))
-        stack.enter_context(mock.patch.object(FakeTensor, "tolist", _tolist))
-        stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
-        # Several tensors by one kernel, as on CUDA, where their type is no other than a tensor's.
-        stack.enter_context(mock.patch.object(_foreach_utils, "_foreach_supported_types", [Tensor, FakeTensor]))
-        stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda x, *device: active[-1].pin(x)))
+        for owner, name, own in (
+            (torch, "clear_autocast_cache", clear_both),
+            (torch, "Generator", Generator),
+            (torch.accelerator, "synchronize", synchronize),
+            (FakeTensor, "tolist", _tolist),
+            (nn.Module, "_apply", _apply),
+            # Several tensors by one kernel, as on CUDA, where their type is no other than a tensor's.
+            (_foreach_utils, "_foreach_supported_types", [Tensor, FakeTensor]),
+            (Tensor, "pin_memory", lambda x, *device: active[-1].pin(x)),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, own))
         # Otherwise torch would look for threads of the device, which are counted at a process's first backward pass.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         before = torch._C._only_lift_cpu_tensors()

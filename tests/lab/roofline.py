@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ MEMORY_EFFICIENCY = 0.85  # of the bandwidth that element-wise kernels reach
 LAUNCH = 4e-6  # seconds that the smallest kernel takes
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """What a data sheet says, dense: FLOP/s in half precision and in fp32 (TF32 off), bytes/s."""
 
     half: float
@@ -31,22 +30,16 @@ CARDS = {
 }
 
 
-@dataclass
-class Cost:
-    """Of the kernels of one row."""
+class Cost(NamedTuple):
+    """Cost of the kernels of one row."""
 
     seconds: float = 0.0
     flop: int = 0
     bytes: int = 0
     kernels: int = 0
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            self.seconds + other.seconds,
-            self.flop + other.flop,
-            self.bytes + other.bytes,
-            self.kernels + other.kernels,
-        )
+    def plus(self, other: "Cost") -> "Cost":
+        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class Roofline(Meter):
@@ -63,7 +56,8 @@ class Roofline(Meter):
 
     def total(self, kind: str | None = None) -> Cost:
         """The sum over the rows of ``kind``; None: over all."""
-        return sum((cost for (own, _), cost in self.rows.items() if kind in (None, own)), Cost())
+        costs = (cost for (own, _), cost in self.rows.items() if kind in (None, own))
+        return functools.reduce(Cost.plus, costs, Cost())
 
     def seen(self, func, args: tuple, kwargs: dict, out: object) -> None:
         if launches_no_kernel(func):
@@ -77,13 +71,8 @@ class Roofline(Meter):
         peak = COMPUTE_EFFICIENCY * (self.card.half if half else self.card.single)
         seconds = max(flop / peak, moved / (MEMORY_EFFICIENCY * self.card.bandwidth), LAUNCH)
         name = func._overloadpacket.__name__
-        row = self.rows[kind_of(name, flop), name]
-        row.seconds, row.flop, row.bytes, row.kernels = (
-            row.seconds + seconds,
-            row.flop + flop,
-            row.bytes + moved,
-            row.kernels + 1,
-        )
+        row = kind_of(name, flop), name
+        self.rows[row] = self.rows[row].plus(Cost(seconds, flop, moved, 1))
 
 
 def kind_of(name: str, flop: int) -> str:

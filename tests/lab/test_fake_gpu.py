@@ -1,18 +1,17 @@
-"""A device without hardware, what it refuses and records, and the meters that watch it."""
+"""A device without hardware: what it refuses, what waits for it, and the dtypes of its autocast."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.utils import backend_registration
 
-from tests.lab import fake_device
-from tests.lab.fake_gpu import FakeGpu, fake_gpu
-from tests.lab.roofline import CARDS, Roofline
+from tests.lab.fake_device import NAME
+from tests.lab.fake_gpu import fake_gpu
 
 needed = "_setup_privateuseone_for_python_backend"
 pytestmark = pytest.mark.skipif(not hasattr(backend_registration, needed), reason=f"torch has no {needed}")
-NAME = fake_device.NAME
 
 
 @pytest.fixture
@@ -21,29 +20,9 @@ def gpu():
         yield device
 
 
-def update(gpu: FakeGpu, model: nn.Module, optimizer: torch.optim.Optimizer, dtype=torch.bfloat16) -> Tensor:
-    """One step of training as the project takes it: autocast, clipped gradients, fused AdamW. -> v."""
-    x, t = torch.randn(4, 1, 8, 8, device=gpu.device), torch.rand(4, device=gpu.device)
-    y = torch.zeros(4, dtype=torch.long, device=gpu.device)
-    with torch.autocast(NAME, dtype, enabled=dtype != torch.float32):
-        v = model(x, t, y)
-    v.float().pow(2).mean().backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return v
-
-
-def fused(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), fused=True)
-
-
 def line_of(function, offset: int) -> str:
     """`place_in_project` of the line ``offset`` lines below the definition of ``function``."""
     return f"tests/lab/test_fake_gpu.py:{function.__code__.co_firstlineno + offset}"
-
-
-# Training ---------------------------------------------------------------------------------------------------------
 
 
 def test_outside_of_the_context_the_process_is_as_before():
@@ -59,9 +38,7 @@ def test_outside_of_the_context_the_process_is_as_before():
     assert torch.Generator().manual_seed(1).device.type == "cpu"
 
 
-# What CUDA refuses -------------------------------------------------------------------------------------------------
-
-ON_BOTH = {
+REFUSED = {
     "add": lambda cpu, gpu: cpu + gpu,
     "cat": lambda cpu, gpu: torch.cat([cpu, gpu]),
     "linear": F.linear,
@@ -69,16 +46,19 @@ ON_BOTH = {
     "embedding": lambda cpu, gpu: F.embedding(torch.tensor([0]), gpu),
     "into the CPU": lambda cpu, gpu: cpu[0, 0].add_(gpu[0, 0]),
     "generator": lambda cpu, gpu: torch.randn(3, generator=torch.Generator(), device=gpu.device),
+    # Shapes that depend on values
+    "nonzero": lambda cpu, gpu: gpu.nonzero(),
+    "masked_select": lambda cpu, gpu: gpu.masked_select(gpu > 0),
+    "unique of rows": lambda cpu, gpu: gpu.unique(dim=0),
+    "repeat_interleave": lambda cpu, gpu: gpu.repeat_interleave(gpu[0].long(), dim=0),
 }
 
 
-@pytest.mark.parametrize("name", ON_BOTH)
-def test_operands_on_two_devices_raise(gpu, name):
-    with pytest.raises(RuntimeError, match=r"device|CPU"):
-        ON_BOTH[name](torch.ones(4, 4), torch.ones(4, 4, device=gpu.device))
+@pytest.mark.parametrize("name", REFUSED)
+def test_operands_on_two_devices_and_shapes_by_values_are_refused(gpu, name):
+    with pytest.raises((RuntimeError, DynamicOutputShapeException), match=r"device|CPU|aten\."):
+        REFUSED[name](torch.ones(4, 4), torch.ones(4, 4, device=gpu.device))
 
-
-# Waits -------------------------------------------------------------------------------------------------------------
 
 ONES = torch.ones(4, dtype=torch.long)
 WAITS = {
@@ -87,20 +67,14 @@ WAITS = {
     "bool": lambda x: bool((x > 0).all()),
     "if": lambda x: 1 if x.sum() > 0 else 0,
     "tolist": lambda x: x.tolist(),
-    "nonzero": lambda x: x.nonzero(),
-    "where": lambda x: torch.where(x > 0),
-    "masked_select": lambda x: x.masked_select(x > 0),
     "unique": lambda x: x.unique(),
-    "unique of rows": lambda x: x.unique(dim=0),
     "equal": lambda x: torch.equal(x, x),
     "eigenvalues": lambda x: torch.linalg.eigh(x),
     "singular values": lambda x: torch.linalg.svd(x),
-    "allclose": lambda x: torch.allclose(x, x),
     "mask": lambda x: x[x > 0],
     "mask of rows": lambda x: x[x[:, 0] > 0],
     "put by mask": lambda x: x.index_put((x > 0,), x.flatten()),
     "index from the CPU": lambda x: x[torch.tensor([0, 1])],
-    "repeat_interleave": lambda x: x.repeat_interleave(x[0].long(), dim=0),
     "cpu": lambda x: x.cpu(),
     "to": lambda x: ONES.to(x.device),
     "copy_": lambda x: x.copy_(torch.ones(4, 4)),
@@ -157,8 +131,6 @@ def test_a_copy_needs_its_source_until_the_host_waits(gpu):
     assert [event.place for event in gpu.lost] == [line_of(freed, 0)]
 
 
-# Autocast and attention --------------------------------------------------------------------------------------------
-
 HALF, SINGLE = torch.bfloat16, torch.float32
 AUTOCAST = {  # torch.org: "Autocast Op Reference", CUDA. x is fp32, h half
     "linear": (lambda x, h: F.linear(x, x), HALF),
@@ -189,18 +161,3 @@ def test_autocast_computes_in_the_dtype_of_cuda(gpu, name):
     with torch.autocast(NAME, HALF):
         assert call(x, x.to(HALF)).dtype == expected
         assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == SINGLE  # the CPU has an autocast of its own
-
-
-def operators(call) -> set[str]:
-    with Roofline(CARDS["h100"], NAME) as roofline:
-        call()
-    return {name for _, name in roofline.rows}
-
-
-# Meters ------------------------------------------------------------------------------------------------------------
-
-
-# Processes ---------------------------------------------------------------------------------------------------------
-
-
-# Where it cannot be made -------------------------------------------------------------------------------------------
