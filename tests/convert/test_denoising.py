@@ -81,8 +81,8 @@ def convert(state, folder, *more):
     return SiT.from_pretrained(folder / "out" / "m")
 
 
-CASES = [(f"velocity straight{more}", seed) for more in ("", " reversed") for seed in (0, 1)]
-REFUSED = [(f"eps {schedule}", seed, "predicts eps") for schedule in ("ddpm-linear", "ddpm-cosine") for seed in (0, 1)]
+CASES = [(f"velocity straight{more}", seed) for more in ("", " reversed") for seed in (0,)]
+REFUSED = [(f"eps {schedule}", seed, "predicts eps") for schedule in ("ddpm-linear", "ddpm-cosine") for seed in (0,)]
 REFUSED += [(f"eps straight{more}", 0, "predicts eps") for more in ("", " reversed")]
 REFUSED += [
     ("v ddpm-linear", 0, "predicts v"),
