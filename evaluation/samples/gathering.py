@@ -11,7 +11,7 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.samples.parts import PART, in_parts, is_whole, write_part
+from evaluation.samples.parts import PART, in_parts, is_whole_part, write_part
 from train_cc.images import FolderImages, Images, batches_of, choose_workers, open_images
 from train_cc.io.class_names import order_of
 from train_cc.io.errors import InputError
@@ -153,7 +153,7 @@ def gather(args: argparse.Namespace) -> None:
         if processes.is_main_process:
             need_space(place.parts, 4 * network.size**2 * (len(parts) + 6))
         mine = list(parts)[processes.process_index :: processes.num_processes]
-        todo = {path: parts[path] for path in mine if not is_whole(path)}
+        todo = {path: parts[path] for path in mine if not is_whole_part(path)}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # a network's rounding on a CPU depends on them; more cores: more processes
         sum_parts(todo, images, network, processes, args.batch_size, workers)

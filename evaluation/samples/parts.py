@@ -1,6 +1,7 @@
 """Samples and statistics in the making: parts that the next start uses, and at the end one .npz, or PNG files."""
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -30,6 +31,7 @@ def in_parts(
 
     None: ``target`` is there already.
     """
+    read = functools.cache(read)  # every byte of the file is checked, which may be gigabytes: once
     made = read(target) if target.is_file() and not overwrite else {}
     if made and (words := differences(made, content)):
         words = printable("; ".join(words[:8]))
@@ -51,7 +53,7 @@ def write_part(path: Path, **arrays: np.ndarray) -> None:
     write_atomically(path, buffer.getbuffer())
 
 
-def is_whole(part: Path) -> bool:
+def is_whole_part(part: Path) -> bool:
     """False for a part that is missing, or damaged, which is printed."""
     try:
         return part.is_file() and bool(read_npz(part, PART))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from evaluation.samples.files import provenance_of
 from evaluation.samples.parts import (
     in_parts,
-    is_whole,
+    is_whole_part,
     merge_samples,
     read_samples_record,
     samples_record,
@@ -232,7 +232,7 @@ def make_parts(
     with tqdm(desc="images", total=total, disable=not processes.is_main_process) as progress:
         for path in mine:
             indices, before = parts[path], decode.again
-            if not is_whole(path):
+            if not is_whole_part(path):
                 batches = [indices[i : i + settings.batch_size] for i in range(0, len(indices), settings.batch_size)]
                 pairs = [generate_batch(model, decode, batch, settings) for batch in batches]
                 images, y = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
