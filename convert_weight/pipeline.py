@@ -83,14 +83,14 @@ class DMDRPipeline(DiffusionPipeline):
         single = hasattr(class_labels, "__index__") and getattr(class_labels, "ndim", 0) == 0
         classes = self.generator.config.num_classes
         try:
-            given = [class_labels] if single or isinstance(class_labels, str) else list(class_labels)
-            labels = [self._id_of(each) if isinstance(each, str) else operator.index(each) for each in given]
+            values = [class_labels] if single or isinstance(class_labels, str) else list(class_labels)
+            labels = [self._id_of(each) if isinstance(each, str) else operator.index(each) for each in values]
         except TypeError:
             raise ValueError(
                 f"class_labels is {class_labels!r}; a whole number, a name or a list of them is allowed"
             ) from None
         if not labels or not all(0 <= label < classes for label in labels):
-            raise ValueError(f"class_labels is {given}; one label or more of 0 to {classes - 1} are allowed")
+            raise ValueError(f"class_labels is {values}; one label or more of 0 to {classes - 1} are allowed")
         return labels
 
     def _id_of(self, name: str) -> int:
@@ -100,12 +100,12 @@ class DMDRPipeline(DiffusionPipeline):
         for number, names in self.config.id2label.items():
             for each in {names.lower(), *names.lower().split(", ")}:
                 ids.setdefault(each, []).append(int(number))
-        found = ids.get(name.lower(), [])
-        if len(found) != 1:
+        numbers = ids.get(name.lower(), [])
+        if len(numbers) != 1:
             near = ", ".join(difflib.get_close_matches(name.lower(), ids, 5))
-            told = f"is the name of classes {found}: give a number" if found else "is no name of a class"
-            raise ValueError(f"class_labels has {name!r}, which {told}{f'. Near: {near}' if near else ''}")
-        return found[0]
+            problem = f"is the name of classes {numbers}: give a number" if numbers else "is no name of a class"
+            raise ValueError(f"class_labels has {name!r}, which {problem}{f'. Near: {near}' if near else ''}")
+        return numbers[0]
 
     def _sample(self, y: torch.Tensor, steps: int, generator: torch.Generator | list[torch.Generator] | None):
         """x0_hat = x_t - t v from t = 1, then re-noised to the next time: t <- s t / (1 + (s - 1) t). (B, C, H, W)."""

@@ -33,7 +33,7 @@ def pytest_configure(config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """What `-m gpu` measured, as a table to paste into an issue."""
+    """Print the figures of `-m gpu` as a table to paste into an issue."""
     rows = getattr(sys.modules.get("tests.gpu.test_gpu"), "ROWS", [])
     if rows:
         terminalreporter.write_line(
@@ -217,7 +217,7 @@ def ldm_names(state: dict[str, torch.Tensor], stages: int) -> dict[str, torch.Te
 
 
 def save_unchecked(classifier: ImageClassifier, folder: Path) -> None:
-    """What `save_pretrained` refuses to write, for tests of what refuses to read it."""
+    """Write a folder that `save_pretrained` refuses to write, for tests of its reader."""
     folder.mkdir()
     save_file(classifier.network.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(classifier.config))
