@@ -14,6 +14,7 @@ from torch import Tensor
 
 from train_cc.draws import Draws
 from train_cc.io.errors import InputError
+from train_cc.models.networks.sit import SiT
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, time, y) -> output
 
@@ -183,6 +184,16 @@ def other_kind(network: Network, noise: Tensor, y: Tensor) -> str | None:
             if measured.error < 0.7 and measured.spread > 0.12:
                 errors[name] = min(measured.error, errors.get(name, math.inf))
     return min(errors, key=errors.get) if errors else None
+
+
+def require_noise_prediction(model) -> None:
+    """Raise `InputError` if ``model``, a DiT, predicts something else at DDPM's steps.
+
+    Read as a velocity any network would pass: v holds -x / (1 - t) whatever it predicts.
+    """
+    kind = other_kind(lambda x, t, y: SiT.forward(model, x, t, y), *own_noise(model))  # at DDPM's steps
+    if kind is None or "eps" not in kind or "DDPM" not in kind:
+        raise InputError(f"this is no DiT that predicts eps: {kind or 'no reading denoises'}; --network SiT?")
 
 
 def require_denoising(model, direction: str = "data-at-0", strict: bool = True) -> None:

@@ -42,6 +42,9 @@ def build_parser() -> fields.Parser:
         "--weights", choices=["auto", "ema", "raw"], default="auto", help="auto: EMA where there is one"
     )
     parser.add_argument("--teacher", type=fields.path, help="a LoRA generator's base, if it has moved since")
+    parser.add_argument(
+        "--trust-teacher-code", action="store_true", help="permission to run the network.py of the teacher's folder"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what this command wrote earlier")
     return parser
 

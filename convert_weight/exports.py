@@ -3,7 +3,11 @@
 import argparse
 import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,20 +25,25 @@ from train_cc.io.fields import flag_of, marked
 from train_cc.io.figures import columns_of, markdown_table, read_figures, with_arrow
 from train_cc.io.products import need_space, product, record_of, write_atomically
 from train_cc.io.read import sha256
-from train_cc.models import network
+from train_cc.models.backbone import CODE, USUAL, Network, check_config, load_network, trust_code
 from train_cc.models.generator import generator_lora_rank, save_generator
-from train_cc.models.lora import GENERATOR_TARGETS, save_adapter
-from train_cc.models.sit import SiT, check_sit_config
+from train_cc.models.lora import save_adapter
 from train_cc.models.vae import load_vae, require_decoder, require_latent_space
 from train_cc.run.checkpoint import open_checkpoint
 from train_cc.setup.arguments import GROUPS
 
-# What the pipeline's own files are named, and the modules that they are copies of.
-CODE = {"pipeline.py": pipeline, "generator/sit.py": network}
+# A pipeline is loaded and sampled where nothing of this project is: folder, file for its samples.
+LOADED = """
+import sys, torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+pipeline.generator.requires_grad_(False)  # as what it is compared with: kernels, and so rounding, may depend on it
+torch.save(pipeline([0, 0], generator=torch.Generator().manual_seed(0), output_type="latent").images, sys.argv[2])
+"""
 
 
 @torch.no_grad()
-def require_same_outputs(before: SiT, after: nn.Module, tolerance: float = 0) -> None:
+def require_same_outputs(before: Network, after: nn.Module, tolerance: float = 0) -> None:
     """Raises `InputError` if the velocities differ, by more than ``tolerance`` times the largest."""
     draws = Draws(0)
     x, y = draws.noise(2, *before.sample_shape), draws.integers(before.null_class, 2)
@@ -45,14 +54,14 @@ def require_same_outputs(before: SiT, after: nn.Module, tolerance: float = 0) ->
             raise InputError("what was written gives other outputs than the checkpoint's: is the disk failing?")
 
 
-def save_folder(generator: SiT, sampling: dict, provenance: dict, folder: Path) -> None:
+def save_folder(generator: Network, sampling: dict, provenance: dict, folder: Path) -> None:
     """A generator folder, read again and compared."""
     save_generator(generator, folder, sampling["num_inference_steps"], sampling["timestep_shift"], **provenance)
-    require_same_outputs(generator, SiT.from_pretrained(folder))
+    require_same_outputs(generator, load_network(folder).requires_grad_(False))
 
 
 def save_pipeline(
-    generator: SiT, vae: nn.Module | None, sampling: dict, names: list[str] | None, provenance: dict, folder: Path
+    generator: Network, vae: nn.Module | None, sampling: dict, names: list[str] | None, provenance: dict, folder: Path
 ) -> None:
     """A folder that `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` reads without this project.
 
@@ -61,12 +70,12 @@ def save_pipeline(
     save_folder(generator, sampling, provenance, folder / "generator")
     if vae is not None:
         vae.save_pretrained(folder / "vae")
-    for name, module in CODE.items():
-        shutil.copyfile(module.__file__, folder / name)
+    shutil.copyfile(pipeline.__file__, folder / "pipeline.py")
+    write_atomically(folder / "generator" / CODE, generator.code)
     index = {
         "_class_name": ["pipeline", "DMDRPipeline"],
         "_diffusers_version": diffusers.__version__,
-        "generator": ["sit", "SiT"],
+        "generator": ["network", type(generator).__name__],
         "vae": [None, None] if vae is None else ["diffusers", "AutoencoderKL"],
         **sampling,
         "id2label": {str(number): name for number, name in enumerate(names)} if names else None,
@@ -74,17 +83,32 @@ def save_pipeline(
     write_atomically(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
 
 
+def require_same_samples(generator: Network, vae: nn.Module | None, sampling: dict, folder: Path) -> None:
+    """The pipeline in ``folder`` samples in a process of its own what ``generator`` does. Raises `InputError`."""
+    own = pipeline.DMDRPipeline(generator, vae, sampling["timestep_shift"], sampling["num_inference_steps"])
+    expected = own([0, 0], generator=torch.Generator().manual_seed(0), output_type="latent").images
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, "-I", "-c", LOADED, str(folder.absolute()), f"{cache}/samples.pt"]
+        done = subprocess.run(command, cwd=cache, env=os.environ | {"HF_MODULES_CACHE": cache}, capture_output=True)
+        if done.returncode:
+            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            raise InputError(f"the pipeline that was written cannot be loaded: {''.join(last)}")
+        samples = torch.load(f"{cache}/samples.pt", weights_only=True)
+    if (samples - expected).abs().max() > 1e-4 * expected.abs().max():
+        raise InputError("the pipeline that was written gives other samples than the checkpoint: is the disk failing?")
+
+
 # The model card -----------------------------------------------------------------------------------------------------
 
 USE = """\
 ---
 library_name: diffusers
-tags: [dmdr, sit, class-conditional, distillation]
+tags: [dmdr, {tag}, class-conditional, distillation]
 ---
 
 # {name}
 
-A class-conditional SiT generator of {size} x {size} {kind}, {classes} classes. It makes an image in {steps}.
+A class-conditional {network} generator of {size} x {size} {kind}, {classes} classes. It makes an image in {steps}.
 It was distilled from a flow model by distribution matching ([DMDR](https://arxiv.org/abs/2511.13649)).
 
 ## Use
@@ -97,8 +121,8 @@ image = pipeline(class_labels={example}).images[0]
 ```
 
 `class_labels` takes a number from 0 to {last}{named}, or a list of them.
-`trust_remote_code=True` runs `pipeline.py` and `generator/sit.py` of this repository. They need torch, timm, diffusers
-and pillow.
+`trust_remote_code=True` runs `pipeline.py` and `generator/network.py` of this repository. They need torch, timm,
+diffusers and pillow.
 """
 
 
@@ -127,6 +151,8 @@ def model_card(
     label = classes // 5
     use = USE.format(
         name=name,
+        network=config.get("_class_name", USUAL),
+        tag=config.get("_class_name", USUAL).lower(),
         size=config["input_size"],
         kind="pixels" if config["in_channels"] in (1, 3) else "latents",
         classes=classes,
@@ -168,8 +194,10 @@ def export(args: argparse.Namespace, targets: dict[str, Path], content: dict) ->
         "latent_space_sha256": checkpoint.units.get("latent_space_sha256"),
     }
     teacher, sampling = args.teacher or Path(recorded["teacher"]), sampling_of(recorded)
+    if args.trust_teacher_code:
+        trust_code(teacher)
     if args.pipeline is not None:
-        config = check_sit_config(checkpoint.units["model_config"], args.checkpoint)
+        config = check_config(checkpoint.units["model_config"], args.checkpoint)
         vae_name, vae = args.vae or recorded["vae"], None
         require_decoder(config["in_channels"], vae_name, args.checkpoint)
         if vae_name != "none":
@@ -192,12 +220,15 @@ def export(args: argparse.Namespace, targets: dict[str, Path], content: dict) ->
                 save_folder(generator, sampling, provenance, fresh)
             elif flag == "--adapter":
                 rank = generator_lora_rank(True, recorded["lora_rank"])
-                save_adapter(generator_state(checkpoint, args.weights), rank, GENERATOR_TARGETS, str(teacher), fresh)
-                adapted = PeftModel.from_pretrained(SiT.from_pretrained(teacher), fresh).eval()
+                save_adapter(
+                    generator_state(checkpoint, args.weights), rank, generator.generator_targets, str(teacher), fresh
+                )
+                adapted = PeftModel.from_pretrained(load_network(teacher), fresh).eval()
                 require_same_outputs(generator, adapted, 1e-4)  # ``generator`` has it merged: equal but for rounding
             else:
                 shared = {name: value for name, value in provenance.items() if name != "run"}  # a path of this machine
                 save_pipeline(generator, vae, sampling, names, shared, fresh)
+                require_same_samples(generator, vae, sampling, fresh)
                 hashes = {str(path.relative_to(fresh)): sha256(path) for path in sorted(fresh.rglob("*.safetensors"))}
                 hashes |= {"the checkpoint": content["inputs"]["checkpoint"], "the teacher": shared["teacher_sha256"]}
                 hashes |= {f"reward {n + 1}": each for n, each in enumerate(shared["rewards_sha256"])}

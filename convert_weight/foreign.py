@@ -1,4 +1,4 @@
-"""A checkpoint that other code wrote: read without running code from it; if it is no SiT, its kind is named."""
+"""A checkpoint that other code wrote: read without running code from it; the kind of a network that is none of ours."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from train_cc.io.errors import InputError
 from train_cc.io.read import read_safetensors, read_torch, require_file
 
-EXPECTED = "a SiT checkpoint or a model folder"
+EXPECTED = "a checkpoint of a SiT, DiT or LightningDiT, or a model folder"
 
 # Kind -> patterns, each of which some name of such a network matches, with a point before it. The first match wins.
 NETWORKS = {
@@ -23,12 +23,12 @@ NETWORKS = {
     "a latent diffusion checkpoint with a U-Net and a VAE": (r"\.first_stage_model\.",),
     "a Flux transformer": (r"\.single_transformer_blocks\.|\.(double|single)_blocks\.",),
     "an MMDiT (Stable Diffusion 3)": (r"\.joint_blocks\.|\.context_embedder\.",),
-    "a diffusers DiT (transformer_blocks)": (r"^\.([a-z_]+\.)?transformer_blocks\.",),
+    "a diffusers DiT: --input takes its folder, with config.json": (r"^\.([a-z_]+\.)?transformer_blocks\.",),
     "a VAE": (r"\.(quant_conv|post_quant_conv)\.|\.(encoder|decoder)\.conv_in\.",),
     "a U-Net": (r"\.(down_blocks|input_blocks)\.",),
     "a U-Net of EDM": (r"\.(enc|dec)\.\d+x\d+_",),
     "a U-ViT": (r"\.in_blocks\.", r"\.out_blocks\."),
-    "a LightningDiT (SwiGLU, RMSNorm, rotary positions)": (r"\.mlp\.(w12|w3|w1|w2|gate_proj)\.|\.feat_rope\.",),
+    "a transformer with another gated MLP": (r"\.mlp\.(w1|w2|gate_proj)\.",),
     "a SiT or LightningDiT with qk-norm, which is not supported": (r"\.attn\.(q|k)_norm\.",),
     "a DiT with cross attention, such as PixArt": (r"\.cross_attn\.",),
     "a SiT of REPA-E, whose latents are normalised by its batch norm": (r"^\.bn\.running_mean",),
@@ -38,7 +38,7 @@ NETWORKS = {
 
 
 def network_kind(names: Iterable[str]) -> str | None:
-    """The kind of a known network that is no SiT, by the names of its tensors."""
+    """The kind of a known network that is none of ours, by the names of its tensors."""
     names = [f".{name}" for name in names]
     for kind, patterns in NETWORKS.items():
         if all(any(re.search(pattern, name) for name in names) for pattern in patterns):
@@ -149,7 +149,7 @@ def read_checkpoint(path: Path) -> object:
 
 def require_checkpoint_file(folder: Path) -> None:
     """Raise `InputError` for a folder that is no model folder of ours, with the files in it that may be meant."""
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or (folder / "transformer" / "config.json").is_file():
         return
     files = sorted(path for path in [*folder.glob("*"), *folder.glob("*/*")] if path.is_file())
     if any(path.suffix == ".distcp" for path in files):

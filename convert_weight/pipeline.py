@@ -1,4 +1,4 @@
-"""A one-step or few-step SiT generator as a diffusers pipeline: class labels in, images out.
+"""A one-step or few-step generator as a diffusers pipeline: class labels in, images out.
 
 pipeline = DiffusionPipeline.from_pretrained(FOLDER_OR_HUB_NAME, trust_remote_code=True)
 images = pipeline(class_labels=["golden retriever", 207]).images

@@ -1,8 +1,9 @@
-"""A published SiT checkpoint to a model folder (config.json and one safetensors file) that training reads.
+"""A published SiT, DiT or LightningDiT to a model folder (config.json and one safetensors file) that training reads.
 
 `python convert_weight/sit_convert.py` downloads REPA's SiT-XL/2 into sit_weights/ and converts it. With `--input FILE`:
 REPA's release or a training checkpoint of it, legacy `decoder_blocks` names, the SiT authors' checkpoint (8 channels,
-reversed time), DeepSpeed's mp_rank_00_model_states.pt, .pt or .safetensors, nested and prefixed; or a folder of ours.
+reversed time), LightningDiT's, DiT's (`--network DiT`), DeepSpeed's mp_rank_00_model_states.pt, .pt or .safetensors,
+nested and prefixed. With `--input FOLDER`: a DiT in diffusers' format, such as facebook/DiT-XL-2-256, or one of ours.
 Sizes are read off the tensors. A file does not say its direction of time or what it predicts: guesses are printed and
 tested by denoising.
 """
@@ -16,16 +17,16 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from convert_weight.foreign import read_checkpoint, require_checkpoint_file
+from convert_weight.foreign import EXPECTED, read_checkpoint, require_checkpoint_file
 from train_cc.io import fields
 from train_cc.io.errors import InputError, exits_on_input_error, saying
 from train_cc.io.products import check_parent, check_product, need_space, product, record, write_atomically
-from train_cc.io.read import sha256
+from train_cc.io.read import kind_of, read_json, sha256
 from train_cc.io.remote import download
-from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
+from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME, require_tensors
 
 if TYPE_CHECKING:
-    from train_cc.models.sit import SiT
+    from train_cc.models.backbone import Network
 
 REPA_URL = (
     "https://www.dl.dropboxusercontent.com/scl/fi/cxedbs4da5ugjq5wg3zrg/last.pt"
@@ -54,6 +55,9 @@ def build_parser() -> fields.Parser:
     parser.add_argument(
         "--name", type=plain_name, help="of the model folder in --save-dir; without it the size's, such as SiT-XL-2"
     )
+    parser.add_argument(
+        "--network", choices=["SiT", "DiT"], help="of the file; DiT: it predicts eps at DDPM's steps. Without it SiT"
+    )
     parser.add_argument("--num-heads", type=fields.integer(1, 1024), help="for a size outside the table")
     parser.add_argument(
         "--encoder-depth", type=fields.integer(0, 1000), default=8, help="for legacy decoder_blocks names"
@@ -77,20 +81,23 @@ def build_parser() -> fields.Parser:
     return parser
 
 
-def load_source(args: argparse.Namespace, source: Path) -> "tuple[SiT, list[str]]":
+def load_source(args: argparse.Namespace, source: Path) -> "tuple[Network, list[str]]":
     """Return the model, and lines about it. Raises `InputError`."""
     if source.is_dir():
-        from train_cc.models.sit import SiT
+        from train_cc.models.backbone import load_network
 
         require_checkpoint_file(source)
-        return SiT.from_pretrained(source), [f"recognised: a model folder of ours, {source}"]
+        folder = source / "transformer" if (source / "transformer").is_dir() else source
+        if kind_of(read_json(folder / "config.json", EXPECTED), "SiT") == "DiTTransformer2DModel":
+            return load_diffusers(folder)
+        return load_network(source), [f"recognised: a model folder of ours, {source}"]
     if args.input is None:
         download(REPA_URL, source, "give a local file by --input")
     try:
         with saying(f"reading {source}"):
             from convert_weight.state_dicts import convert
 
-            options = (args.num_heads, args.encoder_depth, args.time_direction, args.num_classes)
+            options = (args.num_heads, args.encoder_depth, args.time_direction, args.num_classes, args.network)
             return convert(read_checkpoint(source), *options)
     except InputError as error:
         again = "" if args.input else f"; delete {source}, and the same command downloads it again"
@@ -98,9 +105,28 @@ def load_source(args: argparse.Namespace, source: Path) -> "tuple[SiT, list[str]
         raise InputError(f"{where}{error}{again}") from error
 
 
+def diffusers_file(folder: Path) -> Path:
+    """The weights file of a folder of diffusers, safetensors before .bin."""
+    files = [folder / name for name in (WEIGHTS_NAME, WEIGHTS_NAME.replace("safetensors", "bin"))]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def load_diffusers(folder: Path) -> "tuple[Network, list[str]]":
+    """The DiT of diffusers' folder, such as facebook/DiT-XL-2-256's transformer/. Raises `InputError`."""
+    from convert_weight.state_dicts import convert, from_diffusers
+
+    config = read_json(folder / "config.json", EXPECTED)
+    sizes = {"sample_size": fields.integer(1, 4096), "num_attention_heads": fields.integer(1, 1024)}
+    fields.check_numbers({name: config.get(name) for name in sizes}, sizes, folder / "config.json")
+    file = diffusers_file(folder)
+    state = from_diffusers(require_tensors(read_checkpoint(file), file, "a DiT's tensors"), config["sample_size"])
+    return convert(state, config["num_attention_heads"], network="DiT", embedding_shift=1)
+
+
 def content_of(args: argparse.Namespace, source: Path) -> dict:
     """The record of this command, with the SHA-256 of what it reads, as far as that is there."""
-    of_folder = {"source": source / WEIGHTS_NAME, "generation": source / GENERATION_CONFIG}
+    inner = source / "transformer" if (source / "transformer").is_dir() else source
+    of_folder = {"source": diffusers_file(inner), "generation": source / GENERATION_CONFIG}
     files = of_folder if source.is_dir() else {"source": source}
     inputs = {name: sha256(file) for name, file in files.items() if file.is_file()}
     return record("sit_convert", vars(args), inputs=inputs)
@@ -113,15 +139,19 @@ def is_there(args: argparse.Namespace, target: Path, content: dict) -> bool:
     return check_product(target, content, args.overwrite, "--name")
 
 
-def check(args: argparse.Namespace, model: "SiT", notes: list[str]) -> None:
+def check(args: argparse.Namespace, model: "Network", notes: list[str]) -> None:
     """Denoise, if asked for or if the file does not say what it predicts. Raises `InputError`."""
-    from convert_weight.denoising import require_denoising
+    from convert_weight.denoising import require_denoising, require_noise_prediction
     from convert_weight.state_dicts import FOLDED, UNSAID
 
-    if args.check is None and UNSAID not in notes and not any("--time-direction" in line for line in notes):
+    guessed = UNSAID in notes or args.network == "DiT" or any("--time-direction" in line for line in notes)
+    if args.check is None and not guessed:
         return
     if args.check is False:
         print("not checked: --no-check")
+        return
+    if type(model).__name__ == "DiT":
+        require_noise_prediction(model)
         return
     direction = "data-at-1" if any(FOLDED in line for line in notes) else "data-at-0"
     with saying("sampling and denoising (about 25 passes of four images; --no-check omits them)"):

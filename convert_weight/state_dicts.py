@@ -1,4 +1,4 @@
-"""Conversion of the content of a published checkpoint to our `SiT`, by renames and exact folds. No files."""
+"""Conversion of the content of a published checkpoint to a network of ours, by renames and exact folds. No files."""
 
 import math
 import re
@@ -10,7 +10,8 @@ from torch import Tensor
 from convert_weight.foreign import content_kind, network_kind
 from train_cc.io.errors import InputError
 from train_cc.io.weights import block_count, fit, load_weights, require_tensors
-from train_cc.models.sit import SIT_SIZES, SiT, check_sit_config, sit_shapes
+from train_cc.models.backbone import SIT_SIZES, USUAL, Network, check_config, new_network, shapes_of
+from train_cc.models.networks.sit import position_embedding
 
 State = dict[str, Tensor]
 GUESS = "guessed: "
@@ -32,7 +33,7 @@ def is_average(key: str) -> bool:
 
 
 def networks_in(content: object, place: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], State]]:
-    """Every SiT at a known place of ``content``, with its keys, the last of them a prefix of its names."""
+    """Every SiT or DiT at a known place of ``content``, with its keys, the last of them a prefix of its names."""
     if not isinstance(content, Mapping) or len(place) > 6:
         return []
     networks = []
@@ -75,7 +76,7 @@ def unnest(content: object) -> tuple[State, str]:
 
 
 def nothing_found(content: object, expected: str) -> str:
-    """The words for a file without a SiT, with its kind if that is known."""
+    """The words for a file without a network of ours, with its kind if that is known."""
     words = f"no weights found: {expected} is expected; this is"
     if not isinstance(content, Mapping):
         return f"{words} a {type(content).__name__}"
@@ -125,8 +126,8 @@ def direction_of(variance: bool, repa: bool, chosen: str | None) -> tuple[str, s
     return guess, f"{GUESS}time has {guess}, from {why}; --time-direction decides"
 
 
-def config_of(state: State, num_heads: int | None) -> dict:
-    """The arguments of `SiT` read off the tensors; heads from the size table unless given."""
+def config_of(state: State, num_heads: int | None, gated: bool = False) -> dict:
+    """The arguments of a network read off the tensors; heads from the size table unless given."""
     needed = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight")
     missing = [name for name in needed if name not in state]
     if missing:
@@ -144,7 +145,8 @@ def config_of(state: State, num_heads: int | None) -> dict:
     heads = num_heads or next((row["num_heads"] for row in SIT_SIZES.values() if size.items() <= row.items()), None)
     if heads is None:
         raise InputError(f"a SiT of depth {depth} and width {hidden} is in no size table; give --num-heads")
-    ratio = fc1[0] / hidden
+    rows = fc1[0] * 3 // 4 if gated else fc1[0]  # of two products, each of 2/3 of the rows
+    ratio = rows / hidden
     config = size | {
         "num_heads": heads,
         "patch_size": patch,
@@ -152,9 +154,9 @@ def config_of(state: State, num_heads: int | None) -> dict:
         "input_size": side * patch,
         "num_classes": table[0] - 1,
         # The model rounds down to whole rows.
-        "mlp_ratio": ratio if int(hidden * ratio) == fc1[0] else (fc1[0] + 0.5) / hidden,
+        "mlp_ratio": ratio if gated or int(hidden * ratio) == rows else (rows + 0.5) / hidden,
     }
-    check_sit_config(config, "this SiT")
+    check_config(config, "this SiT")
     return config
 
 
@@ -186,8 +188,52 @@ def reverse_time(state: State) -> State:
 
 
 def size_name(config: dict) -> str | None:
-    """The name of a size in the table, such as SiT-XL/2."""
-    return next((name for name, size in SIT_SIZES.items() if size.items() <= config.items()), None)
+    """The name of a size in the table, such as SiT-XL/2; a patch of 1 is LightningDiT's."""
+    sizes = SIT_SIZES | {f"{name[:-1]}1": size | {"patch_size": 1} for name, size in SIT_SIZES.items()}
+    name = next((name for name, size in sizes.items() if size.items() <= config.items()), None)
+    return name and name.replace("SiT", config.get("_class_name", USUAL))
+
+
+# LightningDiT's names of its gated MLP; its table of rotary positions is computed.
+GATED = {"mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}
+# diffusers' names of a DiT; each of its blocks holds the embedders once more, and q, k, v apart.
+OF_DIFFUSERS = {
+    "pos_embed.proj": "x_embedder.proj",
+    "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table",
+    "norm1.linear": "adaLN_modulation.1",
+    "attn1.to_out.0": "attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
+
+
+def from_diffusers(state: State, sample_size: int) -> State:
+    """A `DiTTransformer2DModel`'s tensors under the names of DiT's authors. Raises `InputError`.
+
+    Its blocks' copies of the embedders are one, as its authors' files make them.
+    """
+    renamed: State = {}
+    for name, value in state.items():
+        block, own = re.fullmatch(r"(?:transformer_blocks\.(\d+)\.)?(.*)", name).groups()
+        module, _, kind = own.rpartition(".")
+        if module.startswith("attn1.to_") and module != "attn1.to_out.0":
+            continue
+        new = OF_DIFFUSERS.get(module, module)
+        place = f"{new}.{kind}" if block is None or "embedder" in new else f"blocks.{block}.{new}.{kind}"
+        if not torch.equal(renamed.setdefault(place, value), value):
+            raise InputError(f"{name} differs from another block's: it was trained apart, and a DiT here has one")
+    for block in sorted({name.split(".")[1] for name in state if name.startswith("transformer_blocks.")}):
+        for kind in ("weight", "bias"):
+            parts = [state.get(f"transformer_blocks.{block}.attn1.to_{each}.{kind}") for each in "qkv"]
+            if None not in parts:
+                renamed[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(parts)
+    renamed.pop("pos_embed.pos_embed", None)
+    hidden, _, patch, _ = renamed["x_embedder.proj.weight"].shape
+    return renamed | {"pos_embed": position_embedding(hidden, sample_size // patch)}
 
 
 def convert(
@@ -196,8 +242,14 @@ def convert(
     encoder_depth: int = 8,
     time_direction: str | None = None,
     num_classes: int | None = None,
-) -> tuple[SiT, list[str]]:
-    """Return the model, and lines about what was recognised, guessed and dropped. Raises `InputError`."""
+    network: str | None = None,
+    **more: int,
+) -> tuple[Network, list[str]]:
+    """Return the model, and lines about what was recognised, guessed and dropped. Raises `InputError`.
+
+    ``network``: DiT for a file that predicts eps, which it does not say; a LightningDiT is known by its names.
+    ``more``: further arguments of the network.
+    """
     state, place = unnest(content)
     notes = [f"weights: {place}"]
     if kind := network_kind(state):
@@ -209,21 +261,36 @@ def convert(
     if any(name.startswith("decoder_blocks.") for name in state):
         state = rename_decoder_blocks(state, encoder_depth)
         notes.append(f"legacy names: decoder_blocks.N became blocks.N + {encoder_depth}")
-    config = config_of(state, num_heads)
+    gated = any(".mlp.w12." in name for name in state)
+    if gated:
+        renames = re.compile("|".join(map(re.escape, GATED)))
+        state = {renames.sub(lambda match: GATED[match[0]], name): value for name, value in state.items()}
+        state = {name: value for name, value in state.items() if not name.startswith("feat_rope.")}
+        network = "LightningDiT"
+    config = config_of(state, num_heads, gated)
     config["num_classes"], null_row = classes_of(config["num_classes"] + 1, num_classes)
     velocity = velocity_channels(state, config)
-    direction, time = direction_of(bool(velocity), bool(projectors), time_direction)
-    notes += [guess for guess in (null_row, time, None if projectors else UNSAID) if guess]
+    if network == "DiT":
+        direction, time, unsaid = "data-at-0", None, "it predicts eps on DDPM's path (--network DiT)"
+    elif network == "LightningDiT":
+        direction, time, unsaid = time_direction or "data-at-1", None, None
+    else:
+        direction, time = direction_of(bool(velocity), bool(projectors), time_direction)
+        unsaid = None if projectors else UNSAID
+    notes += [guess for guess in (null_row, time, unsaid) if guess]
+    config |= {} if network in (None, USUAL) else {"_class_name": network} | more
+    config = check_config(config, "this network")
     if velocity:
         state |= velocity
         notes.append(f"kept {config['in_channels']} of {2 * config['in_channels']} output channels")
-    fit(sit_shapes(config), state, "this SiT")
+    fit(shapes_of(config), state, "this SiT")
     if direction == "data-at-1":
         state = reverse_time(state)
         notes.append(f"data at time 1, as in the SiT authors' files: {FOLDED}")
     with torch.device("meta"):
-        model = SiT(**config)
+        model = new_network(config)
     load_weights(model, state, "this SiT")
-    size, count = size_name(config) or "a SiT outside the size table", sum(map(torch.numel, state.values()))
+    size = size_name(config) or f"a {network or USUAL} outside the size table"
+    count = sum(map(torch.numel, state.values()))
     notes.append(f"recognised: {size}, {config}, {count} elements")
     return model.eval(), notes

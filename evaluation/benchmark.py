@@ -43,7 +43,7 @@ from train_cc.io import fields
 from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.products import check_output_file, library_versions, write_atomically
 from train_cc.io.read import parsing, printable, read_json
-from train_cc.models import SIT_SIZES, SiT
+from train_cc.models.backbone import SIZES, new_network
 from train_cc.models.estimator import MARGIN, Seen, watched
 from train_cc.rewards.terms import rewards_at_x0
 from train_cc.run.meters import FlopCounter
@@ -168,8 +168,7 @@ def machine(device: torch.device) -> dict:
 
 def write_random_inputs(folder: Path, size: str, reward: bool) -> list[str]:
     """Weights of the official sizes, random: a teacher and, for the reward, VAE and DINOv2-L. -> the flags for them."""
-    config = SIT_SIZES[size]
-    model = SiT(**config)
+    model = new_network(SIZES[size])
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(folder / "teacher")
@@ -295,9 +294,12 @@ def verdict(name: str, activations: dict[str, float], gradients: dict[str, float
     return f"{name}: {words} (a factor of {MARGIN:g} is kept){scale}"
 
 
+OF_SD_VAE = [name for name, config in SIZES.items() if "in_channels" not in config]
+
+
 def benchmark_parser() -> fields.Parser:
     parser = fields.Parser(description=__doc__)
-    parser.add_argument("--size", default="SiT-XL/2", choices=SIT_SIZES, help="random weights of this size")
+    parser.add_argument("--size", default="SiT-XL/2", choices=OF_SD_VAE, help="random weights of this size")
     parser.add_argument("--cycles", type=fields.integer(1, 10_000), default=3, help="timed, after two that warm up")
     parser.add_argument("--threads", type=fields.integer(1, 4096), help="CPU threads")
     parser.add_argument("--output", type=fields.output_file, help="JSON file")

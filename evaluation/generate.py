@@ -48,6 +48,11 @@ def build_parser() -> fields.Parser:
 
 def add_sampling_arguments(parser: fields.Parser) -> None:
     parser.add_argument(
+        "--trust-teacher-code",
+        action="store_true",
+        help="permission to run the network.py of --generator, or of a checkpoint's teacher",
+    )
+    parser.add_argument(
         "--sampler",
         choices=["few-step", "euler", "heun", "sde"],
         default="few-step",

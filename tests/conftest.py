@@ -105,7 +105,7 @@ class RandomNetworks(Networks):
         super().__init__(session)
         self.config = config
 
-    def sit(self, folder: Path) -> SiT:
+    def teacher(self, folder: Path) -> SiT:
         model = SiT(**self.config).eval()
         model.files = []
         return model

@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from evaluation import generate
 from train_cc import cold_start
-from train_cc.models import network
+from train_cc.models.backbone import SiT
 from train_cc.models.estimator import ScoreEstimator
-from train_cc.models.sit import SiT
+from train_cc.models.networks import sit as network
 from train_cc.models.vae import LatentSpace, VAEDecoder, pixels_to_images
 from train_cc.run import session as sessions
 from train_cc.setup import stage
@@ -67,9 +67,9 @@ def rounds(dtype: torch.dtype) -> tuple[mock._patch, ...]:
         with Rounding(now[0]):
             return plain(self, *inputs)
 
-    def embedded(t):
+    def embedded(t, **options):
         with torch._C.DisableTorchFunction():
-            return embedding(t)
+            return embedding(t, **options)
 
     def scoring(self, *inputs, **options):
         now[0] = dtype if torch.is_grad_enabled() else torch.float16

@@ -50,6 +50,9 @@ class Models:
     teacher: Path = setting(
         help="model folder (convert_weight/sit_convert.py makes one), or org/name[@revision] on the hub", reads=True
     )
+    trust_teacher_code: bool = setting(
+        False, "permission to run the network.py of --teacher, a network of your own", start=True
+    )
     teacher_is_distilled: bool = setting(
         False, "permission for a --teacher that is itself a distilled generator of few steps"
     )

@@ -35,8 +35,8 @@ from train_cc.draws import Draws
 from train_cc.io.errors import InputError, note
 from train_cc.io.products import check_product, library_versions, need_space, write_atomically
 from train_cc.io.read import sha256
+from train_cc.models.backbone import Network, choose_attention
 from train_cc.models.features import without_tf32
-from train_cc.models.sit import SiT, choose_attention
 from train_cc.models.vae import DECODED_AT_ONCE, VAEDecoder, images_to_uint8, load_decoder, require_decoder, vae_files
 from train_cc.run.devices import SHARDS_TIMEOUT, device, open_processes
 from train_cc.run.pictures import above, grid, png_bytes
@@ -47,7 +47,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MULTI_STEP = {"euler": euler_sample, "heun": heun_sample}
 FURTHER = 1e-3  # the share of pixels that may differ by more than one grey level in fp16
 # Arguments in which two commands of one output may differ.
-NOT_COMPARED = ("batch_size", "output", "png_dir", "overwrite", "names")
+NOT_COMPARED = ("batch_size", "output", "png_dir", "overwrite", "names", "trust_teacher_code")
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -70,7 +70,7 @@ def labels_of(indices: range, settings: argparse.Namespace, num_classes: int) ->
 
 
 @torch.no_grad()
-def samples_of(model: SiT, indices: range, y: Tensor, settings: argparse.Namespace) -> Tensor:
+def samples_of(model: Network, indices: range, y: Tensor, settings: argparse.Namespace) -> Tensor:
     """x0 (B, C, h, w): sample i of ``indices``, of the class y[i]."""
     noise, labels = image_noise(settings.seed, indices, model.sample_shape, model.device), y.to(model.device)
 
@@ -86,7 +86,7 @@ def samples_of(model: SiT, indices: range, y: Tensor, settings: argparse.Namespa
     return MULTI_STEP[settings.sampler](network, noise(), labels, settings.num_steps)
 
 
-def images_of_labels(model: SiT, decode, indices: range, y: Tensor, settings: argparse.Namespace) -> np.ndarray:
+def images_of_labels(model: Network, decode, indices: range, y: Tensor, settings: argparse.Namespace) -> np.ndarray:
     """uint8 (B, H, W, C): image i of ``indices``, of the class y[i]. Raises `InputError` if they are not finite."""
     x0 = samples_of(model, indices, y, settings)
     images = decode(x0)
@@ -101,7 +101,9 @@ def images_of_labels(model: SiT, decode, indices: range, y: Tensor, settings: ar
     return images_to_uint8(images).numpy()
 
 
-def generate_batch(model: SiT, decode, indices: range, settings: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+def generate_batch(
+    model: Network, decode, indices: range, settings: argparse.Namespace
+) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 (B, H, W, C) and labels (B,)."""
     y = labels_of(indices, settings, model.null_class)
     return images_of_labels(model, decode, indices, y, settings), y.numpy()
@@ -196,7 +198,7 @@ def load_sampler(settings: argparse.Namespace, source: Source, device: torch.dev
 
 def open_sampling(args: argparse.Namespace) -> tuple[Source, argparse.Namespace]:
     """The model, and ``args`` completed by `settings_for`. Raises `InputError`."""
-    source = open_source(args.generator)
+    source = open_source(args.generator, args.trust_teacher_code)
     require_decoder(source.config["in_channels"], args.vae, args.generator)
     return source, settings_for(args, source)
 

@@ -12,8 +12,8 @@ from train_cc.io.products import record_of
 from train_cc.io.read import require_file, require_folder, sha256
 from train_cc.io.remote import model_folder, pinned
 from train_cc.io.weights import WEIGHTS_NAME
+from train_cc.models.backbone import Network, load_network, read_config, trust_code
 from train_cc.models.generator import GenerationConfig
-from train_cc.models.sit import SiT, read_sit_config
 from train_cc.run.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -30,18 +30,19 @@ class Source:
 
     @cached_property
     def config(self) -> dict:
-        return self.checkpoint.units["model_config"] if self.checkpoint is not None else read_sit_config(self.path)
+        return self.checkpoint.units["model_config"] if self.checkpoint is not None else read_config(self.path)
 
-    def load(self) -> SiT:
+    def load(self) -> Network:
         """A checkpoint's EMA weights if there are some."""
         if self.checkpoint is None:
-            return SiT.from_pretrained(self.path)
+            return load_network(self.path)
         from train_cc.distillation.state import generator_from  # with peft, which takes a second
 
         return generator_from(self.checkpoint, "auto")
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, trust_teacher_code: bool = False) -> Source:
+    """``trust_teacher_code``: the network.py of ``path``, or of a checkpoint's teacher, may be run."""
     if path.suffix == ".pt":
         checkpoint = open_checkpoint(path)
         name = "ema" if checkpoint.has("accelerator_1/ema.safetensors") else "generator"
@@ -49,11 +50,15 @@ def open_source(path: Path) -> Source:
         rewards = checkpoint.units.get("rewards_sha256", [])
         latents = checkpoint.units.get("latent_space_sha256")
         arguments = checkpoint.units["arguments"]
+        if trust_teacher_code:
+            trust_code(arguments["teacher"])
         sampling = arguments["num_steps"], float(arguments["timestep_shift"])
         return Source(path, checkpoint, sha256(weights), sampling, rewards, latents)
     if path.is_file():
         raise InputError(f"{path} is a file; a model folder or a checkpoints/torch_units/step-N.pt is expected")
     path = model_folder(path)
+    if trust_teacher_code:
+        trust_code(path)
     require_folder(path, f"a model folder, with config.json and {WEIGHTS_NAME},", "config.json", WEIGHTS_NAME)
     own, digest = GenerationConfig.read(path), sha256(path / WEIGHTS_NAME)
     return Source(path, None, digest, own.sampling, own.rewards_sha256 or [], own.latent_space_sha256)

@@ -1,13 +1,14 @@
 """What a network predicts is told from its own samples: small ones of every kind are trained and converted."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
 
 from convert_weight import sit_convert
 from tests.conftest import refused
-from train_cc.models import SiT
+from train_cc.models import SiT, load_network
 
 CONFIG = {"input_size": 4, "in_channels": 1, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 4}
 
@@ -47,6 +48,7 @@ def path(kind: str, count: int) -> tuple[torch.Tensor, ...]:
     return alpha, sigma, time, of_x0, of_noise
 
 
+@cache
 def trained(kind: str, seed: int, steps: int = 300, batch: int = 128) -> SiT:
     torch.manual_seed(seed)
     model = SiT(**CONFIG)
@@ -78,7 +80,7 @@ def convert(state, folder, *more):
     torch.save(state, folder / "in.pt")
     words = ["--input", folder / "in.pt", "--save-dir", folder / "out", "--name", "m", "--num-heads", 2, *more]
     sit_convert.main([str(word) for word in words])
-    return SiT.from_pretrained(folder / "out" / "m")
+    return load_network(folder / "out" / "m")
 
 
 CASES = [(f"velocity straight{more}", seed) for more in ("", " reversed") for seed in (0,)]
@@ -110,3 +112,21 @@ def test_what_is_no_flow_model_is_refused_by_its_kind(tmp_path, capsys, kind, se
     for each, more in ((state, ()), (two_sets(state), ())):
         assert words in refused(convert, each, tmp_path, *more, capsys=capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dit_is_converted_if_it_predicts_noise_at_ddpms_steps(tmp_path, capsys):
+    """The authors' file: eps with a learnt variance, which is dropped; nothing in it says what it predicts."""
+    model = trained("eps ddpm-linear", 0)
+    found = convert(two_sets(model.state_dict()), tmp_path, "--network", "DiT")
+    x, t, y = torch.randn(3, 1, 4, 4), torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0, 3, 4])
+    clean = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    angle = torch.atan2((1 - clean).sqrt(), clean.sqrt())
+    step = torch.tensor([float(torch.searchsorted(angle, a.double())) for a in torch.atan2(t, 1 - t)])
+    norm = (t**2 + (1 - t) ** 2).sqrt().view(-1, 1, 1, 1)
+    eps, t = model(x / norm, step, y), t.view(-1, 1, 1, 1)
+    expected = (eps - x) / (1 - t)  # x0 = (x - t eps) / (1 - t)
+    assert (found(x, t.flatten(), y) - expected).square().mean() < 1e-3 * expected.square().mean()  # a step is rounded
+    for kind in ("velocity straight", "v ddpm-linear"):
+        state = trained(kind, 0).state_dict()
+        message = refused(convert, state, tmp_path, "--network", "DiT", "--name", "other", capsys=capsys)
+        assert "this is no DiT that predicts eps" in message and not (tmp_path / "out" / "other").exists()

@@ -16,8 +16,8 @@ import pytest
 import torch
 from huggingface_hub import constants, file_download
 
-from convert_weight import export_generator
-from convert_weight.exports import CODE, save_pipeline
+from convert_weight import export_generator, pipeline
+from convert_weight.exports import save_pipeline
 from convert_weight.pipeline import DMDRPipeline
 from evaluation import generate
 from evaluation.standins import write_vae
@@ -27,6 +27,7 @@ from train_cc.io import remote
 from train_cc.io.class_names import KNOWN, class_names
 from train_cc.io.errors import InputError
 from train_cc.models import SiT
+from train_cc.models.networks import sit
 from train_cc.models.vae import images_to_uint8, load_decoder, load_vae
 from train_cc.samplers import few_step_sample
 
@@ -107,12 +108,12 @@ def test_a_shared_pipeline_samples_elsewhere_what_our_sampler_does(shared, name)
 
 def test_the_code_of_a_pipeline_is_this_projects_and_stands_alone(shared):
     folder, _ = shared
-    for name, module in CODE.items():
+    for name, source in (("pipeline.py", pipeline.__file__), ("generator/network.py", sit.__file__)):
         text = (folder / "pixels" / name).read_text()
-        assert text == Path(module.__file__).read_text()
+        assert text == Path(source).read_text()
         assert not re.search(r"^\s*(import|from) (train_cc|convert_weight|evaluation)", text, re.MULTILINE)
     index = json.loads((folder / "pixels" / "model_index.json").read_text())
-    assert index["_class_name"] == ["pipeline", "DMDRPipeline"] and index["generator"] == ["sit", "SiT"]
+    assert index["_class_name"] == ["pipeline", "DMDRPipeline"] and index["generator"] == ["network", "SiT"]
     SiT.from_pretrained(folder / "pixels" / "generator")
 
 
@@ -215,7 +216,7 @@ def test_a_pipeline_is_pushed_whole_and_without_paths_of_this_machine(run, tmp_p
     assert not (tmp_path / "p.tmp").exists()
     told = capsys.readouterr().out
     assert "there already" in told and "https://huggingface.co/me/digits" in told
-    expected = {"README.md", "model_index.json", "pipeline.py", "generator/sit.py", "generator/config.json"}
+    expected = {"README.md", "model_index.json", "pipeline.py", "generator/network.py", "generator/config.json"}
     expected |= {"generator/diffusion_pytorch_model.safetensors", "generator/generation_config.json"}
     assert Api.made == {"me/digits": expected}
     assert '"me/digits"' in (tmp_path / "p" / "README.md").read_text()

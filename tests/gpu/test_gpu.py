@@ -38,9 +38,9 @@ from tests.conftest import (
 from train_cc import cold_start
 from train_cc.distillation import loop
 from train_cc.draws import Draws
+from train_cc.models.backbone import SIT_SIZES
 from train_cc.models.dinov2 import IMAGE_SIZE, PATCH_SIZE, DINOv2Classifier
 from train_cc.models.features import without_tf32
-from train_cc.models.sit import SIT_SIZES
 from train_cc.models.vae import VAEDecoder, new_vae
 from train_cc.planning.memory import GIB, allowance, simulate
 from train_cc.run.session import open_session

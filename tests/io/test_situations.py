@@ -475,7 +475,6 @@ ARGUMENTS = argparse.Namespace(
 BLOCK = "blocks.0.attn.qkv.weight"
 ANCHOR = "x_embedder.proj.weight"
 REFUSED = {
-    "a LightningDiT": (names(ANCHOR, BLOCK, "blocks.0.mlp.w12.weight", "blocks.0.norm1.weight"), "LightningDiT"),
     "a SiT with qk-norm": (names(ANCHOR, BLOCK, "blocks.0.attn.q_norm.weight", nest="ema"), "qk-norm"),
     "a diffusers DiT": (names("pos_embed.proj.weight", "transformer_blocks.0.attn1.to_q.weight"), "a diffusers DiT"),
     "a U-Net": (names("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", nest="state_dict"), "a U-Net"),
@@ -491,7 +490,10 @@ REFUSED = {
         "zero_to_fp32.py",
     ),
     "an optimizer": (lambda folder: torch.save({"state": {}, "param_groups": []}, folder / "in.pt"), "an optimizer"),
-    "a whole module": (lambda folder: torch.save(random_sit(), folder / "in.pt"), "of class train_cc.models.sit.SiT"),
+    "a whole module": (
+        lambda folder: torch.save(random_sit(), folder / "in.pt"),
+        "of class train_cc.models.backbone",
+    ),
     "a web page": (content("in.pt", "<!DOCTYPE html><html></html>"), "a web page"),
     "a pointer of Git LFS": (content("in.pt", "version https://git-lfs.github.com/spec/v1\noid sha256:0"), "Git LFS"),
     "an empty file": (content("in.pt", ""), "an empty file"),
@@ -1014,7 +1016,7 @@ LATENTS = [
         "a classifier as the teacher",
         nothing,
         f"{COLD} --teacher classifier --vae none",
-        ("classifier/config.json is of a test_", "a SiT's model folder is expected"),
+        ("classifier/config.json is of a test_", "a model folder of SiT, LightningDiT, DiT is expected"),
     ),
     Situation(
         "a VAE in LDM's names as one file",

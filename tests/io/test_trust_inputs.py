@@ -27,9 +27,9 @@ from tests.releases import repa_state
 from train_cc.io.errors import InputError
 from train_cc.io.read import read_torch
 from train_cc.models import DINOv2Classifier, SiT
+from train_cc.models.backbone import check_config
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.generator import GenerationConfig, assemble_generator, save_generator
-from train_cc.models.sit import check_sit_config
 from train_cc.models.vae import LatentSpace, VAEDecoder, check_vae_config, load_vae, pixels_to_images
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -156,7 +156,7 @@ SIT_LIMITS = {"input_size": (1, 4096), "in_channels": (1, 1024), "patch_size": (
 SIT_LIMITS |= {"depth": (1, 1024), "num_heads": (1, 1024), "num_classes": (1, 10**6), "mlp_ratio": (1 / 64, 64)}
 VAE_LIMITS = {"in_channels": (1, 3), "out_channels": (1, 3), "latent_channels": (1, 64), "layers_per_block": (1, 16)}
 VAE_LIMITS |= {"norm_num_groups": (1, 1024), "scaling_factor": (1e-6, 1e6), "shift_factor": (-1e6, 1e6)}
-LIMITS = [(check_sit_config, SIT_BASE, name, *limits) for name, limits in SIT_LIMITS.items()]
+LIMITS = [(check_config, SIT_BASE, name, *limits) for name, limits in SIT_LIMITS.items()]
 LIMITS += [(check_vae_config, {}, name, *limits) for name, limits in VAE_LIMITS.items()]
 
 
@@ -173,7 +173,7 @@ def test_a_number_of_a_config_may_be_anything_within_its_limits(check, base, nam
 
 def test_a_sit_config_is_completed_and_its_sizes_divide():
     short = {name: value for name, value in SIT_BASE.items() if name not in ("patch_size", "mlp_ratio")}
-    assert check_sit_config(short | {"_private": 1}, "c") == SIT_BASE | {"patch_size": 2, "mlp_ratio": 4.0}
+    assert check_config(short | {"_private": 1}, "c") == SIT_BASE | {"patch_size": 2, "mlp_ratio": 4.0}
     for change, words in [
         ({"num_heads": 3}, "num_heads 3 does not divide hidden_size 65536"),
         ({"patch_size": 3}, "patch_size 3 does not divide input_size 256"),
@@ -183,7 +183,7 @@ def test_a_sit_config_is_completed_and_its_sizes_divide():
         ({"_class_name": "A"}, "is of a A;"),
     ]:
         with pytest.raises(InputError, match=words):
-            check_sit_config(SIT_BASE | change, "c")
+            check_config(SIT_BASE | change, "c")
 
 
 CLASSIFIER_CONFIGS = [(name, value) for name in ("num_classes", "in_channels", "image_size") for value in NO_NUMBER]

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import TINY, random_sit
 from train_cc.io.errors import InputError
 from train_cc.models import SIT_SIZES, ScoreEstimator, SiT
+from train_cc.models.backbone import read_config
 from train_cc.models.generator import GenerationConfig, assemble_generator, build_generator, generator_lora_rank
 from train_cc.models.lora import ADAPTER, lora_layers
-from train_cc.models.network import modulated_norm, position_embedding, sinusoidal_embedding
-from train_cc.models.sit import read_sit_config
+from train_cc.models.networks.sit import modulated_norm, position_embedding, sinusoidal_embedding
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -183,7 +183,7 @@ def test_what_is_loaded_is_ready_to_sample_in_the_dtype_asked_for(tmp_path):
 def test_a_folder_whose_weights_are_still_to_come_has_a_config(tmp_path):
     random_sit().save_pretrained(tmp_path)
     (tmp_path / WEIGHTS).unlink()
-    assert read_sit_config(tmp_path) == TINY | {"patch_size": 2, "mlp_ratio": 4.0}
+    assert read_config(tmp_path) == TINY | {"patch_size": 2, "mlp_ratio": 4.0}
 
 
 def damaged(folder, how):

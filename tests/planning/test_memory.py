@@ -21,7 +21,7 @@ from tests.conftest import RandomNetworks, build_run, flags
 from train_cc import cold_start
 from train_cc.distillation import turns
 from train_cc.distillation.loop import cycle
-from train_cc.models.sit import SIT_SIZES
+from train_cc.models.backbone import SIT_SIZES
 from train_cc.planning.memory import GIB, MOST_CHUNKS, Cost, Costs, simulate
 from train_cc.run.meters import FlopCounter
 from train_cc.run.session import open_session

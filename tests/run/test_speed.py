@@ -33,9 +33,9 @@ from tests.conftest import (
 from train_cc import cold_start
 from train_cc.distillation import loop, turns
 from train_cc.io.errors import InputError
+from train_cc.models.backbone import choose_attention
 from train_cc.models.estimator import ScoreEstimator
 from train_cc.models.lora import ADAPTER, hold_frozen_in, lora_layers, set_lora_scale
-from train_cc.models.sit import choose_attention
 from train_cc.models.vae import load_decoder
 from train_cc.run.session import COMPUTE_DTYPES
 from train_cc.settings import Optimisation

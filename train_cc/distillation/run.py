@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from train_cc.models.backbone import Network
 from train_cc.models.estimator import ScoreEstimator
-from train_cc.models.sit import SiT
 from train_cc.rewards.frechet import Frechet
 from train_cc.rewards.terms import Reward, Tilt
 from train_cc.run.session import Learner, Session
@@ -115,7 +115,7 @@ class Run:
         return self.learners["estimator"].network
 
     @property
-    def plain_generator(self) -> SiT:
+    def plain_generator(self) -> Network:
         return self.learners["generator"].plain
 
     @property

@@ -17,8 +17,8 @@ from train_cc.io.products import flush, need_space, plain_mode
 from train_cc.io.read import sha256
 from train_cc.io.remote import model_folder
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
+from train_cc.models.backbone import Network
 from train_cc.models.generator import assemble_generator, generator_lora_rank, save_generator
-from train_cc.models.sit import SiT
 from train_cc.run import checkpoint as checkpoints
 from train_cc.run import states
 from train_cc.run.checkpoint import Checkpoint
@@ -258,7 +258,7 @@ def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
 
 
 def export(run: Run) -> None:
-    """generator/: the plain SiT, with EMA weights where there is an EMA, LoRA merged."""
+    """generator/: the plain network, with EMA weights where there is an EMA, LoRA merged."""
     require_finite_run(run, moments=False)
     with averaged(run):
         # On a CPU the state shares the parameters' memory: it is used up before the raw weights come back.
@@ -320,7 +320,7 @@ def generator_state(checkpoint: Checkpoint, weights: str) -> dict[str, Tensor]:
     return state
 
 
-def generator_from(checkpoint: Checkpoint, weights: str, teacher: Path | None = None) -> SiT:
+def generator_from(checkpoint: Checkpoint, weights: str, teacher: Path | None = None) -> Network:
     """``weights`` as in `generator_state`. ``teacher`` replaces the recorded folder."""
     recorded, state = checkpoint.units["arguments"], generator_state(checkpoint, weights)
     lora_rank = generator_lora_rank(recorded["use_lora_gen"], recorded["lora_rank"])

@@ -110,6 +110,8 @@ def velocity_matching(run: Run, draws: Draws, x0: Tensor, y: Tensor, c: float, w
     x_t, noise, _, t = renoise(run, draws, x0, c)
     v_fake = run.scores.fake(x_t, t, y)
     losses = velocity_matching_losses(v_fake, x0, noise)
+    if (weight := run.plain_estimator.network.loss_weight(t)) is not None:
+        losses = losses * weight
     loss = (losses if weights is None else losses * weights).mean()
     losses = losses.detach()
     figures = {"loss_fake": losses.mean(), f"loss_fake{BY_BAND}": by_band(losses, t)}

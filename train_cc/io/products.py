@@ -41,7 +41,7 @@ UNFINISHED = r"\.[0-9a-f]{16}\.tmp"  # ends the name of a file that is being wri
 # What a killed command can leave in a folder before the folder has a record.
 LEFTOVER = re.compile(rf"\.lock|({re.escape(RECORD)})?{UNFINISHED}")
 # Arguments in which two commands of one product may differ.
-ASIDE = {"overwrite", "output", "output_dir", "data_dir", "checkpoint_steps"}
+ASIDE = {"overwrite", "output", "output_dir", "data_dir", "checkpoint_steps", "trust_teacher_code"}
 
 
 # Records ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
 
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")  # org/name or org/name@revision
 # What begins a path of ours, or the name of a size: never an organisation.
-OURS = ("runs", "sit_weights", "SiT-S", "SiT-B", "SiT-L", "SiT-XL")
+OURS = {f"{network}-{size}" for network in ("SiT", "DiT", "LightningDiT") for size in ("S", "B", "L", "XL")}
+OURS |= {"runs", "sit_weights"}
 MODEL_FILES = ("config.json", WEIGHTS_NAME, GENERATION_CONFIG)
 PLACES = ("", "generator/")  # of a model in its repository: at the root, or in a pipeline that was shared
 HOW_TO_MAKE = "`bash scripts/pretrain_digits.sh` makes digits' teacher, `python convert_weight/sit_convert.py` SiT-XL/2"
@@ -79,7 +80,7 @@ def model_folder(source: Path | str) -> Path:
         root = _snapshot(*name)
         folder = next((root / place for place in PLACES if (root / place / "config.json").is_file()), None)
         if folder is None:
-            raise InputError(f"{source} on the hub has neither config.json nor generator/config.json: it is no SiT")
+            raise InputError(f"{source} on the hub has neither config.json nor generator/config.json: it is no model")
         return folder
     if not path.exists():
         raise InputError(

@@ -2,8 +2,9 @@
 
 from importlib import import_module
 
-PLACES = {"SIT_SIZES": "sit", "DINOv2Classifier": "dinov2", "ScoreEstimator": "estimator", "SiT": "sit"}
-__all__ = ["SIT_SIZES", "DINOv2Classifier", "ScoreEstimator", "SiT"]
+PLACES = {"SIT_SIZES": "backbone", "DINOv2Classifier": "dinov2", "ScoreEstimator": "estimator", "SiT": "backbone"}
+PLACES |= {"load_network": "backbone"}
+__all__ = ["SIT_SIZES", "DINOv2Classifier", "ScoreEstimator", "SiT", "load_network"]
 
 
 def __getattr__(name: str) -> object:

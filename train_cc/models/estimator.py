@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from train_cc.draws import Draws
-from train_cc.models.lora import ESTIMATOR_TARGETS, add_lora, lora_layers, lora_scale_set, set_lora_scale
-from train_cc.models.sit import SiT
+from train_cc.models.backbone import Network
+from train_cc.models.lora import add_lora, lora_layers, lora_scale_set, set_lora_scale
 from train_cc.samplers import euler_sample
 
 CHECKED_CLASSES, CHECKED_STEPS = 64, 4  # of a teacher in fp16: four calls, half a second for SiT-XL/2 on an A100
@@ -27,9 +27,9 @@ class ScoreEstimator(nn.Module):
     score_dtype: torch.dtype | None = None
     trained: str = "LoRA"  # in messages, and in the name of its file in a checkpoint
 
-    def __init__(self, teacher: SiT, lora_rank: int, lora_init_spread: float | None = 1.0, seed: int = 0):
+    def __init__(self, teacher: Network, lora_rank: int, lora_init_spread: float | None = 1.0, seed: int = 0):
         super().__init__()
-        add_lora(teacher, lora_rank, ESTIMATOR_TARGETS, lora_init_spread, seed)
+        add_lora(teacher, lora_rank, teacher.estimator_targets, lora_init_spread, seed)
         self.network = teacher
         self._layers = lora_layers(teacher)
 
@@ -84,13 +84,16 @@ class ScoreEstimator(nn.Module):
     def _classes(self) -> Tensor:
         """All classes and the null class if they are few; else some, those of the largest rows among them.
 
-        A class enters the network by its row alone.
+        A class enters the network by its row of a table of embeddings, if it has one.
         """
-        null, rows = self.network.null_class, self.network.y_embedder.embedding_table.weight.detach()
+        null, device = self.network.null_class, next(self.network.parameters()).device
         if null < CHECKED_CLASSES:
-            return torch.arange(null + 1, device=rows.device)
-        largest = rows[:null].norm(dim=1).topk(CHECKED_CLASSES // 2).indices
-        return torch.cat([largest, torch.linspace(0, null, CHECKED_CLASSES // 2, device=rows.device).long()])
+            return torch.arange(null + 1, device=device)
+        classes = [torch.linspace(0, null, CHECKED_CLASSES // 2, device=device).long()]
+        for module in self.network.modules():
+            if isinstance(module, nn.Embedding) and module.num_embeddings == null + 1:
+                classes.insert(0, module.weight.detach()[:null].norm(dim=1).topk(CHECKED_CLASSES // 2).indices)
+        return torch.cat(classes)
 
 
 # The range of fp16 ---------------------------------------------------------------------------------------------------

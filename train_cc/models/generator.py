@@ -1,4 +1,4 @@
-"""The generator: a copy of the teacher, trained whole or by LoRA, the plain SiT that it becomes, and its folder."""
+"""The generator: a copy of the teacher, trained whole or by LoRA, the plain network that it becomes, and its folder."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from train_cc.io.fields import check, setting
 from train_cc.io.products import write_atomically
 from train_cc.io.read import read_json
 from train_cc.io.weights import GENERATION_CONFIG, fit, load_weights, require_finite
-from train_cc.models.sit import SiT, check_sit_config
+from train_cc.models.backbone import Network, check_config, config_of, load_network, new_network
 
 
 def generator_lora_rank(use_lora_gen: bool, lora_rank: int) -> int | None:
@@ -20,32 +20,32 @@ def generator_lora_rank(use_lora_gen: bool, lora_rank: int) -> int | None:
     return 2 * lora_rank if use_lora_gen else None
 
 
-def build_generator(copy_of_teacher: SiT, lora_rank: int | None, seed: int = 0) -> SiT:
+def build_generator(copy_of_teacher: Network, lora_rank: int | None, seed: int = 0) -> Network:
     """The trainable generator, made of ``copy_of_teacher``: all of it, or a LoRA with peft's default spread."""
     if lora_rank is not None:
-        from train_cc.models.lora import GENERATOR_TARGETS, add_lora  # peft takes a second, and sampling needs none
+        from train_cc.models.lora import add_lora  # peft takes a second, and sampling needs none
 
-        add_lora(copy_of_teacher, lora_rank, GENERATOR_TARGETS, None, seed)
+        add_lora(copy_of_teacher, lora_rank, copy_of_teacher.generator_targets, None, seed)
     return copy_of_teacher
 
 
-def assemble_generator(config: dict, state: dict[str, Tensor], teacher: str | Path, lora_rank: int | None) -> SiT:
-    """The plain SiT of a checkpoint's trained parameters ``state``, their LoRA, if any, merged into ``teacher``.
+def assemble_generator(config: dict, state: dict[str, Tensor], teacher: str | Path, lora_rank: int | None) -> Network:
+    """The plain network of a checkpoint's trained parameters ``state``, their LoRA, if any, merged into ``teacher``.
 
     Raises `InputError` if ``state`` does not fit.
     """
     source = "what the checkpoint holds of the generator"
-    config = check_sit_config(config, "the checkpoint's model_config")
+    config = check_config(config, "the checkpoint's model_config")
     if lora_rank is None:
         with torch.device("meta"):
-            generator = SiT(**config)
+            generator = new_network(config)
         load_weights(generator, state, source)
         return generator.requires_grad_(False).eval()
     from train_cc.models.lora import merge_lora
 
-    generator = build_generator(SiT.from_pretrained(teacher), lora_rank)
-    if check_sit_config(generator.config, teacher) != config:
-        raise InputError(f"{teacher} is another model than the checkpoint's: {dict(generator.config)}, not {config}")
+    generator = build_generator(load_network(teacher), lora_rank)
+    if (own := config_of(generator)) != config:
+        raise InputError(f"{teacher} is another model than the checkpoint's: {own}, not {config}")
     buffers = state.keys() & dict(generator.named_buffers()).keys()
     needed = {name for name, p in generator.named_parameters() if p.requires_grad} | buffers
     own = generator.state_dict()
@@ -93,7 +93,7 @@ class GenerationConfig:
         write_atomically(Path(folder) / GENERATION_CONFIG, json.dumps(content, indent=2) + "\n")
 
 
-def save_generator(generator: SiT, folder: str | Path, num_steps: int, shift: float, **more: object) -> None:
+def save_generator(generator: Network, folder: str | Path, num_steps: int, shift: float, **more: object) -> None:
     """Write a generator folder: architecture, weights, and its `GenerationConfig`, with the fields ``more``.
 
     Raises `InputError` for weights that are not finite.

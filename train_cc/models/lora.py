@@ -1,4 +1,4 @@
-"""LoRA on a SiT by peft, in the operations that training needs: add, scale, merge.
+"""LoRA on a network by peft, in the operations that training needs: add, scale, merge.
 
 peft injects, merges and stores; the forward is ours, since the estimator is read at a scale per call or per sample.
 """
@@ -19,8 +19,6 @@ from train_cc.io.products import plain_mode
 
 ADAPTER = "default"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-ESTIMATOR_TARGETS = ["attn.qkv"]
-GENERATOR_TARGETS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 
 
 class ScaledLora(PeftLinear):
@@ -42,7 +40,7 @@ class ScaledLora(PeftLinear):
         return torch.addmm(out.flatten(0, -2), low, up.t(), alpha=alpha).view_as(out)
 
 
-def add_lora(model: nn.Module, rank: int, targets: list[str], spread: float | None, seed: int) -> None:
+def add_lora(model: nn.Module, rank: int, targets: Sequence[str], spread: float | None, seed: int) -> None:
     """Freeze ``model`` and put LoRA (alpha = rank, B = 0) on ``targets``; only LoRA is trainable after.
 
     ``spread`` is the standard deviation of A's first values: with Adam, spread times learning rate says how fast the
@@ -53,7 +51,7 @@ def add_lora(model: nn.Module, rank: int, targets: list[str], spread: float | No
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), lora_dropout=0.0)
         config._register_custom_module({nn.Linear: ScaledLora})  # peft's way for layers of one's own
         inject_adapter_in_model(config, model, ADAPTER)
     rng = rng_of(seed)
@@ -100,9 +98,9 @@ def hold_frozen_in(model: nn.Module, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
-def save_adapter(state: Mapping[str, Tensor], rank: int, targets: list[str], base: str, folder: Path) -> None:
+def save_adapter(state: Mapping[str, Tensor], rank: int, targets: Sequence[str], base: str, folder: Path) -> None:
     """Write the LoRA of ``state`` as a folder that `peft.PeftModel.from_pretrained` puts on the model of ``base``."""
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0, inference_mode=True)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), lora_dropout=0.0, inference_mode=True)
     config.base_model_name_or_path = base
     config.save_pretrained(folder)
     names = {name: f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}" for name in state if ".lora_" in name}

@@ -25,7 +25,7 @@ from train_cc.distillation.loop import update
 from train_cc.distillation.panel import ESTIMATE_TIME, preview_inputs
 from train_cc.distillation.run import Run, trainable
 from train_cc.distillation.state import averaged
-from train_cc.models.sit import choose_attention
+from train_cc.models.backbone import choose_attention
 from train_cc.models.vae import DECODED_AT_ONCE
 from train_cc.planning.networks import NetworksToCome
 from train_cc.run.meters import Meter, flop_of, tensors_in
@@ -337,7 +337,7 @@ def plan_previews(run: Run) -> None:
 @torch.no_grad()
 def sample(args: argparse.Namespace, networks: NetworksToCome, decode: Callable[[Tensor], Tensor]) -> int:
     """Return the peak of the generator alone with its decoder, as `evaluation.generate` has them."""
-    generator, costs = networks.sit(args.teacher), Costs(networks.mode)
+    generator, costs = networks.teacher(args.teacher), Costs(networks.mode)
     costs.watch(generator, decode.float() if isinstance(decode, nn.Module) else None)
     with costs:
         noise, y = torch.randn(SAMPLES, *generator.sample_shape), torch.zeros(SAMPLES, dtype=torch.long)

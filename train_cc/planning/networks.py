@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from train_cc.io.errors import InputError
 from train_cc.io.remote import model_folder
 from train_cc.io.weights import WEIGHTS_NAME
+from train_cc.models.backbone import SIZES, Network, new_network, read_config
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.dinov2 import IMAGE_SIZE, PATCH_SIZE, DINOv2Classifier, official_file
 from train_cc.models.features import FeatureSpace
-from train_cc.models.sit import SIT_SIZES, SiT, read_sit_config
 from train_cc.models.vae import VAEDecoder, new_vae, vae_files
 from train_cc.rewards.build import Networks, PythonReward
 from train_cc.run.session import Session
@@ -25,9 +25,9 @@ DINOV2_SIZES = {"vits14": (384, 12), "vitb14": (768, 12), "vitl14": (1024, 24)} 
 
 
 def named_size(teacher: Path) -> dict | None:
-    """The arguments of `SiT` for SiT-XL/2, or for a folder named SiT-XL-2 that is missing; None for other names."""
-    of_folder = {name.replace("/", "-"): size for name, size in SIT_SIZES.items()}
-    return None if os.path.lexists(teacher) else SIT_SIZES.get(str(teacher), of_folder.get(teacher.name))
+    """The config of SiT-XL/2, DiT-XL/2, LightningDiT-XL/1, ..., or of a missing folder named SiT-XL-2; else None."""
+    of_folder = {name.replace("/", "-"): size for name, size in SIZES.items()}
+    return None if os.path.lexists(teacher) else SIZES.get(str(teacher), of_folder.get(teacher.name))
 
 
 def apply(network: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -60,17 +60,17 @@ class NetworksToCome(Networks):
         network._apply = partial(apply, network)
         return apply(network, self._fake)
 
-    def sit(self, folder: Path) -> SiT:
+    def teacher(self, folder: Path) -> Network:
         config = named_size(folder)
         if config is None:
-            config = read_sit_config(folder)
+            config = read_config(folder)
             if not (model_folder(folder) / WEIGHTS_NAME).exists():
                 self.notes.append(f"{folder / WEIGHTS_NAME} does not exist yet: a run needs it")
         else:
-            how = "is the name" if str(folder) in SIT_SIZES else "does not exist yet, and has the name"
+            how = "is the name" if str(folder) in SIZES else "does not exist yet, and has the name"
             self.notes.append(f"--teacher {folder} {how} of a size: a run needs a model folder")
         with torch.device("meta"):
-            model = SiT(**config)
+            model = new_network(config)
         model.files, self._classes = [], model.config.num_classes
         return self.faked(model.eval())
 

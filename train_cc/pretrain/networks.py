@@ -17,9 +17,9 @@ from train_cc.images import NUM_CLASSES, load_dataset
 from train_cc.io.errors import InputError
 from train_cc.io.products import apart
 from train_cc.io.read import parsing, require_folder
+from train_cc.models.backbone import Network, SiT, choose_attention
 from train_cc.models.classifier import ImageClassifier, accuracy
 from train_cc.models.generator import GenerationConfig
-from train_cc.models.sit import SiT, choose_attention
 from train_cc.models.vae import (
     ENCODED_AT_ONCE,
     cached_latents,
@@ -48,7 +48,7 @@ CLIP = 1.0  # of the gradients' norm: the first steps of a decoder are rough
 # Teacher --------------------------------------------------------------------------------------------------------------
 
 
-def teacher_training(model: SiT, x: Tensor, labels: Tensor, args: argparse.Namespace) -> Training:
+def teacher_training(model: Network, x: Tensor, labels: Tensor, args: argparse.Namespace) -> Training:
     """Flow matching: E (v(x_t, t, y) - (noise - x0))^2, y replaced by the null class at ``label_dropout``; EMA.
 
     ``x`` (N, C, H, W): pixels in [-1, 1], or scaled latents.
@@ -70,7 +70,7 @@ def teacher_training(model: SiT, x: Tensor, labels: Tensor, args: argparse.Names
     return Training(model, optimizer, update, average, warmed_cosine(args.warmup_steps))
 
 
-def flow_matching_loss(model: SiT, x0: Tensor, y: Tensor, draws: Draws, dtype: torch.dtype) -> Tensor:
+def flow_matching_loss(model: Network, x0: Tensor, y: Tensor, draws: Draws, dtype: torch.dtype) -> Tensor:
     """At logit-normal times, with the network's products in ``dtype``. 0-d."""
     noise = draws.noise_like(x0)
     t = logit_normal_times(draws.noise(len(x0)))
@@ -80,7 +80,7 @@ def flow_matching_loss(model: SiT, x0: Tensor, y: Tensor, draws: Draws, dtype: t
 
 
 @torch.no_grad()
-def held_out_loss(model: SiT, x: Tensor, labels: Tensor, seed: int) -> float:
+def held_out_loss(model: Network, x: Tensor, labels: Tensor, seed: int) -> float:
     """The loss, in fp32, on images that nothing was trained on, or on the first of those that were: digits."""
     device = next(model.parameters()).device
     draws = Draws(seed, TEACHER, device=device)

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from train_cc.io.class_names import contradiction, order_of
 from train_cc.io.errors import InputError
 from train_cc.io.read import first_line, sha256
+from train_cc.models.backbone import Network, choose_attention, load_network
 from train_cc.models.classifier import ImageClassifier
 from train_cc.models.dinov2 import DINOv2Classifier
 from train_cc.models.features import FeatureSpace, load_space
-from train_cc.models.sit import SiT, choose_attention
 from train_cc.models.vae import images_to_uint8, load_decoder
 from train_cc.rewards.frechet import Frechet
 from train_cc.rewards.spec import RewardSpec, named_apart
@@ -126,8 +126,8 @@ class Networks:
         on_main(self._session, lambda: found.append(read()))
         return found[0] if found else read()
 
-    def sit(self, folder: Path) -> SiT:
-        return SiT.from_pretrained(folder)
+    def teacher(self, folder: Path) -> Network:
+        return load_network(folder)
 
     def decoder(
         self, vae: str | None, device: torch.device, dtype: torch.dtype, latents: str | None

@@ -25,6 +25,7 @@ CHECKPOINTS = {
 GENERATOR_FILES = TORN | {
     r"config\.json": None,
     r"diffusion_pytorch_model\.safetensors": None,
+    rf"network\.py({UNFINISHED})?": None,
     rf"generation_config\.json({UNFINISHED})?": None,
 }
 WHOLE = (*OF_A_STEP, *GENERATOR_FILES)

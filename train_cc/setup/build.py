@@ -18,11 +18,11 @@ from train_cc.io.errors import InputError
 from train_cc.io.fields import of
 from train_cc.io.remote import hub_name, model_folder
 from train_cc.io.weights import GENERATION_CONFIG
+from train_cc.models.backbone import CODE, Network, choose_attention, config_of, trust_code
 from train_cc.models.estimator import CHECKED_STEPS, MARGIN, ScoreEstimator, overflowing
 from train_cc.models.generator import GenerationConfig, build_generator, generator_lora_rank
 from train_cc.models.lora import hold_frozen_in
-from train_cc.models.network import SiTBlock
-from train_cc.models.sit import SiT, choose_attention
+from train_cc.models.networks.sit import SiTBlock
 from train_cc.models.vae import require_decoder
 from train_cc.rewards.build import Fit, Networks, build_rewards, judges_sha256, place_judge
 from train_cc.rewards.spec import rewards_of
@@ -69,12 +69,19 @@ def refuse_distilled(args: argparse.Namespace) -> None:
         )
 
 
-def load_teacher(args: argparse.Namespace, networks: Networks) -> tuple[SiT, dict, int]:
+def load_teacher(args: argparse.Namespace, session: Session, networks: Networks) -> tuple[Network, dict, int]:
     """Return the teacher, its config, and the channels of an image. Raises `InputError` if other flags do not fit."""
+    if args.trust_teacher_code:
+        trust_code(args.teacher)
     if not args.teacher_is_distilled:
         refuse_distilled(args)
-    teacher = networks.sit(args.teacher)
-    config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
+    teacher = networks.teacher(args.teacher)
+    config = config_of(teacher)
+    if teacher.needs and session.generator_accelerator.mixed_precision == "bf16":
+        raise InputError(
+            f"--mixed-precision bf16: {args.teacher} is a {type(teacher).__name__}, and {teacher.needs}; "
+            "allowed: no, fp16"
+        )
     if args.num_classes not in (None, config["num_classes"]):
         raise InputError(f"--num-classes is {args.num_classes}, but {args.teacher} has {config['num_classes']} classes")
     return teacher, config, require_decoder(config["in_channels"], args.vae, args.teacher)
@@ -151,8 +158,9 @@ def prepare_network(
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     else:
-        for block in blocks:  # a frozen layer keeps nothing of its input
-            block.mlp.recompute = block.mlp.fc2.weight.requires_grad
+        for module in blocks.modules():  # a frozen layer keeps nothing of its input
+            if hasattr(module, "recompute"):
+                module.recompute = module.fc2.weight.requires_grad
     if compiled:
         for block in blocks:  # one graph for all of them: compile time does not grow with the depth
             block.compile()
@@ -210,12 +218,13 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     networks = networks or Networks(session)
     compiled = compiler_works(args.compile, session)  # before anything is loaded
     how = of(Optimisation, args)
-    teacher, config, channels = load_teacher(args, networks)
+    teacher, config, channels = load_teacher(args, session, networks)
     fit = fit_of(args, session, networks, config["num_classes"], channels)
     rewards, tilts = build_rewards(rewards_of(args), args.tilt, fit)
     scorers: list[Scorer] = [*rewards, *tilts]
     judges = {f"reward_{scorer.name}": scorer.judge for scorer in scorers if scorer.judge is not None}
     files = {"teacher": teacher.files} | {name: paths for each in scorers for name, paths in each.files.items()}
+    files |= {"teacher_code": [args.teacher / CODE]} if teacher.code_sha256 else {}
     if args.holdout_classifier:  # rewards nothing, and shows reward hacking
         judges["holdout"] = place_judge(networks.classifier(args.holdout_classifier), "holdout", fit)
         files["holdout_classifier"] = judges["holdout"].files
@@ -234,7 +243,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         estimator.cpu()  # sharding moves it again, when there is room for it
     prepare_network(estimator, args, fit.device, fit.dtype, compiled)
     rank = generator_lora_rank(args.use_lora_gen, args.lora_rank)
-    generator = build_generator(networks.sit(args.teacher), rank, args.seed)
+    generator = build_generator(networks.teacher(args.teacher), rank, args.seed)
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
     hashes = networks.hashes(files)
     one, two = session.generator_accelerator, session.estimator_accelerator
