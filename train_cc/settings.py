@@ -66,6 +66,12 @@ class Models:
         why="at rank 0 real and fake would be the same network, and learn nothing",
         recipe=True,
     )
+    fake_score: str = setting(
+        "lora",
+        "the fake score is the teacher and a LoRA, or a trained copy of it; then the real score is the teacher itself",
+        choices=("lora", "full"),
+        lasting=True,
+    )
     lora_init_spread: float = setting(1.0, "standard deviation of the estimator's first LoRA A", low=1e-6, high=1e3)
 
 

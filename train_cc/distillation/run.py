@@ -61,6 +61,19 @@ class LoraScores:
         return self.estimator(x_t, t, y, lora_scale=torch.cat(scales))
 
 
+class FullScores(LoraScores):
+    """Of a `FullEstimator`: the real score is the teacher from the first update on, without dynamic guidance."""
+
+    def fake(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.estimator(x_t, t, y, len(x_t))
+
+    def teacher(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.estimator(x_t, t, y, 0)
+
+    def read(self, x_t: Tensor, t: Tensor, y: Tensor, fakes: int, c: float) -> Tensor:
+        return self.estimator(x_t, t, y, fakes)
+
+
 @dataclass
 class Run:
     """Everything that the two turns need. Networks in training are as their accelerators prepared them."""

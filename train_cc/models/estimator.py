@@ -96,6 +96,36 @@ class ScoreEstimator(nn.Module):
         return torch.cat(classes)
 
 
+class FullEstimator(ScoreEstimator):
+    """v(x, t, y) of a trained copy of the teacher in the first rows, the fake score, and of ``teacher`` in the others.
+
+    Both are taken over: ``network`` is trained whole, ``teacher`` is frozen.
+    """
+
+    trained = "weights"
+
+    def __init__(self, network: Network, teacher: Network):
+        nn.Module.__init__(self)
+        self.network, self.teacher = network, teacher.requires_grad_(False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Those of both; the trained ones first."""
+        return nn.ModuleList([*self.network.blocks, *self.teacher.blocks])
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.network.enable_gradient_checkpointing()
+
+    def _read(self, x: Tensor, t: Tensor, y: Tensor, fakes: int) -> Tensor:
+        parts = [(self.network, slice(0, fakes)), (self.teacher, slice(fakes, len(x)))]
+        out = [network(x[rows], t[rows], y[rows]) for network, rows in parts if rows.start < rows.stop]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def adapted(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The velocity of the copy."""
+        return self._read(x, t, y, len(x))
+
+
 # The range of fp16 ---------------------------------------------------------------------------------------------------
 
 

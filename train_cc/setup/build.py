@@ -10,16 +10,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from train_cc.distillation import turns
-from train_cc.distillation.run import Run, trainable
+from train_cc.distillation.run import FullScores, LoraScores, Run, trainable
 from train_cc.distillation.state import parts_of
 from train_cc.draws import Draws
 from train_cc.io.class_names import dataset_of
 from train_cc.io.errors import InputError
-from train_cc.io.fields import of
+from train_cc.io.fields import of, replaced
 from train_cc.io.remote import hub_name, model_folder
 from train_cc.io.weights import GENERATION_CONFIG
 from train_cc.models.backbone import CODE, Network, choose_attention, config_of, trust_code
-from train_cc.models.estimator import CHECKED_STEPS, MARGIN, ScoreEstimator, overflowing
+from train_cc.models.estimator import CHECKED_STEPS, MARGIN, FullEstimator, ScoreEstimator, overflowing
 from train_cc.models.generator import GenerationConfig, build_generator, generator_lora_rank
 from train_cc.models.lora import hold_frozen_in
 from train_cc.models.networks.sit import SiTBlock
@@ -229,7 +229,10 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         judges["holdout"] = place_judge(networks.classifier(args.holdout_classifier), "holdout", fit)
         files["holdout_classifier"] = judges["holdout"].files
     sample_shape = teacher.sample_shape
-    estimator = ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
+    if args.fake_score == "full":
+        roles, estimator = FullScores, FullEstimator(networks.teacher(args.teacher), teacher)
+    else:
+        roles, estimator = LoraScores, ScoreEstimator(teacher, args.lora_rank, args.lora_init_spread, args.seed)
     # Before the generator is loaded: never two copies in fp32.
     prepare_scores(estimator, args.teacher, session, fit.dtype)
     generation = GenerationConfig.read(folder_of_teacher(args))
@@ -253,7 +256,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     }
     run = Run(
         session=session,
-        method=of(Method, args),
+        method=of(Method, replaced(args, lora_scale_real=0.0) if roles is FullScores else args),
         optimisation=how,
         output=of(Output, args),
         learners=learners,
@@ -261,6 +264,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         decode=decode,
         model_config=config,
         teacher=args.teacher,
+        roles=roles,
         latent_space=generation.latent_space_sha256,
         rewards=rewards,
         tilts=tilts,
