@@ -165,6 +165,8 @@ def model_card(
     recipe = [[f"`{flag_of(key)}`", value] for key, value in values.items() if value is not None]
     if rewards := [f"{kind}, weight {weight:g}" for kind, weight, *_ in recorded.get("reward") or []]:
         recipe.append(["`--reward`", "; ".join(rewards)])
+    if recorded.get("gan_data"):
+        use += f"It was trained on real data too, by a GAN: `{Path(recorded['gan_data']).name}`.\n"
     files = [[file, f"`{sha}`"] for file, sha in hashes.items()]
     parts = [use, "## Recipe\n", markdown_table(["flag", "value"], recipe), ""]
     parts += ["## Origin\n", markdown_table(["file", "SHA-256"], files), ""]

@@ -72,6 +72,12 @@ class Models:
         choices=("lora", "full"),
         lasting=True,
     )
+    gan_data: str | None = setting(
+        None,
+        "real images with labels for --gan-weight: digits, fashion-mnist, .npz or folder",
+        reads=True,
+        recipe=True,
+    )
     lora_init_spread: float = setting(1.0, "standard deviation of the estimator's first LoRA A", low=1e-6, high=1e3)
 
 
@@ -101,6 +107,7 @@ class Method:
         options={"action": TimeInterval, "nargs": 2, "metavar": ("LOW", "HIGH")},
         recipe=True,
     )
+    gan_weight: float = setting(0.0, "of DMD2's GAN in the generator's loss; 0 is off", low=0, high=1e6, recipe=True)
     frechet_observe: int = setting(0, "estimator turns a cycle that enter; 0: all", low=0, high=10_000, group="reward")
 
 
@@ -114,6 +121,7 @@ class Optimisation:
     learning_rate_estimator: float = setting(
         2e-5, "constant; the most sensitive setting", low=0, high=1e3, low_open=True, recipe=True
     )
+    learning_rate_gan: float = setting(1e-4, "constant, of the GAN's head", low=0, high=1e3, low_open=True)
     optimizer: str = setting(
         "adamw", "adamw8bit: torchao's, both moments in 8 bits", choices=("adamw", "adamw8bit"), lasting=True
     )

@@ -107,9 +107,16 @@ CHARTS = (
         "falls behind. Raise its learning rate or --ratio-update.",
     ),
     Chart(
+        KEEPS_UP,
+        "GAN",
+        {"loss_gan": "generator's loss", "loss_gan_head": "head's loss", "accuracy_gan_head": "head: accuracy, 0 to 1"},
+        "A head on the fake score tells real data from samples. Healthy: its accuracy stays between 0.5 and 0.9. "
+        "Unhealthy: near 1, and the generator's loss rises: lower --gan-weight or --learning-rate-gan.",
+    ),
+    Chart(
         SIZE,
         "Gradient norms",
-        {f"grad_norm_{name}": f"{name}: norm of the gradient" for name in ("generator", "estimator")},
+        {f"grad_norm_{name}": f"{name}: norm of the gradient" for name in ("generator", "estimator", "gan")},
         "Before clipping at --max-grad-norm. Healthy: level after the start. Unhealthy: a hundred times that.",
         logarithmic=True,
     ),

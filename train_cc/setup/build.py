@@ -225,6 +225,8 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     judges = {f"reward_{scorer.name}": scorer.judge for scorer in scorers if scorer.judge is not None}
     files = {"teacher": teacher.files} | {name: paths for each in scorers for name, paths in each.files.items()}
     files |= {"teacher_code": [args.teacher / CODE]} if teacher.code_sha256 else {}
+    if args.gan_data and Path(args.gan_data).is_file():
+        files["gan_data"] = [Path(args.gan_data)]
     if args.holdout_classifier:  # rewards nothing, and shows reward hacking
         judges["holdout"] = place_judge(networks.classifier(args.holdout_classifier), "holdout", fit)
         files["holdout_classifier"] = judges["holdout"].files
@@ -276,8 +278,15 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         rewards_sha256={*(generation.rewards_sha256 or ()), *judges_sha256(scorers, hashes)},
         hashes=hashes,
     )
-    run.parts = parts_of(run)
     run.generator_terms, run.estimator_terms = [turns.matching, turns.rewards], [turns.velocity_matching]
+    if args.gan_weight or args.gan_data:
+        from train_cc.distillation.gan import build_gan  # with what reads images
+
+        gan, head = build_gan(run, args.gan_data, args.vae, networks.have_values)
+        run.learners["gan"] = learner_of(session, two, head, how.learning_rate_gan, 0.0, how)
+        run.generator_terms.append(gan.fool)
+        run.estimator_terms.append(gan.tell_apart)
+    run.parts = parts_of(run)
     return run
 
 
