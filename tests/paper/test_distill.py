@@ -266,6 +266,8 @@ CHANGES = {
     "--weight-decay-generator": (0.5, []),
     "--weight-decay-estimator": (0.5, []),
     "--adam-beta1": (0.5, []),
+    "--adam-beta1-generator": (0.0, []),
+    "--adam-beta1-estimator": (0.0, []),
     "--adam-beta2": (0.9, []),
     "--adam-epsilon": (1e-3, []),
     "--max-grad-norm": (0.02, []),
@@ -284,6 +286,11 @@ def test_every_flag_of_the_method_changes_the_weights(teacher, tmp_path, reward_
     changed = outcome(teacher, tmp_path, *others, flag, *str(value).split())
     assert plain.keys() == changed.keys()
     assert any((plain[name] - changed[name]).abs().max() > 1e-7 for name in plain)
+
+
+def test_each_network_has_the_first_moment_it_is_given(teacher, tmp_path):
+    run = tiny_run(teacher, tmp_path, "--adam-beta1", 0.5, "--adam-beta1-estimator", 0)
+    assert [learner.optimizer.param_groups[0]["betas"][0] for learner in run.learners.values()] == [0.5, 0]
 
 
 def test_activation_checkpointing_changes_nothing(teacher, tmp_path):

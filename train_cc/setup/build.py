@@ -37,12 +37,15 @@ SAMPLED = 4  # samples that decoder and judges are checked on in fp16
 
 
 def build_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, how: Optimisation
+    model: nn.Module, learning_rate: float, weight_decay: float, how: Optimisation, beta1: float | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW in one fused kernel, or torchao's with both moments in 8 bits, over what is trained of ``model``."""
+    """AdamW in one fused kernel, or torchao's with both moments in 8 bits, over what is trained of ``model``.
+
+    ``beta1``: of this network; None: that of all.
+    """
     options = {
         "lr": learning_rate,
-        "betas": (how.adam_beta1, how.adam_beta2),
+        "betas": (how.adam_beta1 if beta1 is None else beta1, how.adam_beta2),
         "eps": how.adam_epsilon,
         "weight_decay": weight_decay,
     }
@@ -179,12 +182,18 @@ def check_functions(
 
 
 def learner_of(
-    session: Session, accelerator: Accelerator, network: nn.Module, rate: float, decay: float, how: Optimisation
+    session: Session,
+    accelerator: Accelerator,
+    network: nn.Module,
+    rate: float,
+    decay: float,
+    how: Optimisation,
+    beta1: float | None = None,
 ) -> Learner:
     """``network`` on its device and over the processes, with its optimizer."""
     # Placed first: sharding replaces the parameters, and the optimizer belongs to those that are trained.
     network = session.place(accelerator, network)
-    optimizer = build_optimizer(network, rate, decay, how)
+    optimizer = build_optimizer(network, rate, decay, how, beta1)
     return Learner(accelerator, network, accelerator.prepare_optimizer(optimizer))
 
 
@@ -252,9 +261,11 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
     hashes = networks.hashes(files)
     one, two = session.generator_accelerator, session.estimator_accelerator
+    of_generator = (how.learning_rate_generator, how.weight_decay_generator, how, how.adam_beta1_generator)
+    of_estimator = (how.learning_rate_estimator, how.weight_decay_estimator, how, how.adam_beta1_estimator)
     learners = {
-        "generator": learner_of(session, one, generator, how.learning_rate_generator, how.weight_decay_generator, how),
-        "estimator": learner_of(session, two, estimator, how.learning_rate_estimator, how.weight_decay_estimator, how),
+        "generator": learner_of(session, one, generator, *of_generator),
+        "estimator": learner_of(session, two, estimator, *of_estimator),
     }
     run = Run(
         session=session,
