@@ -115,16 +115,16 @@ RUNS = [
 
 # Paths to write ---------------------------------------------------------------------------------------------------
 
-OF_FILES = {  # command without its output -> the flag of a file that it writes
-    "evaluation.generate --generator teacher --num-images 2": "--output",
-    "evaluation.sample --generator teacher --classes 1": "--grid",
-    "evaluation.statistics --images digits --space classifier:classifier": "--output",
-    "evaluation.evaluate a.npz real.npz --space pixels --check": "--output",
-    "evaluation.evaluate a.npz real.npz --space pixels": "--picture",
-    "evaluation.report teacher": "--output",
-    "evaluation.benchmark": "--output",
-    "train_cc.pretrain.data --dataset digits --num-images 2": "--output",
-}
+OF_FILES = [  # command without the file that its last flag names
+    "evaluation.generate --generator teacher --num-images 2 --output",
+    "evaluation.sample --generator teacher --classes 1 --grid",
+    "evaluation.statistics --images digits --space classifier:classifier --output",
+    "evaluation.evaluate a.npz real.npz --space pixels --check --output",
+    "evaluation.evaluate a.npz real.npz --space pixels --picture",
+    "evaluation.report teacher --output",
+    "evaluation.benchmark --output",
+    "train_cc.pretrain.data --dataset digits --num-images 2 --output",
+]
 OF_FOLDERS = {
     "train_cc.cold_start --teacher teacher --vae none": "--output-dir",
     "train_cc.pretrain.teacher --dataset digits": "--output-dir",
@@ -137,7 +137,7 @@ ADDRESSES = {
     "train_cc.cold_start --teacher teacher --vae none --output-dir s3://bucket/run": "--output-dir is s3://bucket/run",
     "evaluation.generate --generator teacher --output gs://b/s.npz": "--output is gs://b/s.npz",
 }
-NO_NAMES = (".", "./", "/", "..", "a/", "a/.", "a/..", "''")
+NO_NAMES = ("./", "/", "..", "a/", "a/.", "a/..", "''")
 
 
 def a_file(folder: Path) -> None:
@@ -151,9 +151,8 @@ def a_pipe(folder: Path) -> None:
 
 PATHS = [
     *(
-        Situation(f"{command} {flag} {text}", nothing, f"{command} {flag} {text}", (f"{flag} is ", "allowed: a path"))
-        for command, flag in OF_FILES.items()
-        for text in NO_NAMES
+        Situation(f"{command} {text}", nothing, f"{command} {text}", (f"{command.split()[-1]} is ", "allowed: a path"))
+        for command, text in [*((each, ".") for each in OF_FILES), *((OF_FILES[0], each) for each in NO_NAMES)]
     ),
     *(
         Situation(f"{command} {flag} {text}", a_file, f"{command} {flag} {text}", words)
