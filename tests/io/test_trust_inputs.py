@@ -25,7 +25,7 @@ from evaluation.standins import write_dinov2, write_vae
 from tests.conftest import TINY, random_sit, refused
 from tests.releases import repa_state
 from train_cc.io.errors import InputError
-from train_cc.io.read import read_torch
+from train_cc.io.read import read_npz, read_torch
 from train_cc.models import DINOv2Classifier, SiT
 from train_cc.models.backbone import check_config
 from train_cc.models.classifier import ImageClassifier
@@ -89,8 +89,9 @@ def change_json(path: Path, **changes: object) -> None:
 # Configs -------------------------------------------------------------------------------------------------------------
 
 NO_NUMBER = ["3", None, True, [2], {"a": 1}, float("nan"), float("inf"), -1, 0, 10**9, 10**30]
-SIT_CONFIGS = [(name, value) for name in ("depth", "hidden_size", "num_classes", "mlp_ratio") for value in NO_NUMBER]
-SIT_CONFIGS += [
+SIT_CONFIGS = [
+    *(("depth", value) for value in NO_NUMBER),
+    *((name, value) for name in ("hidden_size", "num_classes", "mlp_ratio") for value in ("3", 0)),
     ("depth", "LEFT OUT"),
     ("num_heads", "LEFT OUT"),
     ("num_heads", 3),
@@ -116,9 +117,8 @@ def test_a_sit_config_that_does_not_fit_is_refused_by_the_name_of_its_key(made, 
 
 
 VAE_CONFIGS = [
-    (name, value) for name in ("scaling_factor", "layers_per_block", "norm_num_groups") for value in NO_NUMBER
-]
-VAE_CONFIGS += [
+    *(("scaling_factor", value) for value in NO_NUMBER),
+    *((name, value) for name in ("layers_per_block", "norm_num_groups") for value in ("3", 0)),
     ("block_out_channels", 8),
     ("block_out_channels", []),
     ("block_out_channels", [8] * 100),
@@ -186,8 +186,9 @@ def test_a_sit_config_is_completed_and_its_sizes_divide():
             check_config(SIT_BASE | change, "c")
 
 
-CLASSIFIER_CONFIGS = [(name, value) for name in ("num_classes", "in_channels", "image_size") for value in NO_NUMBER]
-CLASSIFIER_CONFIGS += [
+CLASSIFIER_CONFIGS = [
+    *(("num_classes", value) for value in NO_NUMBER),
+    *((name, value) for name in ("in_channels", "image_size") for value in ("3", 0)),
     ("architecture", "no_such_model"),
     ("architecture", "hf-hub:timm/resnet18.a1_in1k"),
     ("architecture", 5),
@@ -218,8 +219,8 @@ def test_a_classifier_config_that_does_not_fit_is_refused_without_the_network(ma
 # Tensors -------------------------------------------------------------------------------------------------------------
 
 
-def spoil(state: dict, how: str) -> object:
-    """``state`` of a SiT with one thing wrong."""
+def spoils(state: dict) -> dict[str, object]:
+    """Contents of a file, each ``state`` of a SiT with one thing wrong."""
     name = "blocks.1.mlp.fc1.weight"
     value = state[name]
     changes = {
@@ -241,9 +242,7 @@ def spoil(state: dict, how: str) -> object:
         "no tensor": [1.0],
         "none": None,
     }
-    if how in changes:
-        return state | {name: changes[how]}
-    return {
+    return {kind: state | {name: change} for kind, change in changes.items()} | {
         "block bomb": state | {"blocks.1000000000000.mlp.fc1.weight": value},
         "block of many digits": state | {f"blocks.{'9' * 5000}.mlp.fc1.weight": value},
         "far block": state | {"blocks.9999.mlp.fc1.weight": value},
@@ -261,50 +260,15 @@ def spoil(state: dict, how: str) -> object:
         "table 1-d": state | {"y_embedder.embedding_table.weight": torch.zeros(32)},
         "fc1 1-d": state | {"blocks.0.mlp.fc1.weight": torch.zeros(32)},
         "final layer 1-d": state | {"final_layer.linear.weight": torch.zeros(32)},
-    }[how]
+    }
 
 
-SPOILS = [
-    "integers",
-    "booleans",
-    "complex",
-    "sparse",
-    "quantised",
-    "meta",
-    "nested tensor",
-    "expanded",
-    "empty",
-    "a number",
-    "one more dimension",
-    "transposed",
-    "nan",
-    "inf",
-    "too large for fp32",
-    "no tensor",
-    "none",
-    "block bomb",
-    "block of many digits",
-    "far block",
-    "names that are numbers",
-    "a name that is none",
-    "a list",
-    "nothing",
-    "empty ema",
-    "ema of rubbish",
-    "ema that is a list",
-    "position 1-d",
-    "position not square",
-    "patch not square",
-    "no classes",
-    "table 1-d",
-    "fc1 1-d",
-    "final layer 1-d",
-]
+SPOILS = spoils(repa_state(**SMALL))
 
 
 @pytest.mark.parametrize("how", SPOILS)
 def test_odd_tensors_are_refused_by_conversion_and_nothing_is_written(tmp_path, how, capsys):
-    state = spoil(repa_state(**SMALL), how)
+    state = SPOILS[how]
     with pytest.raises(InputError):
         convert(state, num_heads=HEADS)
     try:
@@ -587,6 +551,19 @@ def test_random_damage_is_a_message(made, tmp_path):
 def test_5000_random_damages_are_messages(made, tmp_path):
     refusals, _ = damage_and_read(made, tmp_path, 5000, seed=1)
     assert refusals > 2500
+
+
+@pytest.mark.parametrize(
+    "names,packing,words", [("aa", 0, "twice"), ("a", 12, "unknown way"), ("a", 14, "unknown way")]
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_archive_that_is_packed_otherwise_than_by_numpy_is_refused(tmp_path, names, packing, words):
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", packing) as archive:
+        for name in names:
+            archive.write(tmp_path / "a.npy", f"{name}.npy")
+    with pytest.raises(InputError, match=words):
+        read_npz(tmp_path / "a.npz", "images")
 
 
 CLASSES = {

@@ -37,14 +37,12 @@ def message_of(error: BaseException) -> str | None:
         return str(error)
     if (message := disk_message(error)) is not None:
         return message
-    if type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    ):
-        told = str(error).splitlines()[0]
-        return f"out of memory ({told}); lower --batch-size, or see --dry-run for what a run needs"
-    if isinstance(error, MemoryError):
-        return "out of memory; lower --batch-size, or see --dry-run for what a run needs"
-    return None
+    text = str(error)
+    of_the_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in text
+    if not of_the_cpu and not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        return None
+    detail = f" ({text.splitlines()[0]})" if text else ""
+    return f"out of memory{detail}; lower --batch-size, or see --dry-run for what a run needs"
 
 
 def disk_message(error: BaseException) -> str | None:

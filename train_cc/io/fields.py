@@ -47,15 +47,6 @@ def refuse(value: object, allowed: str) -> NoReturn:
     raise argparse.ArgumentTypeError(f"is {value}; allowed: {allowed}")
 
 
-def between(low: float | None, high: float | None, low_open: bool = False, high_open: bool = False) -> str:
-    """The words for a range, such as "at least 1" or "in [0, 1)"."""
-    if low is not None and high is not None:
-        return f"{'above' if low_open else 'from'} {low:g} to {'below ' if high_open else ''}{high:g}"
-    if low is not None:
-        return f"{'above' if low_open else 'at least'} {low:g}"
-    return f"{'below' if high_open else 'at most'} {high:g}"
-
-
 @dataclass(frozen=True)
 class Number:
     """A finite number of a range, its ends included unless open: the type of a flag, and the check of a file's value.
@@ -72,12 +63,15 @@ class Number:
 
     @property
     def range(self) -> str:
-        """The words for the range."""
-        if self.low is None and self.high is None:
-            return "any"
-        if self.kind is float or self.low is None:
-            return between(self.low, self.high, self.low_open, self.high_open)
-        return f"at least {self.low}" if self.high in (None, 2**31 - 1) else f"{self.low} to {self.high}"
+        """The words for the range, such as "at least 1" or "from 0 to below 1"."""
+        low, high = self.low, self.high
+        if self.kind is int and low is not None:
+            return f"at least {low}" if high in (None, 2**31 - 1) else f"{low} to {high}"
+        if high is None:
+            return "any" if low is None else f"{'above' if self.low_open else 'at least'} {low:g}"
+        if low is None:
+            return f"{'below' if self.high_open else 'at most'} {high:g}"
+        return f"{'above' if self.low_open else 'from'} {low:g} to {'below ' if self.high_open else ''}{high:g}"
 
     def problem(self, value: object) -> str | None:
         """The words for what is allowed, if ``value`` is not."""
@@ -172,14 +166,10 @@ class TimeInterval(argparse.Action):
 
 @dataclass(frozen=True)
 class Setting:
-    """A flag with its field's name. A whole number is at least 1 unless ``low`` is set; ``why`` ends a refusal."""
+    """A flag with its field's name. ``limits``: of `Number`; a whole number is at least 1 unless they say another."""
 
     help: str
-    low: float | None = None
-    high: float | None = None
-    low_open: bool = False
-    high_open: bool = False
-    why: str = ""
+    limits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     choices: tuple[str, ...] | None = None
     group: str = ""  # of --help, if not its dataclass's
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further arguments of `add_argument`
@@ -190,9 +180,8 @@ class Setting:
 
     def number(self, kind: type) -> Number:
         """The range, for a field of ``kind`` int or float."""
-        low, high = (1, 2**31 - 1) if kind is int else (None, None)
-        low, high = low if self.low is None else self.low, high if self.high is None else self.high
-        return Number(kind, low, high, self.low_open, self.high_open, self.why)
+        usual = {"low": 1, "high": 2**31 - 1} if kind is int else {}
+        return Number(kind, **usual | self.limits)
 
     def problem(self, value: object, kind: Any) -> str | None:
         """The words for what is allowed, if ``value``, read from a file, is none for a field of ``kind``."""
@@ -213,8 +202,9 @@ WORDS = {str: "text", bool: "true or false", list: "a list", dict: "names with v
 
 
 def setting(default: object = MISSING, help: str = "", **more: Any) -> Any:
-    """A dataclass field with a `Setting`; without ``default`` the flag is required."""
-    return dataclasses.field(default=default, metadata={"setting": Setting(help, **more)}, kw_only=True)
+    """A dataclass field with a `Setting`; ``more``: of it and of `Number`. Without ``default`` the flag is required."""
+    limits = {field.name: more.pop(field.name) for field in dataclasses.fields(Number) if field.name in more}
+    return dataclasses.field(default=default, metadata={"setting": Setting(help, limits, **more)}, kw_only=True)
 
 
 def marked(mark: str, *kinds: type) -> dict[str, object]:

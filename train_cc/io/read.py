@@ -152,13 +152,14 @@ def npz_headers(path: Path, expected: str) -> dict[str, tuple[tuple[int, ...], "
     found = {}
     with parsing(path, expected), zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise InputError(f"{path}: {entry.filename} is encrypted or compressed in an unknown way")
-            if entry.filename in found:
-                raise InputError(f"{path}: {entry.filename} is there twice; {expected} is expected")
+            name = entry.filename.removesuffix(".npy")
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # LZMA reserves what it claims
+                raise InputError(f"{path}: {name} is compressed in an unknown way; {expected} is expected")
+            if name in found:
+                raise InputError(f"{path}: {name} is there twice; {expected} is expected")
             with archive.open(entry) as file:
-                found[entry.filename] = _array_header(f"{path}: {entry.filename}", entry.file_size, file)
-    return {name.removesuffix(".npy"): header for name, header in found.items()}
+                found[name] = _array_header(f"{path}: {name}", entry.file_size, file)
+    return found
 
 
 def read_npz(path: Path, expected: str) -> dict[str, "np.ndarray"]:

@@ -14,32 +14,26 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # of a model folder, besid
 GENERATION_CONFIG = "generation_config.json"  # of it too: how a generator is sampled, what rewarded it, its latents
 
 
-def fit_shapes(
-    own: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], source: Path | str, hint: str = ""
-) -> None:
-    """``found`` has exactly the names and shapes of ``own``. Raises `InputError`."""
-    missing, unexpected = sorted(own.keys() - found.keys()), sorted(map(str, found.keys() - own.keys()))
-    reshaped = [
-        f"{name} {tuple(found[name])}, expected {tuple(own[name])}"
-        for name in sorted(own.keys() & found.keys())
-        if tuple(found[name]) != tuple(own[name])
-    ]
-    if missing or unexpected or reshaped:
-        told = {"missing": missing, "unexpected": unexpected, "other shapes": reshaped}
-        words = "; ".join(
-            f"{kind}: {', '.join(name[:120] for name in names[:6])}" for kind, names in told.items() if names
-        )
-        raise InputError(f"{source} does not fit{f' ({hint})' if hint else ''}: {words}")
-
-
 def fit(
     own: Mapping[str, Sequence[int]],
-    state: Mapping[str, "Tensor"],
+    state: Mapping[str, "Tensor | Sequence[int]"],
     source: Path | str,
     hint: str = "",
 ) -> None:
-    """``state`` has exactly the names and shapes of ``own``. Raises `InputError`."""
-    fit_shapes(own, {name: value.shape for name, value in state.items()}, source, hint)
+    """Raise `InputError` unless ``state``, of tensors or their shapes, has exactly the names and shapes of ``own``."""
+    shapes = {name: tuple(getattr(value, "shape", value)) for name, value in state.items()}
+    problems = {
+        "missing": sorted(own.keys() - shapes.keys()),
+        "unexpected": sorted(map(str, shapes.keys() - own.keys())),
+        "other shapes": [
+            f"{name} {shapes[name]}, expected {tuple(own[name])}"
+            for name in sorted(own.keys() & shapes.keys())
+            if shapes[name] != tuple(own[name])
+        ],
+    }
+    words = [f"{kind}: {', '.join(name[:120] for name in names[:6])}" for kind, names in problems.items() if names]
+    if words:
+        raise InputError(f"{source} does not fit{f' ({hint})' if hint else ''}: {'; '.join(words)}")
 
 
 def require_finite(state: Mapping[str, "Tensor"], source: Path | str) -> None:
@@ -47,8 +41,6 @@ def require_finite(state: Mapping[str, "Tensor"], source: Path | str) -> None:
     import torch
 
     for name, tensor in state.items():
-        if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
-            raise InputError(f"{source}: {name} is {tensor.dtype}, {tensor.layout}; plain real numbers are expected")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{source}: {name} holds NaN or infinity; weights that are not finite are not used")
 

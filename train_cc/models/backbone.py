@@ -24,7 +24,7 @@ from train_cc.io.fields import check, setting
 from train_cc.io.products import plain_mode, write_atomically
 from train_cc.io.read import first_line, kind_of, read_json, read_safetensors, require_file, safetensors_shapes, sha256
 from train_cc.io.remote import model_folder
-from train_cc.io.weights import WEIGHTS_NAME, block_count, fit_shapes, load_weights
+from train_cc.io.weights import WEIGHTS_NAME, block_count, fit, load_weights
 
 # The class that a config.json names -> its file in train_cc/models/networks. A new network is a line here.
 NETWORKS = {"SiT": "sit", "LightningDiT": "sit", "DiT": "sit"}
@@ -179,7 +179,7 @@ def read_config(folder: Path) -> dict:
         blocks = block_count(shapes, weights)
         if blocks not in (0, config.get("depth", blocks)):  # before a module is made for each
             raise InputError(f"{weights} does not fit its config.json: it has {blocks} blocks, not {config['depth']}")
-        fit_shapes(shapes_of(config), shapes, weights, "by its config.json")
+        fit(shapes_of(config), shapes, weights, "by its config.json")
     return config
 
 

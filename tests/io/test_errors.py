@@ -1,11 +1,12 @@
-"""No command is silent: what takes long says so, and what is quick says nothing."""
+"""Messages: errors of the machine are one sentence, and what takes long says so."""
 
 import time
 
 import pytest
+import torch
 
 from train_cc.io import errors
-from train_cc.io.errors import beating
+from train_cc.io.errors import beating, message_of
 
 
 def test_what_lasts_is_told_again_and_again_until_it_ends():
@@ -25,3 +26,11 @@ def test_the_main_process_alone_says_it_and_not_at_once(monkeypatch, capsys, ran
         time.sleep(0.2)
         raise KeyError
     assert capsys.readouterr().err == "reading, 0 s\n" * shown
+
+
+def test_memory_that_is_missing_is_a_message_and_a_bug_is_not():
+    for error in (MemoryError(), MemoryError("9 GiB"), torch.OutOfMemoryError("9 GiB\nmore")):
+        detail = " (9 GiB)" if str(error) else ""
+        assert message_of(error).startswith(f"out of memory{detail}; lower --batch-size")
+    assert message_of(RuntimeError("[enforce fail] can't allocate memory: 9")).startswith("out of memory ([enforce")
+    assert message_of(RuntimeError("shapes")) is None
