@@ -23,7 +23,6 @@ from train_cc.io.products import check_output_dir, locked, record, record_of, wr
 from train_cc.io.read import require_file, require_folder
 from train_cc.run.logbook import read_json_lines
 
-RESAMPLINGS = 50  # of the images, for the standard errors
 SURE = 2  # standard errors from which on a difference counts
 
 
@@ -36,6 +35,7 @@ def build_parser() -> fields.Parser:
     parser.add_argument("--dinov2-backbone", help="official file or URL, for the space dinov2")
     parser.add_argument("--inception-weights", type=fields.path, help="torch-fidelity's file, for the space inception")
     parser.add_argument("--num-images", type=fields.COUNT, default=2_000, help="of each checkpoint")
+    parser.add_argument("--bootstrap", type=fields.integer(2, 100_000), default=50, help="resamplings, for the errors")
     parser.add_argument("--batch-size", type=fields.BATCH, default=250, help="images at once")
     parser.add_argument("--output-dir", type=fields.path, help="without it RUN_checkpoints, beside the run")
     return parser
@@ -49,7 +49,7 @@ def judged(args: argparse.Namespace, steps: list[int], folder: Path) -> tuple[st
         words = ["--generator", args.run / f"checkpoints/torch_units/step-{step}.pt", "--output", file, "--vae", vae]
         words += ["--num-images", args.num_images, "--batch-size", args.batch_size]
         generate.main([str(word) for word in words])
-    words = [*files, args.reference, "--space", *args.space, "--bootstrap", RESAMPLINGS, "--overwrite"]
+    words = [*files, args.reference, "--space", *args.space, "--bootstrap", args.bootstrap, "--overwrite"]
     words += ["--names", *(f"step {step}" for step in steps), "--output", folder / "checkpoints.json"]
     for name in ("held_out", "dinov2_backbone", "inception_weights"):
         words += [fields.flag_of(name), getattr(args, name)] if getattr(args, name) else []

@@ -38,6 +38,7 @@ OTHERS = (
     "train_cc.pretrain.vae",
     "train_cc.pretrain.teacher",
     "train_cc.pretrain.classifier",
+    "evaluation.checkpoints",
 )
 
 # The page of flags ------------------------------------------------------------------------------------------------

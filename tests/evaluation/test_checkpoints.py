@@ -33,7 +33,17 @@ def reference(tmp_path):
 
 def test_all_checkpoints_are_judged_and_later_ones_join(teacher, tmp_path, reference, reward_folder, capsys):
     run = run_cold_start(teacher, tmp_path / "run", "--checkpoint-steps", 1, "--max-train-steps", 2)
-    judge = ("--space", f"classifier:{reward_folder}", "pixels", "--held-out", "halves", "--num-images", 100)
+    judge = (
+        "--space",
+        f"classifier:{reward_folder}",
+        "pixels",
+        "--held-out",
+        "halves",
+        "--num-images",
+        100,
+        "--bootstrap",
+        3,
+    )
     checkpoints.main(words(run, "--reference", reference, *judge))
     folder = tmp_path / "run_checkpoints"
     first = folder / "samples/step-1.npz"
@@ -54,7 +64,7 @@ def test_what_cannot_judge_is_refused(teacher, tmp_path, reference, reward_folde
     reward = ("--encoder-type", "classifier", "--reward-classifier", reward_folder, "--max-train-steps", 2)
     units = cold / "checkpoints/torch_units/step-1.pt"
     dmdr_refl.main(flags(teacher, tmp_path / "run", *reward, "--resume-ckpt", units))
-    judge = ("--reference", reference, "--space", f"classifier:{reward_folder}", "--num-images", 100)
+    judge = ("--reference", reference, "--space", f"classifier:{reward_folder}", "--num-images", 100, "--bootstrap", 2)
     message = refused(checkpoints.main, words(tmp_path / "run", *judge), capsys=capsys)
     assert f"classifier:{reward_folder} rewarded" in message and "leave it out of --space" in message
     assert "a run's checkpoints" in refused(checkpoints.main, words(teacher, *judge), capsys=capsys)
