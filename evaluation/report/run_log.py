@@ -38,11 +38,11 @@ class Series:
         """
         by_step: dict[int, dict[str, list[float]]] = {}
         for turn in turns:
-            for name in ("loss_fake", "grad_norm_estimator", "update_ratio_estimator"):
-                if np.isfinite(value := finite_or_nan(turn.get(name))):
+            for name in sorted(turn.keys() - {"step", "iteration", "seconds"}):
+                if np.isfinite(value := finite_or_nan(turn[name])):
                     by_step.setdefault(turn["step"], {}).setdefault(name, []).append(value)
         merged = [
-            row | {name: sum(values) / len(values) for name, values in by_step.get(row["step"], {}).items()}
+            {name: sum(values) / len(values) for name, values in by_step.get(row["step"], {}).items()} | row
             for row in rows
         ]
         names = dict.fromkeys(name for row in merged for name in row)

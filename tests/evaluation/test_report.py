@@ -71,6 +71,7 @@ def test_every_chart_finds_its_columns_in_the_log_of_a_run_with_a_reward(run, te
     """A batch of 64, so that no band of t is empty. The rules' columns are there too."""
     more = ("--encoder-type", "classifier", "--reward-classifier", reward_folder, "--reward-weight", "0.5")
     more += ("--holdout-classifier", reward_folder, "--batch-size", "64", "--dynamic-steps", "0")
+    more += ("--gan-weight", "0.01", "--gan-data", "digits")
     more += ("--resume-ckpt", run / "checkpoints/torch_units/step-3.pt", "--max-train-steps", "4")
     dmdr_refl.main(flags(teacher, tmp_path / "run", *more))
     log, absent = read_run(tmp_path / "run"), {"Frechet distance", "Tilt (experimental)"}  # of other rewards
