@@ -67,6 +67,8 @@ def judged(args: argparse.Namespace, steps: list[int], folder: Path) -> tuple[st
 
 def verdict(steps: list[int], values: list[tuple[float, float]]) -> str:
     """Whether the run still improves, is level, or has become worse, in words."""
+    if len(steps) == 1:
+        return f"one checkpoint, of step {steps[0]}: there is nothing to compare it with (--checkpoint-steps)"
     best = min(range(len(steps)), key=lambda i: values[i][0])
 
     def behind(i: int) -> float:
@@ -78,6 +80,9 @@ def verdict(steps: list[int], values: list[tuple[float, float]]) -> str:
         return f"best at step {steps[best]}; worse since, by {behind(-1):.1f} standard errors at step {steps[-1]}"
     if level[0] == steps[-1]:
         return f"still improving: step {steps[-1]}, the last, is the best"
+    if best == len(steps) - 1:
+        near = f"within {SURE} standard errors of it since step {level[0]}: more --num-images would tell them apart"
+        return f"the last, step {steps[-1]}, is the best; {near}"
     return f"best at step {steps[best]}; level since step {level[0]}: all within {SURE} standard errors of the best"
 
 

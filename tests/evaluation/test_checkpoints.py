@@ -12,7 +12,8 @@ from train_cc.io.figures import read_figures
 VERDICTS = {
     "still improving": ([3.0, 2.0, 1.0], "still improving: step 3, the last, is the best"),
     "worse": ([3.0, 1.0, 2.0], "best at step 2; worse since, by 7.1 standard errors at step 3"),
-    "level": ([3.0, 1.1, 1.0], "best at step 3; level since step 2"),
+    "level": ([3.0, 1.1, 1.0], "the last, step 3, is the best; within 2 standard errors of it since step 2"),
+    "one": ([3.0], "one checkpoint, of step 1: there is nothing"),
     "no longer better": ([3.0, 1.0, 1.1], "best at step 2; level since step 2"),
 }
 
@@ -20,7 +21,7 @@ VERDICTS = {
 @pytest.mark.parametrize("case", VERDICTS)
 def test_a_difference_counts_from_two_standard_errors_on(case):
     values, expected = VERDICTS[case]
-    assert checkpoints.verdict([1, 2, 3], [(value, 0.1) for value in values]).startswith(expected)
+    assert checkpoints.verdict([1, 2, 3][: len(values)], [(value, 0.1) for value in values]).startswith(expected)
 
 
 @pytest.fixture
