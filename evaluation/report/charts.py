@@ -157,10 +157,11 @@ CHARTS = (
     ),
     Chart(
         REWARDS,
-        "Frechet distance",
-        {"frechet*": "", "scale_frechet*": ""},
-        "From the window's samples to the real images, in the reward's own space, and the reward's scale, which is "
-        "fixed after three updates. Healthy: the distance falls. In this space it always looks good: judge in others.",
+        "Distance of the distribution",
+        {"frechet*": "", "kl*": "", "scale_frechet*": "", "scale_kl*": ""},
+        "From the window's samples to the real images, in the reward's own space: Frechet's (frechet) or a divergence "
+        "(kl); and the reward's scale, which is fixed after three updates. Healthy: the distance falls. In this space "
+        "it always looks good: judge in others.",
     ),
     Chart(
         REWARDS,

@@ -157,7 +157,7 @@ def check_flags(row: Row, where: str) -> set[int]:
         return {parse(generate.build_parser(), SAMPLING, row.flags, where).num_images}
     args = parse(build_parser(""), TRAINING, row.flags, where)
     for spec in [*args.reward, *args.tilt]:
-        if spec.kind in ("frechet", "python"):
+        if spec.kind in ("frechet", "kl", "python"):
             require_file(Path(spec.source.rpartition(":")[0] or spec.source), f"{where}: the source of its reward")
     return set()
 

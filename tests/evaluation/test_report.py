@@ -74,7 +74,8 @@ def test_every_chart_finds_its_columns_in_the_log_of_a_run_with_a_reward(run, te
     more += ("--gan-weight", "0.01", "--gan-data", "digits")
     more += ("--resume-ckpt", run / "checkpoints/torch_units/step-3.pt", "--max-train-steps", "4")
     dmdr_refl.main(flags(teacher, tmp_path / "run", *more))
-    log, absent = read_run(tmp_path / "run"), {"Frechet distance", "Tilt (experimental)"}  # of other rewards
+    log = read_run(tmp_path / "run")
+    absent = {"Distance of the distribution", "Tilt (experimental)"}  # of other rewards
     for chart in CHARTS:
         assert len(panels_of(chart, [log])) == len(chart.panels) * (chart.title not in absent), chart.title
     assert all(log.series.has(name) for name in HEALTHY)

@@ -64,16 +64,18 @@ def test_a_users_file_that_cannot_be_used_is_refused(teacher, tmp_path, capsys, 
     assert not (tmp_path / "run").exists()
 
 
-def frechet(real, *more):
-    return ["--reward", "frechet", 1, real, "--frechet-window", 200, *more]
+def frechet(real, *more, kind="frechet"):
+    return ["--reward", kind, 1, real, "--frechet-window", 200, *more]
 
 
-def test_the_frechet_reward_trains_and_its_distance_is_logged(teacher, tmp_path, real):
-    run = run_cold_start(teacher, tmp_path / "run", *frechet(real), "--max-train-steps", 5, "--batch-size", 16)
+@pytest.mark.parametrize("kind", ["frechet", "kl"])
+def test_a_reward_of_the_distribution_trains_and_its_distance_is_logged(teacher, tmp_path, real, kind):
+    more = "--max-train-steps", 5, "--batch-size", 16
+    run = run_cold_start(teacher, tmp_path / "run", *frechet(real, kind=kind), *more)
     rows = logged(run)
-    assert all(row["frechet"] > 0 for row in rows)
-    assert [row["scale_frechet"] > 0 for row in rows] == [False, False, False, True, True]
-    assert [row["grad_norm_reward_frechet_x0"] > 0 for row in rows] == [False, False, False, True, True]
+    assert all(row[kind] > 0 for row in rows)
+    assert [row[f"scale_{kind}"] > 0 for row in rows] == [False, False, False, True, True]
+    assert [row[f"grad_norm_reward_{kind}_x0"] > 0 for row in rows] == [False, False, False, True, True]
     log = (run / "log.txt").read_text()
     assert "WARNING: --frechet-window 200 is short" in log
 

@@ -1,5 +1,7 @@
 """The Frechet reward: its gradient against autograd, its memory over chunks, processes and checkpoints."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from train_cc.rewards.frechet import (
     Frechet,
     decayed,
     moments,
+    ridge_of,
     square_root,
     sums_of,
     transport,
@@ -127,6 +130,39 @@ def test_the_gradient_is_autograds_through_the_matrix_square_root(size, classes)
     assert losses.mean().item() == pytest.approx(distance.item(), rel=1e-9)
 
 
+@pytest.mark.parametrize(("size", "classes"), [(4, 1), (32, 5)])
+def test_kl_has_autograds_gradient_and_torchs_value(size, classes):
+    """d KL / d f_i = (1 / B) (f_i - T(f_i | y_i)), KL as torch.distributions has it, for covariances plus the ridge."""
+    count = 3 * size
+    (f, y), real = samples(count, size, classes), real_statistics(size, classes)
+    ridge = ridge_of(real.within)
+    assert torch.equal(ridge[0, 0], torch.linalg.eigvalsh(real.within)[int(0.6 * size)])
+    free = f.clone().requires_grad_()
+    mu = torch.stack([free[y == k].mean(dim=0) for k in range(classes)])
+    x = free - mu[y]
+    of_classes = (torch.distributions.MultivariateNormal(m, x.T @ x / count + ridge) for m in mu)
+    of_real = (torch.distributions.MultivariateNormal(m, real.within + ridge) for m in real.class_mu)
+    share = torch.bincount(y, minlength=classes).double() / count
+    each = [torch.distributions.kl_divergence(p, q) for p, q in zip(of_classes, of_real, strict=True)]
+    divergence = (torch.stack(each) * share).sum()
+    (expected,) = torch.autograd.grad(divergence, free)
+    kl = reward(size, classes, statistics=real, window=count, kl=True)
+    kl.observe(f, y)
+    kl.commit()
+    assert kl.solve().item() == pytest.approx(divergence.item(), rel=1e-10) and divergence > 0.1
+    assert expected.abs().max() > 1e-3
+    assert ((f - kl.target(f, y)) / count - expected).abs().max() < 1e-10
+
+
+def test_kl_is_finite_where_real_features_are_constant():
+    thin = replace(real_statistics(16, 2), within=covariance(16, 5, 1))
+    kl = reward(16, 2, statistics=thin, kl=True)
+    f, y = samples(40, 16, 2)
+    kl.observe(f, y)
+    kl.commit()
+    assert torch.isfinite(kl.solve()) and torch.isfinite(kl.target(f, y)).all()
+
+
 def test_with_one_class_it_is_the_distance_of_fid():
     (f, y), real = samples(50, 6, 1), real_statistics(6, 1)
     sums = sums_of(f, y, 1)
@@ -221,15 +257,16 @@ def test_nothing_moves_before_the_global_batch_is_whole():
     assert fd.samples == 12
 
 
+@pytest.mark.parametrize("kl", [False, True])
 @pytest.mark.parametrize("turns", [1, 5])
-def test_the_state_resumes_to_the_bit(turns):
+def test_the_state_resumes_to_the_bit(turns, kl):
     """While the scale is measured, and after."""
-    straight, broken = reward(), reward()
+    straight, broken = reward(kl=kl), reward(kl=kl)
     for turn in range(turns + 3):
         cycle(straight, turn)
     for turn in range(turns):
         cycle(broken, turn)
-    resumed = reward()
+    resumed = reward(kl=kl)
     resumed.load_state_dict(broken.state_dict())
     for turn in range(turns, turns + 3):
         cycle(resumed, turn)
@@ -282,9 +319,10 @@ def test_micro_batches_and_the_decoder_give_the_same_term():
         assert term.gradient.dtype == torch.float32 and term.gradient.norm() > 0 and not term.loss.requires_grad
 
 
-def test_following_the_gradient_closes_the_distance():
+@pytest.mark.parametrize("kl", [False, True])
+def test_following_the_gradient_closes_the_distance(kl):
     real = real_statistics(6, 3)
-    fd = reward(statistics=real, window=30)
+    fd = reward(statistics=real, window=30, kl=kl)
     f, y = samples(30, 6, 3)
     fd.observe(f, y)
     fd.commit()
@@ -341,6 +379,7 @@ def test_states_that_do_not_fit_are_refused():
     assert "below 0" in told({"n": -state["n"]})
     assert "norms (4, 2), expected (3, 2)" in told({"norms": torch.ones(4, 2, dtype=torch.float64)})
     assert "another file" in told({}, reward(statistics=real_statistics(6, 3, sha256="b" * 64)))
+    assert "of frechet and kl" in told({}, reward(kl=True))
     assert "n (3,), expected (1,)" in told({}, reward(unconditional=True))
     for name, value in fd.state_dict().items():  # refused states leave no trace
         assert torch.equal(value, before[name])

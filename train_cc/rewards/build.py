@@ -227,6 +227,7 @@ def frechet_reward(spec: RewardSpec, name: str, fit: Fit) -> Reward:
         fit.device,
         fit.reduce,
         half=fit.dtype == torch.float16,
+        kl=spec.kind == "kl",
     )
     classes = fit.num_classes if memory.per_class else 1
     notes = [class_note(statistics, path, fit)] if memory.per_class else []
@@ -279,6 +280,7 @@ BUILDERS = {
     "dinov2": classifier_reward,
     "classifier": classifier_reward,
     "frechet": frechet_reward,
+    "kl": frechet_reward,
     "python": python_reward,
 }
 

@@ -7,6 +7,13 @@ with respect to one of B samples' features is exactly
 
 R = S_r^(1/2): every sample's features are drawn to where optimal transport between the two Gaussians takes them. It is
 the gradient of mean |f - stop_gradient(T(f | y))|^2, whose value estimates FD: no differentiation through eigenvalues.
+
+The other form, ``kl``, follows the divergence KL(N(mu, S) || N(mu_r, S_r)) in place of FD. Its target is
+
+    T(f | y) = f + P_r (mu_r[y] - f) - P (mu[y] - f),   P = (S + lam I)^-1,   P_r = (S_r + lam I)^-1,
+
+lam being the 60 % point of the spectrum of S_r: the mean of |f - stop_gradient(T)|^2 then has twice KL's gradient, and
+two Cholesky solves take the place of the eigenvalues.
 """
 
 import hashlib
@@ -28,6 +35,7 @@ ROUNDING = 1e-12  # eigenvalues below this part of the largest are rounding
 LARGEST_GAIN = 100.0
 SCALE_TURNS = 3  # generator turns over which the scale is measured
 GRADIENTS = ("matching", "frechet")  # whose norms give the scale
+RIDGE_POINT = 0.6  # of the ascending spectrum of S_r, without its zeros: lam of the form ``kl``
 
 # Mathematics: float64, symbols as above; K classes, D features ----------------------------------------------------
 
@@ -98,6 +106,20 @@ def distance_by_class(
     return between + sigma.trace() + sigma_real.trace() - 2 * trace_root
 
 
+def ridge_of(sigma_real: Tensor) -> Tensor:
+    """lam I (D, D) of the form ``kl``."""
+    values = torch.linalg.eigvalsh(sigma_real)
+    values = values[values > ROUNDING * values[-1]]
+    return values[int(RIDGE_POINT * len(values))] * torch.eye(len(sigma_real)).to(sigma_real)
+
+
+def kl_by_class(mu: Tensor, factor: Tensor, mu_real: Tensor, factor_real: Tensor, share: Tensor) -> Tensor:
+    """sum_y share[y] KL(N(mu[y], L L^T) || N(mu_r[y], L_r L_r^T)), 0-d, for the Cholesky factors L and L_r (D, D)."""
+    apart = (share.sqrt()[:, None] * (mu - mu_real)).T
+    squares = torch.linalg.solve_triangular(factor_real, torch.cat([factor, apart], dim=1), upper=False).square().sum()
+    return (squares - len(factor)) / 2 + (factor_real.diagonal() / factor.diagonal()).log().sum()
+
+
 # The reward, with its memory ---------------------------------------------------------------------------------------
 
 
@@ -111,7 +133,7 @@ class Frechet:
     ``features_of``: images in [0, 1] (B, C, H, W) -> features (B, D), differentiable. ``window``: W, in samples.
     ``weight``: of the scaled gradient; 1 begins as strong as matching. ``reduce``: the sum over processes of a tensor.
     ``half``: features are computed in fp16. A sample that overflows is left out of the statistics, and a turn that does
-    out of the scale.
+    out of the scale. ``kl``: the other form.
     Raises `InputError` where ``statistics`` do not fit ``num_classes`` of the generator.
     """
 
@@ -126,8 +148,9 @@ class Frechet:
         device: torch.device | str = "cpu",
         reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         half: bool = False,
+        kl: bool = False,
     ):
-        self.half = half
+        self.half, self.kl = half, kl
         self.features_of, self.window, self.weight, self.reduce = features_of, window, weight, reduce
         self.device = torch.device(device)
         self.per_class = statistics.class_mu is not None and not unconditional
@@ -139,14 +162,18 @@ class Frechet:
             else (statistics.mu.unsqueeze(0), statistics.sigma)
         )
         self.mu_real, self.sigma_real = mu_real.to(self.device), sigma_real.to(self.device)
-        self.root = square_root(self.sigma_real)
-        self.digest = hashlib.sha256(f"{statistics.sha256} {self.per_class}".encode()).digest()
+        if kl:
+            self.ridge = ridge_of(self.sigma_real)
+            self.root = torch.linalg.cholesky(self.sigma_real + self.ridge)
+        else:
+            self.root = square_root(self.sigma_real)
+        self.digest = hashlib.sha256(f"{statistics.sha256} {self.per_class}{' kl' * kl}".encode()).digest()
         self.sums = self._no_sums()
         self.observed = False  # whether the window holds any sample: known without asking the device
         self.pending: Sums | None = None  # of the device batches of a global batch that is not whole yet
         self.squares = torch.zeros(2, dtype=torch.float64, device=self.device)  # of this turn's gradients, as GRADIENTS
         self.norms: list[list[float]] = []  # of the first turns' gradients, as GRADIENTS
-        self.solved: tuple[Tensor, Tensor, Tensor] | None = None  # A, mu, FD
+        self.solved: tuple[Tensor, Tensor, Tensor] | None = None  # A or L, mu, FD or KL
 
     def _no_sums(self) -> Sums:
         classes, size = self.mu_real.shape
@@ -187,9 +214,9 @@ class Frechet:
 
     @torch.no_grad()
     def solve(self) -> Tensor:
-        """The transport of now, and FD (0-d). Once a generator turn. Raises `InputError` for features not finite.
+        """The transport of now, or the factor L; and FD or KL (0-d). Once a generator turn.
 
-        The host waits for the device here: eigenvalues report to it whether they were found.
+        Raises `InputError` for features not finite. The host waits for the device here: that, and eigenvalues, report.
         """
         if not self.observed:
             raise RuntimeError("the Frechet reward has observed no sample: fill its window first")
@@ -199,24 +226,32 @@ class Frechet:
                 f"the features of generated images hold NaN or infinity: the Frechet reward cannot go on{hint}"
             )
         mu, sigma = moments(self.sums, self.mu_real)
-        a, trace_root = transport(sigma, self.root, LARGEST_GAIN)
         share = self.sums.n / self.sums.n.sum()
-        distance = distance_by_class(mu, sigma, self.mu_real, self.sigma_real, trace_root, share)
-        self.solved = a, mu, distance
+        if self.kl:
+            matrix = torch.linalg.cholesky(sigma + self.ridge)
+            distance = kl_by_class(mu, matrix, self.mu_real, self.root, share)
+        else:
+            matrix, trace_root = transport(sigma, self.root, LARGEST_GAIN)
+            distance = distance_by_class(mu, sigma, self.mu_real, self.sigma_real, trace_root, share)
+        self.solved = matrix, mu, distance
         return distance
 
     @torch.no_grad()
     def target(self, features: Tensor, labels: Tensor) -> Tensor:
-        """T(f | y) = mu_r[y] + A (f - mu[y]), (B, D), in float64 inside and as ``features`` outside."""
-        a, mu, _ = self.solved
+        """T(f | y), (B, D), in float64 inside and as ``features`` outside."""
+        matrix, mu, _ = self.solved
         y = self._classes(labels)
         f = features.to(self.device, torch.float64)
-        return (self.mu_real[y] + (f - mu[y]) @ a).to(features)  # A is symmetric
+        if self.kl:
+            to_real, to_own = (self.mu_real[y] - f).T, (mu[y] - f).T
+            v = torch.cholesky_solve(to_real, self.root) - torch.cholesky_solve(to_own, matrix)
+            return (f + v.T).to(features)
+        return (self.mu_real[y] + (f - mu[y]) @ matrix).to(features)  # A is symmetric
 
     # The loss
 
     def losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """|f - stop_gradient(T(f | y))|^2 a sample, (B,), unscaled: the mean has FD's gradient. Observes f."""
+        """|f - stop_gradient(T(f | y))|^2 a sample, (B,), unscaled: their mean has FD's gradient, or twice KL's."""
         features = self.features_of(images)
         self.observe(features.detach(), labels)
         return (features - self.target(features.detach(), labels)).square().sum(dim=1), {}
@@ -225,7 +260,7 @@ class Frechet:
 
     @property
     def scale(self) -> float | None:
-        """weight * |gradient of matching| / |gradient of FD| over the first turns; None while they are measured."""
+        """weight * |gradient of matching| / |own gradient| over the first turns; None while they are measured."""
         if len(self.norms) < SCALE_TURNS:
             return None
         matching, own = (sum(column) for column in zip(*self.norms, strict=True))
@@ -287,8 +322,8 @@ class Frechet:
             raise InputError(f"{source}: {', '.join(wrong)} of {hint} must be float64")
         if bytes(state["digest"].tolist()) != self.digest:
             raise InputError(
-                f"{source} holds {hint} towards another file, or with the other of --frechet-unconditional and not; "
-                "give the file and the mode of that run, or start without its state"
+                f"{source} holds {hint} towards another file, with the other of --frechet-unconditional and not, or of "
+                "frechet and kl; give what that run had, or start without its state"
             )
         if (state["n"] < 0).any() or (state["norms"] <= 0).any():
             raise InputError(f"{source}: {hint} hold a count or a norm below 0; the file is damaged")

@@ -15,6 +15,7 @@ KINDS = {
     "dinov2": None,
     "classifier": "a folder of pretrain/classifier.py, or a timm name",
     "frechet": "a statistics file of evaluation/statistics.py",
+    "kl": "a statistics file of evaluation/statistics.py",
     "python": "FILE.py:FUNCTION",
 }
 TILT_KINDS = ("dinov2", "classifier", "python")
@@ -81,8 +82,8 @@ class Rewards:
     )
     reward: tuple[RewardSpec, ...] = setting(
         (),
-        "repeatable: dinov2, classifier FOLDER_OR_TIMM_NAME, frechet STATISTICS.npz, python FILE.py:FUNCTION; "
-        "of frechet, weight 1 begins as strong as matching",
+        "repeatable: dinov2, classifier FOLDER_OR_TIMM_NAME, frechet STATISTICS.npz, kl STATISTICS.npz, "
+        "python FILE.py:FUNCTION; of frechet and kl, weight 1 begins as strong as matching",
         options={"action": RewardFlag, "number": number(0, 1e6), "metavar": "KIND WEIGHT [SOURCE]"},
         recipe=True,
     )
