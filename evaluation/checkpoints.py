@@ -4,13 +4,15 @@
     --space classifier:runs/digits/classifier_evaluation pixels`
 
 Every checkpoint makes images of the same noise and labels, few of them, by its EMA weights if it has some
-(`evaluation.generate`); all are judged together (`evaluation.evaluate`): by FDr, the mean over the spaces, with
-`--held-out`, else by FID in the first space. A standard error is of the images that were drawn. Between checkpoints it
-is an upper bound, since they share their noise. `checkpoints.md`, `.png` and `.json` are written; samples are kept,
-so that the same command goes on where it stopped, and with checkpoints that have come since.
+(`evaluation.generate`), and with `--raw` by the others too; all are judged together (`evaluation.evaluate`): by FDr,
+the mean over the spaces, with `--held-out`, else by FID in the first space. A standard error is of the images that were
+drawn. Between checkpoints it is an upper bound, since they share their noise. `checkpoints.md`, `.png` and `.json` are
+written; samples are kept, also of checkpoints that are gone, so that the same command goes on where it stopped, and
+with checkpoints that have come since. A run whose `--keep-checkpoints` deletes old ones keeps the best that was found.
 """
 
 import argparse
+import json
 import math
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from train_cc.io.errors import InputError, exits_on_input_error
 from train_cc.io.figures import markdown_table, read_figures
 from train_cc.io.products import check_output_dir, locked, record, record_of, write_atomically, write_record
 from train_cc.io.read import require_file, require_folder
+from train_cc.run.folder import BEST
 from train_cc.run.logbook import read_json_lines
 
 SURE = 2  # standard errors from which on a difference counts
@@ -35,34 +38,48 @@ def build_parser() -> fields.Parser:
     parser.add_argument("--dinov2-backbone", help="official file or URL, for the space dinov2")
     parser.add_argument("--inception-weights", type=fields.path, help="torch-fidelity's file, for the space inception")
     parser.add_argument("--num-images", type=fields.COUNT, default=2_000, help="of each checkpoint")
+    parser.add_argument("--raw", action="store_true", help="judge the weights that are no EMA, too")
     parser.add_argument("--bootstrap", type=fields.integer(2, 100_000), default=50, help="resamplings, for the errors")
     parser.add_argument("--batch-size", type=fields.BATCH, default=250, help="images at once")
     parser.add_argument("--output-dir", type=fields.path, help="without it RUN_checkpoints, beside the run")
     return parser
 
 
-def judged(args: argparse.Namespace, steps: list[int], folder: Path) -> tuple[str, list[tuple[float, float]]]:
-    """The figure's name, and (value, standard error) of each step. Raises `InputError` for a space that rewarded."""
-    vae = str(record_of(args.run)["arguments"].get("vae", "none"))
-    files = [folder / "samples" / f"step-{step}.npz" for step in steps]
-    for step, file in zip(steps, files, strict=True):
-        words = ["--generator", args.run / f"checkpoints/torch_units/step-{step}.pt", "--output", file, "--vae", vae]
-        words += ["--num-images", args.num_images, "--batch-size", args.batch_size]
+def steps_in(folder: Path, pattern: str) -> set[int]:
+    """N of each step-N in ``folder``."""
+    return {int(path.name.removesuffix(path.suffix).removeprefix("step-")) for path in folder.glob(pattern)}
+
+
+def judged(args: argparse.Namespace, folder: Path, kind: str) -> dict[str, dict[int, tuple[float, float]]]:
+    """FDr or FID -> its value and standard error of each step. Raises `InputError` for a space that rewarded.
+
+    ``kind``: auto, the EMA weights if there are some, or raw.
+    """
+    vae, end = str(record_of(args.run)["arguments"].get("vae", "none")), "-raw" * (kind == "raw")
+    units, samples = args.run / "checkpoints/torch_units", folder / f"samples{end}"
+    samples.mkdir(exist_ok=True)
+    for step in sorted(steps_in(units, "step-*.pt")):
+        words = ["--generator", units / f"step-{step}.pt", "--output", samples / f"step-{step}.npz", "--vae", vae]
+        words += ["--num-images", args.num_images, "--batch-size", args.batch_size, "--weights", kind]
         generate.main([str(word) for word in words])
+    steps, figures = sorted(steps_in(samples, "step-*.npz")), folder / f"checkpoints{end}.json"
+    files = [samples / f"step-{step}.npz" for step in steps]
     words = [*files, args.reference, "--space", *args.space, "--bootstrap", args.bootstrap, "--overwrite"]
-    words += ["--names", *(f"step {step}" for step in steps), "--output", folder / "checkpoints.json"]
+    words += ["--names", *(f"step {step}" for step in steps), "--output", figures]
     for name in ("held_out", "dinov2_backbone", "inception_weights"):
         words += [fields.flag_of(name), getattr(args, name)] if getattr(args, name) else []
     evaluate.main([str(word) for word in words])
-    content = read_figures(folder / "checkpoints.json")
+    content = read_figures(figures)
     for space in (content, *content["more_spaces"]):
         if any(rewarded_by(row["generation"], space["features_sha256"]) for row in space["rows"].values()):
             raise InputError(f"{space['features']} rewarded {args.run}: a judge must not; leave it out of --space")
     rows, figure = (content["over_spaces"], "FDr") if content["over_spaces"] else (content["rows"], "FID")
-    rows = [rows[f"step {step}"] for step in steps]
-    return figure, [
-        (row["figures"][figure], (row["intervals"][figure][1] - row["intervals"][figure][0]) / 2 / 1.96) for row in rows
-    ]
+    values = {}
+    for step in steps:
+        row = rows[f"step {step}"]
+        low, high = row["intervals"][figure]
+        values[step] = (row["figures"][figure], (high - low) / 2 / 1.96)
+    return {figure: values}
 
 
 def verdict(steps: list[int], values: list[tuple[float, float]]) -> str:
@@ -86,8 +103,8 @@ def verdict(steps: list[int], values: list[tuple[float, float]]) -> str:
     return f"best at step {steps[best]}; level since step {level[0]}: all within {SURE} standard errors of the best"
 
 
-def draw(run: Path, steps: list[int], figure: str, values: list[tuple[float, float]], path: Path) -> None:
-    """The figure over the steps, and the score gap of the run's log below it."""
+def draw(run: Path, figure: str, curves: dict[str, dict[int, tuple[float, float]]], path: Path) -> None:
+    """The figure over the steps, by name of the weights, and the score gap of the run's log below it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -96,8 +113,10 @@ def draw(run: Path, steps: list[int], figure: str, values: list[tuple[float, flo
     log, _ = read_json_lines(run / "loss_logs/loss_gen_log.jsonl")
     rows = [row for row in log if row.get("score_gap") is not None]
     drawing, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 5), layout="constrained")
-    above.errorbar(steps, [value for value, _ in values], [error for _, error in values], marker="o", capsize=3)
+    for name, values in curves.items():
+        above.errorbar(list(values), *zip(*values.values(), strict=True), marker="o", capsize=3, label=name)
     above.set_ylabel(f"{figure}, one standard error")
+    above.legend()
     below.plot([row["step"] for row in rows], [row["score_gap"] for row in rows], linewidth=0.8)
     below.set(ylabel="score gap (velocity)", xlabel="generator updates")
     drawing.savefig(path, dpi=120)
@@ -109,8 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     units = require_folder(args.run / "checkpoints/torch_units", "a run's checkpoints")
     require_file(args.reference, "the reference, an .npz of real images,")
-    steps = sorted(int(path.stem.removeprefix("step-")) for path in units.glob("step-*.pt"))
-    if not steps or "teacher" not in record_of(args.run).get("arguments", {}):
+    if not steps_in(units, "step-*.pt") or "teacher" not in record_of(args.run).get("arguments", {}):
         raise InputError(f"{args.run} holds no checkpoint of a cold start or of DMDR")
     folder = args.output_dir or args.run.with_name(f"{args.run.name}_checkpoints")
     if (stage := record_of(folder).get("stage", "checkpoints")) != "checkpoints":
@@ -118,12 +136,16 @@ def main(argv: list[str] | None = None) -> None:
     check_output_dir(folder, overwrite=True)
     with locked(folder):
         write_record(folder, record("checkpoints", vars(args)))
-        (folder / "samples").mkdir(exist_ok=True)
-        figure, values = judged(args, steps, folder)
-        rows = [[step, f"{value:.3f} +- {error:.3f}"] for step, (value, error) in zip(steps, values, strict=True)]
-        words = verdict(steps, values)
-        write_atomically(folder / "checkpoints.md", f"{words}\n\n{markdown_table(['step', figure], rows)}\n")
-        draw(args.run, steps, figure, values, folder / "checkpoints.png")
+        ((figure, values),) = judged(args, folder, "auto").items()
+        curves = {"EMA": values}
+        if args.raw:
+            (curves["raw"],) = judged(args, folder, "raw").values()
+        words, heads = verdict(list(values), list(values.values())), ["step", *(f"{figure}, {name}" for name in curves)]
+        text = {name: {step: f"{v:.3f} +- {e:.3f}" for step, (v, e) in of.items()} for name, of in curves.items()}
+        table = markdown_table(heads, [[step, *(column.get(step, "") for column in text.values())] for step in values])
+        write_atomically(folder / "checkpoints.md", f"{words}\n\n{table}\n")
+        write_atomically(folder / BEST, json.dumps({"step": min(values, key=values.get), "verdict": words}))
+        draw(args.run, figure, curves, folder / "checkpoints.png")
     print(f"{words} ({folder / 'checkpoints.md'}, .png, .json)")
 
 

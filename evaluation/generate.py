@@ -53,6 +53,12 @@ def add_sampling_arguments(parser: fields.Parser) -> None:
         help="permission to run the network.py of --generator, or of a checkpoint's teacher",
     )
     parser.add_argument(
+        "--weights",
+        choices=["auto", "ema", "raw"],
+        default="auto",
+        help="of a checkpoint; auto: EMA, if it has one",
+    )
+    parser.add_argument(
         "--sampler",
         choices=["few-step", "euler", "heun", "sde"],
         default="few-step",

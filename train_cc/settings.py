@@ -28,7 +28,9 @@ class Output:
     auto_resume: bool = setting(False, "continue from the newest checkpoint in --output-dir, if any", start=True)
     max_train_steps: int = setting(20_000, "generator updates, counted over both stages", recipe=True)
     checkpoint_steps: int = setting(5_000, "generator updates between checkpoints")
-    keep_checkpoints: int = setting(0, "newest checkpoints that are kept; 0 keeps all", low=0)
+    keep_checkpoints: int = setting(
+        0, "newest checkpoints that are kept, beside the best by evaluation.checkpoints; 0: all", low=0
+    )
     sample_steps: int = setting(1_000, "generator updates between previews")
     num_previews: int = setting(16, "images in a preview; 0 turns previews off", low=0, high=4096)
     teacher_preview_steps: int = setting(50, "of Euler, in a preview; 0: no such row", low=0, high=10_000)

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from contextlib import suppress
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +22,7 @@ from train_cc.io.fields import flag_of, marked
 from train_cc.io.figures import columns_of, with_arrow
 from train_cc.io.products import apart, check_output_file, write_atomically
 from train_cc.io.read import parsing, printable, read_json
+from train_cc.run.folder import BEST
 from train_cc.run.pictures import GAP
 from train_cc.setup.arguments import GROUPS
 
@@ -123,10 +125,15 @@ def whole_picture(path: Path, caption: str) -> dict[str, str]:
 
 
 def pictures_beside(runs: list[RunLog]) -> list[dict[str, str]]:
-    """The results' picture and the frontier's, if they exist."""
+    """The results' picture, the frontier's, and each run's curve over its checkpoints, if they exist."""
     parents = dict.fromkeys(run.folder.resolve().parent for run in runs)
     named = (("results.png", "the same noise and label in each column"), ("frontier/frontier.png", "the frontier"))
     paths = [(parent / name, words) for parent in parents for name, words in named]
+    for run in runs:
+        judged = run.folder.resolve().with_name(f"{run.folder.resolve().name}_checkpoints")
+        with suppress(InputError):
+            words = printable(str(read_json(judged / BEST, "a run's best step").get("verdict")))
+            paths.append((judged / "checkpoints.png", words))
     return [whole_picture(path, f"{path.parent.name}/{path.name}: {words}") for path, words in paths if path.is_file()]
 
 

@@ -47,7 +47,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MULTI_STEP = {"euler": euler_sample, "heun": heun_sample}
 FURTHER = 1e-3  # the share of pixels that may differ by more than one grey level in fp16
 # Arguments in which two commands of one output may differ.
-NOT_COMPARED = ("batch_size", "output", "png_dir", "overwrite", "names", "trust_teacher_code")
+NOT_COMPARED = ("batch_size", "output", "png_dir", "overwrite", "names", "trust_teacher_code", "weights")
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -198,7 +198,7 @@ def load_sampler(settings: argparse.Namespace, source: Source, device: torch.dev
 
 def open_sampling(args: argparse.Namespace) -> tuple[Source, argparse.Namespace]:
     """The model, and ``args`` completed by `settings_for`. Raises `InputError`."""
-    source = open_source(args.generator, args.trust_teacher_code)
+    source = open_source(args.generator, args.trust_teacher_code, args.weights)
     require_decoder(source.config["in_channels"], args.vae, args.generator)
     return source, settings_for(args, source)
 

@@ -27,33 +27,34 @@ class Source:
     sampling: tuple[int, float] | None
     rewards_sha256: list[str] = field(default_factory=list)  # networks that rewarded it, as far as it is recorded
     latent_space: str | None = None  # SHA-256, as its teacher recorded it
+    weights: str = "auto"  # of a checkpoint, as in `train_cc.distillation.state.generator_state`
 
     @cached_property
     def config(self) -> dict:
         return self.checkpoint.units["model_config"] if self.checkpoint is not None else read_config(self.path)
 
     def load(self) -> Network:
-        """A checkpoint's EMA weights if there are some."""
         if self.checkpoint is None:
             return load_network(self.path)
         from train_cc.distillation.state import generator_from  # with peft, which takes a second
 
-        return generator_from(self.checkpoint, "auto")
+        return generator_from(self.checkpoint, self.weights)
 
 
-def open_source(path: Path, trust_teacher_code: bool = False) -> Source:
+def open_source(path: Path, trust_teacher_code: bool = False, weights: str = "auto") -> Source:
     """``trust_teacher_code``: the network.py of ``path``, or of a checkpoint's teacher, may be run."""
     if path.suffix == ".pt":
         checkpoint = open_checkpoint(path)
-        name = "ema" if checkpoint.has("accelerator_1/ema.safetensors") else "generator"
-        weights = require_file(checkpoint.file(f"accelerator_1/{name}.safetensors"), "the checkpoint's weights")
+        average = weights != "raw" and checkpoint.has("accelerator_1/ema.safetensors")
+        name = "ema" if average else "generator"
+        file = require_file(checkpoint.file(f"accelerator_1/{name}.safetensors"), "the checkpoint's weights")
         rewards = checkpoint.units.get("rewards_sha256", [])
         latents = checkpoint.units.get("latent_space_sha256")
         arguments = checkpoint.units["arguments"]
         if trust_teacher_code:
             trust_code(arguments["teacher"])
         sampling = arguments["num_steps"], float(arguments["timestep_shift"])
-        return Source(path, checkpoint, sha256(weights), sampling, rewards, latents)
+        return Source(path, checkpoint, sha256(file), sampling, rewards, latents, weights)
     if path.is_file():
         raise InputError(f"{path} is a file; a model folder or a checkpoints/torch_units/step-N.pt is expected")
     path = model_folder(path)

@@ -1,5 +1,7 @@
 """`evaluation.checkpoints`: which checkpoint of a run was best, by spaces that did not train it."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -33,30 +35,29 @@ def reference(tmp_path):
 
 
 def test_all_checkpoints_are_judged_and_later_ones_join(teacher, tmp_path, reference, reward_folder, capsys):
-    run = run_cold_start(teacher, tmp_path / "run", "--checkpoint-steps", 1, "--max-train-steps", 2)
-    judge = (
-        "--space",
-        f"classifier:{reward_folder}",
-        "pixels",
-        "--held-out",
-        "halves",
-        "--num-images",
-        100,
-        "--bootstrap",
-        3,
-    )
+    more = ("--checkpoint-steps", 1, "--ema-decay", 0.9)
+    run = run_cold_start(teacher, tmp_path / "run", *more, "--max-train-steps", 2)
+    judge = ("--space", f"classifier:{reward_folder}", "pixels", "--held-out", "halves", "--num-images", 100)
+    judge += ("--bootstrap", 3, "--raw")
     checkpoints.main(words(run, "--reference", reference, *judge))
     folder = tmp_path / "run_checkpoints"
     first = folder / "samples/step-1.npz"
     made, rows = first.stat().st_mtime_ns, read_figures(folder / "checkpoints.json")["over_spaces"]
     assert {"step 1", "step 2"} < rows.keys() and "step" in capsys.readouterr().out.splitlines()[-1]
-    run_cold_start(teacher, run, "--checkpoint-steps", 1, "--auto-resume")
+    best = folder / "best.json"
+    assert json.loads(best.read_text())["step"] in (1, 2)
+    best.write_text('{"step": 1}')
+    run_cold_start(teacher, run, *more, "--auto-resume", "--keep-checkpoints", 1)
+    left = sorted(path.name for path in (run / "checkpoints/torch_units").iterdir())
+    assert left == ["step-1.pt", "step-3.pt"]  # the newest, and what was found best
     checkpoints.main(words(run, "--reference", reference, *judge))
     again = read_figures(folder / "checkpoints.json")["over_spaces"]
     assert first.stat().st_mtime_ns == made and "step 3" in again
     assert again["step 1"]["figures"] == rows["step 1"]["figures"]
     table = (folder / "checkpoints.md").read_text()
-    assert table.count("+-") == 3 and f"{again['step 3']['figures']['FDr']:.3f} +- " in table
+    assert table.count("+-") == 6 and f"{again['step 3']['figures']['FDr']:.3f} +- " in table
+    raw = read_figures(folder / "checkpoints-raw.json")["over_spaces"]
+    assert raw.keys() == again.keys() and raw["step 2"]["figures"] != again["step 2"]["figures"]
     assert (folder / "checkpoints.png").stat().st_size > 5000
 
 

@@ -56,13 +56,17 @@ def test_a_page_shows_arguments_curves_pictures_and_nothing_from_outside(run, tm
     content = {"rows": rows, "features": "a <space>", "features_sha256": "judge", "set_size": 898}
     (tmp_path / "results.json").write_text(json.dumps(content))
     save_grid([np.zeros((4, 8, 8, 1), np.uint8)], tmp_path / "results.png", ["row"])
+    judged = run.with_name(f"{run.name}_checkpoints")
+    judged.mkdir()
+    save_grid([np.zeros((4, 8, 8, 1), np.uint8)], judged / "checkpoints.png", ["row"])
+    (judged / "best.json").write_text('{"step": 2, "verdict": "best at step 2"}')
     text = page_of(tmp_path, run)
     assert "<th>FID-10k ↓</th>" in text and "<th>Recall-0.898k ↑</th>" in text and "<th>accuracy ↑</th>" in text
     assert "10,000 images for each row, a &lt;space&gt;" in text and "cold &lt;start&gt;" in text
     assert "This space rewarded cold &lt;start&gt;: judge it in a space that no reward used." in text
     assert "Too short to judge" in text and "--learning-rate-generator" in text
-    # results.png, teacher, 2 x generator, real, fake
-    assert text.count("<svg") > 8 and text.count("data:image/png;base64,") == 6
+    # results.png, checkpoints.png, teacher, 2 x generator, real, fake
+    assert text.count("<svg") > 8 and text.count("data:image/png;base64,") == 7 and "best at step 2" in text
     assert text.count('alt="teacher, 2 steps"') == 1 and "<span>9</span>" not in text and "<span>2</span>" in text
     assert not re.search(r'(?:src|href)="(?!data:|#)', text) and "report: " in capsys.readouterr().out
 

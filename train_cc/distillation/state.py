@@ -307,7 +307,7 @@ def sampling_of(recorded: dict) -> dict:
 def weights_kind(checkpoint: Checkpoint, weights: str) -> str:
     """ "auto" is "ema" where there is one, else "raw". Raises `InputError` for an EMA that is not there."""
     if weights == "ema" and not checkpoint.has(AVERAGE):
-        raise InputError(f"{checkpoint.path} has no EMA weights; --weights raw exports the others")
+        raise InputError(f"{checkpoint.path} has no EMA weights; --weights raw takes the others")
     return ("ema" if checkpoint.has(AVERAGE) else "raw") if weights == "auto" else weights
 
 

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from train_cc.io.errors import InputError
 from train_cc.io.fields import check, setting
 from train_cc.io.products import flush, plain_mode
-from train_cc.io.read import read_safetensors, read_torch, require_file, sha256, shown
-from train_cc.run.folder import CHECKPOINT_STEP, FILE_OF_A_STEP, OF_A_STEP, delete_ours, move_files
+from train_cc.io.read import read_json, read_safetensors, read_torch, require_file, sha256, shown
+from train_cc.run.folder import BEST, CHECKPOINT_STEP, FILE_OF_A_STEP, OF_A_STEP, delete_ours, move_files
 from train_cc.settings import Method, Models, Optimisation
 
 UNITS_FILE = "a checkpoints/torch_units/step-N.pt"
@@ -226,9 +226,18 @@ def nbytes(content: dict) -> int:
 
 
 def rotate_checkpoints(root: Path, keep: int, protected: Path | None) -> None:
-    """Delete all but the ``keep`` newest complete checkpoints (0: none is deleted), and never ``protected``."""
+    """Delete all but the ``keep`` newest complete checkpoints (0: none is deleted).
+
+    Never ``protected``, nor the one that evaluation.checkpoints found best.
+    """
+    run = root.parent.absolute()
+    try:
+        best = read_json(run.with_name(f"{run.name}_checkpoints") / BEST, "the best step")["step"]
+    except (InputError, KeyError):
+        best = None
     for step in complete_steps(root)[:-keep] if keep else []:
-        if protected is None or os.path.realpath(units_path(root, step)) != os.path.realpath(protected):
+        same = protected is not None and os.path.realpath(units_path(root, step)) == os.path.realpath(protected)
+        if step != best and not same:
             delete_checkpoint(root, step)
 
 

@@ -12,6 +12,7 @@ from train_cc.io.read import read_json
 from train_cc.io.weights import GENERATION_CONFIG, WEIGHTS_NAME
 
 STAGES = ("cold_start", "dmdr_refl")
+BEST = "best.json"  # of evaluation.checkpoints, in RUN_checkpoints: the best step, and its verdict in words
 CHECKPOINT_STEP = r"step-(0|[1-9][0-9]{0,9})"  # as it is written: ASCII digits, no leading zeros
 # Name (a regular expression of the whole of it) -> None for a file, or the same of a folder. In the order of deletion:
 # first what makes a checkpoint count. The record is not here: it is replaced, and while it stands the folder is ours.
