@@ -56,13 +56,13 @@ class JsonLines:
         Of these the last one may be what a kill tore; more are told in the log.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
+        earlier = []
         if path.exists():
             rows, torn = read_json_lines(path)
-            kept = [row for row in rows if row["step"] <= keep_until_step]
+            earlier = [row for row in rows if row["step"] <= keep_until_step]
             if torn:
                 logger.warning("WARNING: %s: %d line(s) could not be read and were dropped", path, torn)
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in earlier))
         self._file = path.open("a")
 
     def write(self, rows: Iterable[dict]) -> None:
@@ -78,9 +78,9 @@ def number_lost(value: object) -> bool:
 
 def read_json_lines(path: Path) -> tuple[list[dict], int]:
     """Return the rows of ``path``, objects with a whole number ``step``, and the number of its other lines."""
-    found, torn = parse_json_lines(path.read_text(encoding="utf-8", errors="replace"))
-    rows = [row for row in found if isinstance(row, dict) and type(row.get("step")) is int]
-    return rows, torn + len(found) - len(rows)
+    lines, torn = parse_json_lines(path.read_text(encoding="utf-8", errors="replace"))
+    rows = [row for row in lines if isinstance(row, dict) and type(row.get("step")) is int]
+    return rows, torn + len(lines) - len(rows)
 
 
 def parse_json_lines(text: str) -> tuple[list, int]:

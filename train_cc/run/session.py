@@ -49,7 +49,7 @@ class Session:
     estimator_accelerator: Accelerator
     sharded: bool = False  # FSDP2 in place of DDP
     shard_over: str = "node"  # or "all": the processes that share one copy of the weights
-    notes: list[str] = field(default_factory=list)  # for the log: what of the environment was set aside
+    notes: list[str] = field(default_factory=list)  # for the log: variables of the environment that are ignored
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +71,7 @@ class Session:
     def mesh_shape(self) -> tuple[int, ...]:
         """Processes of sharded networks: (replicas, shards of each), or (shards,).
 
-        A copy a node, so that weights are gathered over its own links and gradients alone travel between nodes. With
+        A copy a node, so that weights are gathered over its own links and only gradients travel between nodes. With
         one process a node, one copy over all.
         """
         of_node = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
@@ -105,7 +105,7 @@ class Session:
         """
         if not self.sharded:
             return accelerator.prepare_model(network)
-        network = accelerator.prepare_model(network, evaluation_mode=True)  # device and autocast alone
+        network = accelerator.prepare_model(network, evaluation_mode=True)  # device and autocast only
         dtype = COMPUTE_DTYPES[accelerator.mixed_precision]
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         options = {"mp_policy": policy, "reshard_after_forward": True}
@@ -131,20 +131,20 @@ def leave_group() -> None:
         gc.collect()  # a group ends its threads when the last thing that holds it goes
 
 
-def resolve_precision(wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
+def resolve_precision(flag: str) -> str:
+    if flag != "auto":
+        return flag
     return GPU_PRECISION if torch.cuda.is_available() else "no"
 
 
-def agreed_precision(configured: str, wanted: str) -> str:
+def agreed_precision(configured: str, flag: str) -> str:
     """The precision: config "no" and flag "auto" defer to the other. Raises `InputError`."""
     if configured not in (*COMPUTE_DTYPES, "no"):
         raise InputError(f"ACCELERATE_MIXED_PRECISION is {configured}; allowed: {', '.join(COMPUTE_DTYPES)}")
-    precision = configured if wanted == "auto" and configured != "no" else resolve_precision(wanted)
+    precision = configured if flag == "auto" and configured != "no" else resolve_precision(flag)
     if configured not in ("no", precision):
         raise InputError(
-            f"the accelerate config says mixed_precision {configured}, --mixed-precision {wanted} is "
+            f"the accelerate config says mixed_precision {configured}, --mixed-precision {flag} is "
             f"{precision} on this machine; make them agree, or write 'no' into the config to let the flag rule"
         )
     return precision
@@ -164,30 +164,30 @@ NEUTRAL = ("", "no", "none", "false", "0", "auto", "default")
 def take_environment() -> tuple[str, bool, list[str]]:
     """Take out of the environment all that accelerate would act on: the command line says how a run is trained.
 
-    -> the configured precision, whether to shard, and a line for each variable that is set aside. Raises `InputError`
+    -> the configured precision, whether to shard, and a line for each ignored variable. Raises `InputError`
     for what cannot be done here.
     """
     sharded = sharding_asked()
     names = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in HARMLESS]
-    taken = {name: os.environ.pop(name) for name in names}
-    precision = taken.pop("ACCELERATE_MIXED_PRECISION", None) or "no"
-    taken.pop("ACCELERATE_USE_FSDP", None)  # `Session.place` shards, not accelerate
-    asked = {name: value for name, value in taken.items() if value.lower() not in NEUTRAL}
+    variables = {name: os.environ.pop(name) for name in names}
+    precision = variables.pop("ACCELERATE_MIXED_PRECISION", None) or "no"
+    variables.pop("ACCELERATE_USE_FSDP", None)  # `Session.place` shards, not accelerate
+    ignored = {name: value for name, value in variables.items() if value.lower() not in NEUTRAL}
     for name, instead in (
         ("ACCELERATE_USE_DEEPSPEED", "shard by scripts/accelerate/fsdp2.yaml"),
         ("ACCELERATE_USE_MEGATRON_LM", "shard by scripts/accelerate/fsdp2.yaml"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "shard by scripts/accelerate/fsdp2.yaml"),
         ("ACCELERATE_DYNAMO_BACKEND", "compile by --compile"),
     ):
-        if name in asked:
-            raise InputError(f"{name} is {asked[name]}, which is not done here: unset it, and {instead}")
+        if name in ignored:
+            raise InputError(f"{name} is {ignored[name]}, which is not done here: unset it, and {instead}")
     if sharded and os.environ.get("FSDP_VERSION", "2") != "2":
         raise InputError("the accelerate config asks for FSDP version 1; fsdp_version: 2 is expected")
-    accumulation = asked.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    notes = [f"{name}={value} of the environment is set aside: flags alone rule" for name, value in asked.items()]
+    accumulation = ignored.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    notes = [f"{name}={value} of the environment is ignored: only flags count" for name, value in ignored.items()]
     if accumulation != "1":
         notes.append(
-            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accumulation} of the environment is set aside: "
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accumulation} of the environment is ignored: "
             "--gradient-accumulation-steps rules"
         )
     return precision, sharded, notes
@@ -226,7 +226,7 @@ def make_session(precision: str, sharded: bool, report_to: str = "none", folder:
 
 
 def synchronised(learners: Collection[Learner], chunks: int) -> Iterable[int]:
-    """Number the ``chunks`` of an accumulated batch; gradients are reduced over processes in the last one alone.
+    """Number the ``chunks`` of an accumulated batch; gradients are reduced over processes in the last one only.
 
     Not `accelerator.accumulate`: two accelerators share one gradient state, and one would flip the other's.
     """

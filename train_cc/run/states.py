@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import shown
+from train_cc.io.read import value_text
 from train_cc.io.weights import fit, require_finite
 from train_cc.run.diagnostics import gathered
 from train_cc.run.session import Session
@@ -46,8 +46,8 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state:
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not isinstance(state, dict) or state.keys() != trained.keys():
-        names = set(map(shown, state)) if isinstance(state, dict) else set()
-        other = sorted(names ^ set(map(shown, trained)))
+        names = set(map(value_text, state)) if isinstance(state, dict) else set()
+        other = sorted(names ^ set(map(value_text, trained)))
         raise InputError(f"{source} is not the optimizer state of what this run trains: it differs in {other[:6]}")
     for name, p in trained.items():
         put_moments(optimizer, p, state[name])
@@ -112,8 +112,8 @@ def not_finite_groups(session: Session, groups: Mapping[str, list[Tensor]]) -> l
             flags.append((~torch.isfinite(largest)).float().to(session.device))
         else:
             flags.append(torch.zeros((), device=session.device))
-    found = session.mean(torch.stack(flags)).tolist()
-    return [name for name, share in zip(groups, found, strict=True) if share > 0]
+    shares = session.mean(torch.stack(flags)).tolist()
+    return [name for name, share in zip(groups, shares, strict=True) if share > 0]
 
 
 # The EMA -------------------------------------------------------------------------------------------------------------
@@ -154,9 +154,9 @@ class Average:
     @torch.no_grad()
     def _swap(self, weights: Mapping[str, Tensor]) -> None:
         for name, weight in weights.items():
-            held = weight.clone()
+            copy = weight.clone()
             weight.copy_(self.values[name])
-            self.values[name].copy_(held)
+            self.values[name].copy_(copy)
 
     @contextlib.contextmanager
     def in_place_of(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

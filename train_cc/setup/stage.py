@@ -29,7 +29,7 @@ from train_cc.io.products import (
     record_of,
     write_record,
 )
-from train_cc.io.read import shown
+from train_cc.io.read import value_text
 from train_cc.io.remote import model_folder, pinned
 from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.run.checkpoint import (
@@ -37,10 +37,10 @@ from train_cc.run.checkpoint import (
     complete_steps,
     delete_checkpoint,
     delete_leftovers,
+    mark_damaged,
     newest_intact,
     open_checkpoint,
     rotate_checkpoints,
-    set_aside,
     units_path,
 )
 from train_cc.run.folder import check_writable, clear_output_dir, exported_step, is_run, is_unused
@@ -138,11 +138,11 @@ def what_is_left(args: argparse.Namespace, start: Start) -> str:
             "already: nothing would be trained"
         )
     if exported_step(folder) == step:
-        told = other_flags(args, folder, start.checkpoint)
-        asked = f" It was asked for with other flags, which change nothing now: {told}." if told else ""
+        others = other_flags(args, folder, start.checkpoint)
+        note = f" It was asked for with other flags, which change nothing now: {others}." if others else ""
         return (
             f"step {step} of --max-train-steps {steps}: nothing is left to train, and nothing was written. "
-            f"{folder} is as it was.{asked}"
+            f"{folder} is as it was.{note}"
         )
     if step > steps:
         raise InputError(f"--max-train-steps is {steps}, but {folder} is at step {step} already; nothing was changed")
@@ -152,21 +152,21 @@ def what_is_left(args: argparse.Namespace, start: Start) -> str:
 def other_flags(args: argparse.Namespace, folder: Path, checkpoint: Checkpoint) -> str:
     """Flags of this command that differ from the record of ``folder``, in words."""
     recorded = record_of(folder).get("arguments") or checkpoint.units["arguments"]
-    asked = json.loads(json.dumps(vars(args), default=str))
-    told = [
-        f"{flag_of(name)} is {shown(asked[name])}, recorded {shown(recorded[name])}"
-        for name in asked.keys() & recorded.keys() - set(marked("start", *GROUPS.values()))
-        if asked[name] != recorded[name]
+    arguments = json.loads(json.dumps(vars(args), default=str))
+    words = [
+        f"{flag_of(name)} is {value_text(arguments[name])}, recorded {value_text(recorded[name])}"
+        for name in arguments.keys() & recorded.keys() - set(marked("start", *GROUPS.values()))
+        if arguments[name] != recorded[name]
     ]
-    return "; ".join(sorted(told))
+    return "; ".join(sorted(words))
 
 
 def go_back(args: argparse.Namespace, start: Start) -> None:
-    """Continuing ends what came later in the folder: damaged checkpoints are set aside, the rest is deleted."""
+    """Continuing ends what came later in the folder: damaged checkpoints are renamed, the rest is deleted."""
     root, step = args.output_dir / "checkpoints", start.checkpoint.step
-    for later, told in start.damaged.items():
-        logger.warning("WARNING: %s. It is set aside, and the run continues from step %d", told, step)
-        set_aside(root, later)
+    for later, problem in start.damaged.items():
+        logger.warning("WARNING: %s. It is renamed, and the run continues from step %d", problem, step)
+        mark_damaged(root, later)
     for later in complete_steps(root):
         if later > step:
             delete_checkpoint(root, later)
@@ -185,8 +185,8 @@ def write_run_record(stage: str, args: argparse.Namespace, start: Start, hashes:
             os.replace(path, path.with_name(RECORD + ".damaged"))
         earlier = before.get("earlier") if isinstance(before.get("earlier"), list) else []
         if before and (before["stage"] != stage or other_flags(args, args.output_dir, start.checkpoint)):
-            told = ("stage", "command", "arguments", "from_step")
-            earlier = [*earlier, {name: before[name] for name in told if name in before}]
+            fields = ("stage", "command", "arguments", "from_step")
+            earlier = [*earlier, {name: before[name] for name in fields if name in before}]
         elif before:
             step = before.get("from_step", step)
     content = {"command": sys.argv, "commit": commit(), "from_step": step, "sha256": hashes, "earlier": earlier}
@@ -297,7 +297,7 @@ def describe(run: Run, args: argparse.Namespace, name: str, start: Start) -> Non
     if before != batch:
         logger.warning("WARNING: the effective batch was %d in %s, and is %d here", before, checkpoint.path, batch)
     if not checkpoint.hashed:
-        logger.warning("WARNING: %s is of an older format, without hashes: sizes alone were checked", checkpoint.path)
+        logger.warning("WARNING: %s is of an older format, without hashes: only sizes were checked", checkpoint.path)
     logger.info(
         "%s from %s at step %d: weights, optimizer moments and the step carry over; %s; "
         "the learning rates are this command's: generator %g, estimator %g",
