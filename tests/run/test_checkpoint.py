@@ -119,7 +119,7 @@ def test_steps_are_those_of_units_files_in_the_order_of_numbers(tmp_path):
         (root / "torch_units" / name).write_bytes(b"")
     assert checkpoints.complete_steps(root) == [8, 9, 10]
     assert checkpoints.newest_words(root) == "the checkpoint of step 10 is kept"
-    assert checkpoints.kept(tmp_path / "none") == "there is no checkpoint yet"
+    assert checkpoints.newest_words(tmp_path / "none") == "there is no checkpoint yet"
 
 
 def test_the_newest_whole_checkpoint_is_found_and_what_is_wrong_with_newer_ones(tmp_path):
