@@ -131,17 +131,13 @@ def leave_group() -> None:
         gc.collect()  # a group ends its threads when the last thing that holds it goes
 
 
-def resolve_precision(wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    return GPU_PRECISION if torch.cuda.is_available() else "no"
-
-
 def agreed_precision(configured: str, wanted: str) -> str:
     """The precision: config "no" and flag "auto" defer to the other. Raises `InputError`."""
-    if configured not in (*COMPUTE_DTYPES, "no"):
+    if configured not in COMPUTE_DTYPES:
         raise InputError(f"ACCELERATE_MIXED_PRECISION is {configured}; allowed: {', '.join(COMPUTE_DTYPES)}")
-    precision = configured if wanted == "auto" and configured != "no" else resolve_precision(wanted)
+    precision = wanted
+    if wanted == "auto":
+        precision = configured if configured != "no" else GPU_PRECISION if torch.cuda.is_available() else "no"
     if configured not in ("no", precision):
         raise InputError(
             f"the accelerate config says mixed_precision {configured}, --mixed-precision {wanted} is "
@@ -150,46 +146,32 @@ def agreed_precision(configured: str, wanted: str) -> str:
     return precision
 
 
-def sharding_asked() -> bool:
-    """True if the accelerate config is one for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-
-
 # Of the variables that accelerate reads, those that change nothing of what is trained.
 HARMLESS = {"ACCELERATE_CONFIG", "ACCELERATE_LOG_LEVEL", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"}
 HARMLESS |= {"ACCELERATE_USE_CPU", "ACCELERATE_DISABLE_RICH"}
 NEUTRAL = ("", "no", "none", "false", "0", "auto", "default")
+SHARDING = "shard by scripts/accelerate/fsdp2.yaml"
+INSTEAD = {f"ACCELERATE_USE_{name}": SHARDING for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")}
+INSTEAD |= {"ACCELERATE_DYNAMO_BACKEND": "compile by --compile"}
 
 
 def take_environment() -> tuple[str, bool, list[str]]:
     """Take out of the environment all that accelerate would act on: the command line says how a run is trained.
 
-    -> the configured precision, whether to shard, and a line for each variable that is set aside. Raises `InputError`
-    for what cannot be done here.
+    -> the configured precision, whether to shard, and a line for each ignored variable. Raises `InputError`.
     """
-    sharded = sharding_asked()
     names = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in HARMLESS]
     taken = {name: os.environ.pop(name) for name in names}
     precision = taken.pop("ACCELERATE_MIXED_PRECISION", None) or "no"
-    taken.pop("ACCELERATE_USE_FSDP", None)  # `Session.place` shards, not accelerate
+    sharded = taken.pop("ACCELERATE_USE_FSDP", "").lower() == "true"  # `Session.place` shards, not accelerate
+    if taken.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == "1":
+        del taken["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"]
     asked = {name: value for name, value in taken.items() if value.lower() not in NEUTRAL}
-    for name, instead in (
-        ("ACCELERATE_USE_DEEPSPEED", "shard by scripts/accelerate/fsdp2.yaml"),
-        ("ACCELERATE_USE_MEGATRON_LM", "shard by scripts/accelerate/fsdp2.yaml"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "shard by scripts/accelerate/fsdp2.yaml"),
-        ("ACCELERATE_DYNAMO_BACKEND", "compile by --compile"),
-    ):
-        if name in asked:
-            raise InputError(f"{name} is {asked[name]}, which is not done here: unset it, and {instead}")
+    for name in asked.keys() & INSTEAD.keys():
+        raise InputError(f"{name} is {asked[name]}, which is not done here: unset it, and {INSTEAD[name]}")
     if sharded and os.environ.get("FSDP_VERSION", "2") != "2":
         raise InputError("the accelerate config asks for FSDP version 1; fsdp_version: 2 is expected")
-    accumulation = asked.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     notes = [f"{name}={value} of the environment is set aside: flags alone rule" for name, value in asked.items()]
-    if accumulation != "1":
-        notes.append(
-            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accumulation} of the environment is set aside: "
-            "--gradient-accumulation-steps rules"
-        )
     return precision, sharded, notes
 
 
