@@ -241,10 +241,6 @@ def rotate_checkpoints(root: Path, keep: int, protected: Path | None) -> None:
 
 def delete_checkpoint(root: Path, step: int) -> None:
     units_path(root, step).unlink()  # first: what is left is not taken for a checkpoint
-    delete_step(root, step)
-
-
-def delete_step(root: Path, step: int) -> None:
     for folder in root.glob(f"accelerator_[12]/step-{step}"):
         delete_ours(folder, OF_A_STEP)
 

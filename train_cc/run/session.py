@@ -108,9 +108,8 @@ class Session:
         network = accelerator.prepare_model(network, evaluation_mode=True)  # device and autocast alone
         dtype = COMPUTE_DTYPES[accelerator.mixed_precision]
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        options = {"mp_policy": policy, "reshard_after_forward": True}
-        names = ("replicate", "shard")[-len(self.mesh_shape) :]
-        options["mesh"] = mesh_of(self.device.type, self.mesh_shape, names)
+        mesh = mesh_of(self.device.type, self.mesh_shape, ("replicate", "shard")[-len(self.mesh_shape) :])
+        options = {"mp_policy": policy, "reshard_after_forward": True, "mesh": mesh}
         for block in network.blocks:
             fully_shard(block, **options)
         return fully_shard(network, **options)
@@ -120,9 +119,8 @@ class Session:
 
         For a run that succeeded: after an error this could wait for processes that are gone.
         """
-        if dist.is_initialized():
-            atexit.unregister(leave_group)
-            atexit.register(leave_group)
+        atexit.unregister(leave_group)
+        atexit.register(leave_group)
 
 
 def leave_group() -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,8 +106,8 @@ def prepare_scores(estimator: ScoreEstimator, source: Path, session: Session, dt
 
 
 def raise_overflow(where: str, source: object) -> None:
-    told = f"its largest value is beyond {torch.finfo(torch.float16).max / MARGIN:.0f}, a quarter of the range"
-    raise InputError(f"fp16 overflows in {where} of {source} ({told}): take --mixed-precision bf16, or no")
+    most = f"its largest value is beyond {torch.finfo(torch.float16).max / MARGIN:.0f}, a quarter of the range"
+    raise InputError(f"fp16 overflows in {where} of {source} ({most}): take --mixed-precision bf16, or no")
 
 
 @torch.no_grad()
@@ -135,8 +136,7 @@ def require_range(
     x0 = euler_sample(estimator.adapted, noise, y, CHECKED_STEPS).to(fit.device)
     images = decode(x0)
     for name, network in halves.items():
-        given = x0 if network is decode else images
-        if where := overflowing(network, torch.float16, lambda network=network, given=given: network(given)):
+        if where := overflowing(network, torch.float16, partial(network, x0 if network is decode else images)):
             raise_overflow(where, name)
 
 
