@@ -115,7 +115,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Optimisation:
-    """How the networks are updated."""
+    """Updates of the networks."""
 
     batch_size: int = setting(64, "samples per process and turn", high=2**20, recipe=True)
     gradient_accumulation_steps: int = setting(1, "batches a turn, of --batch-size each", high=2**16, recipe=True)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants, file_download
+from safetensors.torch import load_file
 
 from convert_weight import export_generator, pipeline
 from convert_weight.exports import save_pipeline
@@ -26,6 +27,7 @@ from train_cc import cold_start
 from train_cc.io import remote
 from train_cc.io.class_names import KNOWN, class_names
 from train_cc.io.errors import InputError
+from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.models import SiT
 from train_cc.models.networks import sit
 from train_cc.models.vae import images_to_uint8, load_decoder, load_vae
@@ -154,6 +156,16 @@ def run(teacher, tmp_path_factory):
 
 def export(run, *more):
     export_generator.main(words("--checkpoint", run / "checkpoints/torch_units/step-3.pt", *more))
+
+
+def test_a_pipeline_in_half_precision_is_half_as_large_and_samples_alike(run, tmp_path):
+    export(run, "--pipeline", tmp_path / "whole")
+    export(run, "--pipeline", tmp_path / "half", "--half")
+    whole, half = (tmp_path / name / "generator" / WEIGHTS_NAME for name in ("whole", "half"))
+    assert half.stat().st_size < 0.55 * whole.stat().st_size
+    rounded = load_file(half)
+    for name, weight in load_file(whole).items():
+        assert rounded[name].dtype == torch.float16 and torch.equal(rounded[name], weight.half())
 
 
 def test_a_card_has_the_recipe_the_hashes_and_the_figures(run, tmp_path, capsys):

@@ -56,5 +56,5 @@ def test_every_command_and_every_line_of_python_runs(here):
             assert names["x0"].shape == (2, 1, 8, 8) and names["x0"].std() > 0
         elif "pipeline" in names:
             assert Image.open(here / "seven.png").size == (8, 8) and len(names["images"]) == 3
-    assert done == ["Sample to a file", "In Python", *["As a diffusers pipeline"] * 2, *["The LoRA alone"] * 2]
+    assert done == ["Sample to a file", "In Python", *["As a diffusers pipeline"] * 2, *["The LoRA only"] * 2]
     assert len(list((here / "runs/digits/pictures").glob("*.png"))) == 100

@@ -14,7 +14,7 @@ depends on values, as that of `nonzero`, are refused.
 
 The first `fake_gpu` registers the device type with torch for the whole process; outside of the context it says that it
 is not available, and everything behaves as before. The backward pass runs on the calling thread, and the context holds
-for that thread alone. `fake_processes` adds accelerate and other ranks, `roofline` counts kernels.
+for that thread alone. `fake_processes` adds accelerate and other ranks.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 # Bytes of pageable memory that are copied to the device's queue at the call (CUDA C++ Programming Guide, "Asynchronous
 # Concurrent Execution"). More is staged by the driver, at the call or later ("API synchronization behavior").
 TAKEN_AT_ONCE = 64 * 2**10
-OWN_FILES = ("fake_gpu", "fake_device", "cuda_rules", "fake_processes", "meters", "roofline")
+OWN_FILES = ("fake_gpu", "fake_device", "cuda_rules", "fake_processes", "meters")
 aten = torch.ops.aten
 
 

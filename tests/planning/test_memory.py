@@ -68,18 +68,18 @@ def test_flop_are_those_of_a_real_cycle(teacher, tmp_path, ratio, chunks):
 def test_a_run_is_resumed_in_what_it_holds_between_cycles(teacher, tmp_path):
     cost = simulated(teacher, tmp_path, "--ema-decay", 0.9)
     trained, _ = cost.parameters["generator"]
-    assert cost.held["generator moments"] == pytest.approx(8 * trained, rel=0.2)  # each is rounded up to 512 bytes
-    assert cost.held["EMA"] == pytest.approx(4 * trained, rel=0.2)
-    (rest,) = (value for name, value in cost.held.items() if name.startswith("other"))
+    assert cost.resident["generator moments"] == pytest.approx(8 * trained, rel=0.2)  # each is rounded up to 512 bytes
+    assert cost.resident["EMA"] == pytest.approx(4 * trained, rel=0.2)
+    (rest,) = (value for name, value in cost.resident.items() if name.startswith("other"))
     assert 0 <= rest < 8192
-    assert cost.peaks["resuming"] == pytest.approx(sum(cost.held.values()), rel=0.05)
+    assert cost.peaks["resuming"] == pytest.approx(sum(cost.resident.values()), rel=0.05)
     assert cost.peak() == max(value for name, value in cost.peaks.items() if "sampling" not in name)
 
 
 def test_under_ddp_gradients_stay_in_their_buckets(teacher, tmp_path):
     single, ddp = (simulated(teacher, tmp_path, processes=processes) for processes in (1, 2))
     trained = 4 * single.parameters["generator"][0]
-    assert trained <= sum(ddp.held.values()) - sum(single.held.values()) < 1.3 * trained
+    assert trained <= sum(ddp.resident.values()) - sum(single.resident.values()) < 1.3 * trained
 
 
 def test_accumulation_under_fsdp2_holds_whole_gradients(teacher, tmp_path, sharded):
@@ -95,10 +95,10 @@ def test_nodes_hold_a_copy_each_unless_all_are_sharded_over(teacher, tmp_path, s
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     node, everyone = (simulated(teacher, tmp_path, "--shard-over", over, processes=8) for over in ("node", "all"))
     assert (node.sharded_over, everyone.sharded_over) == (4, 8)
-    assert node.held["generator moments"] > 1.3 * everyone.held["generator moments"]  # rounded up to 512 bytes
+    assert node.resident["generator moments"] > 1.3 * everyone.resident["generator moments"]  # rounded up to 512 bytes
     training = max(value for name, value in everyone.peaks.items() if name.startswith("training"))
     # A whole moment is there for a while.
-    assert sum(everyone.held.values()) < everyone.peaks["resuming"] <= training < max(everyone.peaks.values())
+    assert sum(everyone.resident.values()) < everyone.peaks["resuming"] <= training < max(everyone.peaks.values())
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,8 @@ def test_steps_are_those_of_units_files_in_the_order_of_numbers(tmp_path):
     for name in ("step-11.pt.tmp", "step-x.pt", "step-12.pt.damaged", "12.pt"):
         (root / "torch_units" / name).write_bytes(b"")
     assert checkpoints.complete_steps(root) == [8, 9, 10]
-    assert checkpoints.kept(root) == "the checkpoint of step 10 is kept"
-    assert checkpoints.kept(tmp_path / "none") == "there is no checkpoint yet"
+    assert checkpoints.newest_words(root) == "the checkpoint of step 10 is kept"
+    assert checkpoints.newest_words(tmp_path / "none") == "there is no checkpoint yet"
 
 
 def test_the_newest_whole_checkpoint_is_found_and_what_is_wrong_with_newer_ones(tmp_path):
@@ -155,7 +155,7 @@ def test_rotation_leaves_the_newest_and_the_protected(tmp_path, keep, protected,
 
 def test_leftovers_are_what_no_units_file_counts(tmp_path):
     root = written(tmp_path, 1, 2, 30)
-    checkpoints.set_aside(root, 2)
+    checkpoints.mark_damaged(root, 2)
     assert names(root / "torch_units") == ["step-1.pt", "step-2.pt.damaged", "step-30.pt"]
     (root / "torch_units/step-30.pt").rename(root / "torch_units/step-30.pt.tmp")  # killed before it was renamed
     for name in (

@@ -21,7 +21,7 @@ from train_cc.distillation.turns import (
     observe_batches,
 )
 from train_cc.io.errors import InputError, beating, saying
-from train_cc.run.checkpoint import kept
+from train_cc.run.checkpoint import newest_words
 from train_cc.run.diagnostics import UpdateSize, finite, gathered
 from train_cc.run.logbook import BY_BAND, OVERFLOW, JsonLines, columns, logger, not_finite
 from train_cc.run.session import Session, show_picture, tracking
@@ -258,7 +258,7 @@ def stop_with(run: Run, error: InputError, rows: list[Row]) -> None:
         except InputError as reason:
             saved = f"; it could not be saved ({reason})"
     words, _, advice = str(error).rpartition(". ")
-    message = f"{words}. Stopped; {kept(run.output.checkpoints)}{saved}. {advice}"
+    message = f"{words}. Stopped; {newest_words(run.output.checkpoints)}{saved}. {advice}"
     logger.debug(message)  # into log.txt; the terminal gets it as the error that it is
     raise InputError(message) from error
 

@@ -177,7 +177,7 @@ def require_finite_run(run: Run, moments: bool = True) -> None:
     groups = {part.name: list(part.tensors()) for part in run.parts if moments or part.optimizer is None}
     if bad := states.not_finite_groups(run.session, groups):
         message = f"step {run.step}: NaN or infinity in the {', the '.join(bad)}. Stopped, nothing of it was written; "
-        message += f"{checkpoints.kept(run.output.checkpoints)}. Lower the learning rates?"
+        message += f"{checkpoints.newest_words(run.output.checkpoints)}. Lower the learning rates?"
         logger.debug(message)  # into log.txt; the terminal gets it as the error that it is
         raise InputError(message)
 
@@ -207,7 +207,7 @@ def save(run: Run, rotate: bool = True) -> Path:
         if free < needed:
             raise InputError(
                 f"{root} has {free / 1e9:.2f} GB free, the checkpoint of step {run.step} needs {needed / 1e9:.2f} GB; "
-                f"stopped, {checkpoints.kept(root)} (--keep-checkpoints N deletes older ones)"
+                f"stopped, {checkpoints.newest_words(root)} (--keep-checkpoints N deletes older ones)"
             )
         try:
             checkpoints.write_checkpoint(root, run.step, parts, units)
@@ -216,7 +216,7 @@ def save(run: Run, rotate: bool = True) -> Path:
                 raise
             checkpoints.delete_leftovers(root)
             path = checkpoints.units_path(root, run.step)
-            raise InputError(f"{path} is not written, {checkpoints.kept(root)}: {message}") from error
+            raise InputError(f"{path} is not written, {checkpoints.newest_words(root)}: {message}") from error
         if rotate:
             checkpoints.rotate_checkpoints(root, run.output.keep_checkpoints, run.output.resume_ckpt)
         logger.info("checkpoint %s", checkpoints.units_path(root, run.step))
@@ -258,12 +258,12 @@ def export(run: Run) -> None:
 
 
 def write_generator(run: Run, state: dict[str, Tensor]) -> None:
-    """On the main process alone. Raises `InputError` where a LoRA's teacher is no longer what it was."""
+    """On the main process only. Raises `InputError` where a LoRA's teacher is no longer what it was."""
     folder, rank = run.output.output_dir, run.lora_rank_generator
     if rank is not None and sha256(model_folder(run.teacher) / WEIGHTS_NAME) != run.hashes["teacher"]:
         raise InputError(
             f"{run.teacher} has changed since the run began, so that its LoRA cannot be merged: "
-            f"{checkpoints.kept(run.output.checkpoints)}; put the teacher back and give the same command again"
+            f"{checkpoints.newest_words(run.output.checkpoints)}; put the teacher back and give the same command again"
         )
     generator = assemble_generator(run.model_config, state, run.teacher, rank)
     target = folder / "generator"

@@ -158,7 +158,7 @@ def tilt_batches(run: Run, batches: list[tuple[Draws, Tensor, Tensor]]) -> tuple
 
 @torch.no_grad()
 def observe_batches(run: Run, batches: list[tuple[Draws, Tensor, Tensor]]) -> None:
-    """The samples of an estimator turn enter the statistics of the rewards that have some: a forward alone."""
+    """The samples of an estimator turn enter the statistics of the rewards that have some: a forward only."""
     memories = run.memories.values()
     for _, y, x0 in batches if memories else ():
         size = run.reward_micro_batch or len(x0)

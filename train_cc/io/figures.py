@@ -7,7 +7,7 @@ from pathlib import Path
 from train_cc.io.errors import InputError
 from train_cc.io.fields import Number
 from train_cc.io.products import write_atomically
-from train_cc.io.read import parsing, read_json, require_plain, shown
+from train_cc.io.read import parsing, read_json, require_plain, value_text
 
 METRICS = ("FID", "Recall", "IS", "Precision", "accuracy", "Density", "Coverage", "KID", "SW", "FDr", "SWr")
 METRICS += ("ADM recall", "ADM precision")  # of all images against all, whatever their counts
@@ -44,7 +44,7 @@ def read_figures(path: Path) -> dict:
     """The content of `write_figures`; every row has "figures", of numbers. Raises `InputError`."""
     record = read_json(path, FIGURES)
     require_plain(record, path)
-    if "rows" not in record:  # a frontier.json once held the rows alone
+    if "rows" not in record:  # a frontier.json once held the rows only
         record = {"rows": record}
     with parsing(path, FIGURES):
         for space in (record, *record.get("more_spaces", [])):
@@ -60,4 +60,4 @@ def check_row(figures: Mapping, intervals: Mapping, path: Path) -> None:
         low, high = intervals.get(name, (0, 0))
         for value in (figures.get(name, 0), low, high):
             if problem := A_FIGURE.problem(value):
-                raise InputError(f"{path}: {name} is {shown(value)}; allowed: {problem}")
+                raise InputError(f"{path}: {name} is {value_text(value)}; allowed: {problem}")

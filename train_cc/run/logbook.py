@@ -52,13 +52,13 @@ class JsonLines:
         Of these the last one may be what a kill tore; more are told in the log.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
+        earlier = []
         if path.exists():
             rows, torn = read_json_lines(path)
-            kept = [row for row in rows if row["step"] <= keep_until_step]
+            earlier = [row for row in rows if row["step"] <= keep_until_step]
             if torn:
                 logger.warning("WARNING: %s: %d line(s) could not be read and were dropped", path, torn)
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in earlier))
         self._file = path.open("a")
 
     def write(self, rows: Iterable[dict]) -> None:

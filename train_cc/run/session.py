@@ -49,7 +49,7 @@ class Session:
     estimator_accelerator: Accelerator
     sharded: bool = False  # FSDP2 in place of DDP
     shard_over: str = "node"  # or "all": the processes that share one copy of the weights
-    notes: list[str] = field(default_factory=list)  # for the log: what of the environment was set aside
+    notes: list[str] = field(default_factory=list)  # for the log: variables of the environment that are ignored
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +71,7 @@ class Session:
     def mesh_shape(self) -> tuple[int, ...]:
         """Processes of sharded networks: (replicas, shards of each), or (shards,).
 
-        A copy a node, so that weights are gathered over its own links and gradients alone travel between nodes. With
+        A copy a node, so that weights are gathered over its own links and only gradients travel between nodes. With
         one process a node, one copy over all.
         """
         of_node = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
@@ -105,7 +105,7 @@ class Session:
         """
         if not self.sharded:
             return accelerator.prepare_model(network)
-        network = accelerator.prepare_model(network, evaluation_mode=True)  # device and autocast alone
+        network = accelerator.prepare_model(network, evaluation_mode=True)  # device and autocast only
         dtype = COMPUTE_DTYPES[accelerator.mixed_precision]
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         mesh = mesh_of(self.device.type, self.mesh_shape, ("replicate", "shard")[-len(self.mesh_shape) :])
@@ -129,16 +129,16 @@ def leave_group() -> None:
         gc.collect()  # a group ends its threads when the last thing that holds it goes
 
 
-def agreed_precision(configured: str, wanted: str) -> str:
+def agreed_precision(configured: str, flag: str) -> str:
     """The precision: config "no" and flag "auto" defer to the other. Raises `InputError`."""
     if configured not in COMPUTE_DTYPES:
         raise InputError(f"ACCELERATE_MIXED_PRECISION is {configured}; allowed: {', '.join(COMPUTE_DTYPES)}")
-    precision = wanted
-    if wanted == "auto":
+    precision = flag
+    if flag == "auto":
         precision = configured if configured != "no" else GPU_PRECISION if torch.cuda.is_available() else "no"
     if configured not in ("no", precision):
         raise InputError(
-            f"the accelerate config says mixed_precision {configured}, --mixed-precision {wanted} is "
+            f"the accelerate config says mixed_precision {configured}, --mixed-precision {flag} is "
             f"{precision} on this machine; make them agree, or write 'no' into the config to let the flag rule"
         )
     return precision
@@ -159,17 +159,17 @@ def take_environment() -> tuple[str, bool, list[str]]:
     -> the configured precision, whether to shard, and a line for each ignored variable. Raises `InputError`.
     """
     names = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in HARMLESS]
-    taken = {name: os.environ.pop(name) for name in names}
-    precision = taken.pop("ACCELERATE_MIXED_PRECISION", None) or "no"
-    sharded = taken.pop("ACCELERATE_USE_FSDP", "").lower() == "true"  # `Session.place` shards, not accelerate
-    if taken.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == "1":
-        del taken["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"]
-    asked = {name: value for name, value in taken.items() if value.lower() not in NEUTRAL}
-    for name in asked.keys() & INSTEAD.keys():
-        raise InputError(f"{name} is {asked[name]}, which is not done here: unset it, and {INSTEAD[name]}")
+    variables = {name: os.environ.pop(name) for name in names}
+    precision = variables.pop("ACCELERATE_MIXED_PRECISION", None) or "no"
+    sharded = variables.pop("ACCELERATE_USE_FSDP", "").lower() == "true"  # `Session.place` shards, not accelerate
+    if variables.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == "1":
+        del variables["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"]
+    ignored = {name: value for name, value in variables.items() if value.lower() not in NEUTRAL}
+    for name in ignored.keys() & INSTEAD.keys():
+        raise InputError(f"{name} is {ignored[name]}, which is not done here: unset it, and {INSTEAD[name]}")
     if sharded and os.environ.get("FSDP_VERSION", "2") != "2":
         raise InputError("the accelerate config asks for FSDP version 1; fsdp_version: 2 is expected")
-    notes = [f"{name}={value} of the environment is set aside: flags alone rule" for name, value in asked.items()]
+    notes = [f"{name}={value} of the environment is ignored: only flags count" for name, value in ignored.items()]
     return precision, sharded, notes
 
 
@@ -206,7 +206,7 @@ def make_session(precision: str, sharded: bool, report_to: str = "none", folder:
 
 
 def synchronised(learners: Collection[Learner], chunks: int) -> Iterable[int]:
-    """Number the ``chunks`` of an accumulated batch; gradients are reduced over processes in the last one alone.
+    """Number the ``chunks`` of an accumulated batch; gradients are reduced over processes in the last one only.
 
     Not `accelerator.accumulate`: two accelerators share one gradient state, and one would flip the other's.
     """

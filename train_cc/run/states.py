@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import shown
+from train_cc.io.read import value_text
 from train_cc.io.weights import fit, require_finite
 from train_cc.run.diagnostics import gathered
 from train_cc.run.session import Session
@@ -42,8 +42,8 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state:
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not isinstance(state, dict) or state.keys() != trained.keys():
-        names = set(map(shown, state)) if isinstance(state, dict) else set()
-        other = sorted(names ^ set(map(shown, trained)))
+        names = set(map(value_text, state)) if isinstance(state, dict) else set()
+        other = sorted(names ^ set(map(value_text, trained)))
         raise InputError(f"{source} is not the optimizer state of what this run trains: it differs in {other[:6]}")
     for name, p in trained.items():
         put_moments(optimizer, p, state[name])

@@ -91,7 +91,7 @@ def load_teacher(args: argparse.Namespace, session: Session, networks: Networks)
 def prepare_scores(estimator: ScoreEstimator, source: Path, session: Session, dtype: torch.dtype) -> None:
     """On a GPU the frozen weights are held, and the scores computed, in fp16 where it does not overflow, else bf16.
 
-    Sharded weights are gathered in the compute dtype alone. Raises `InputError` where fp16 was asked for and overflows.
+    Sharded weights are gathered in the compute dtype only. Raises `InputError` where fp16 was asked for and overflows.
     """
     if session.device.type == "cpu" or dtype == torch.float32 or (session.sharded and dtype != torch.float16):
         return
@@ -318,20 +318,20 @@ def require_compiler() -> None:
         ) from error
 
 
-def compiler_works(asked: bool | str, session: Session) -> bool:
-    """True if blocks are compiled, as ``asked``: "auto" is only on CUDA, if a compiler is found; else the log says so.
+def compiler_works(flag: bool | str, session: Session) -> bool:
+    """True if blocks are compiled, as ``flag``: "auto" is only on CUDA, if a compiler is found; else the log says so.
 
     Raises `InputError` where it was asked for, and there is none.
     """
-    if not asked or (asked == "auto" and session.device.type != "cuda"):
+    if not flag or (flag == "auto" and session.device.type != "cuda"):
         return False
     configure_compiler()
     try:
         require_compiler()
     except InputError as error:
-        if asked != "auto":
+        if flag != "auto":
             raise
         session.notes.append(f"WARNING: nothing is compiled, and every update takes longer: {error}")
         return False
-    torch._dynamo.config.suppress_errors = asked == "auto"  # a block that cannot be compiled runs as it is
+    torch._dynamo.config.suppress_errors = flag == "auto"  # a block that cannot be compiled runs as it is
     return True

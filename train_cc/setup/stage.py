@@ -29,7 +29,7 @@ from train_cc.io.products import (
     record_of,
     write_record,
 )
-from train_cc.io.read import shown
+from train_cc.io.read import value_text
 from train_cc.io.remote import model_folder, pinned
 from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.run.checkpoint import (
@@ -37,10 +37,10 @@ from train_cc.run.checkpoint import (
     complete_steps,
     delete_checkpoint,
     delete_leftovers,
+    mark_damaged,
     newest_intact,
     open_checkpoint,
     rotate_checkpoints,
-    set_aside,
     units_path,
 )
 from train_cc.run.folder import check_writable, clear_output_dir, exported_step, is_run, is_unused
@@ -148,20 +148,20 @@ def what_is_left(args: argparse.Namespace, start: Start) -> str:
 def other_flags(args: argparse.Namespace, folder: Path, checkpoint: Checkpoint) -> str:
     """Flags of this command that differ from the record of ``folder``, in words."""
     recorded = record_of(folder).get("arguments") or checkpoint.units["arguments"]
-    asked = json.loads(json.dumps(vars(args), default=str))
+    arguments = json.loads(json.dumps(vars(args), default=str))
     return "; ".join(
-        f"{flag_of(name)} is {shown(asked[name])}, recorded {shown(recorded[name])}"
-        for name in sorted(asked.keys() & recorded.keys() - set(marked("start", *GROUPS.values())))
-        if asked[name] != recorded[name]
+        f"{flag_of(name)} is {value_text(arguments[name])}, recorded {value_text(recorded[name])}"
+        for name in sorted(arguments.keys() & recorded.keys() - set(marked("start", *GROUPS.values())))
+        if arguments[name] != recorded[name]
     )
 
 
 def go_back(args: argparse.Namespace, start: Start) -> None:
-    """Continuing ends what came later in the folder: damaged checkpoints are set aside, the rest is deleted."""
+    """Continuing ends what came later in the folder: damaged checkpoints are renamed, the rest is deleted."""
     root, step = args.output_dir / "checkpoints", start.checkpoint.step
     for later, damage in start.damaged.items():
-        logger.warning("WARNING: %s. It is set aside, and the run continues from step %d", damage, step)
-        set_aside(root, later)
+        logger.warning("WARNING: %s. It is renamed, and the run continues from step %d", damage, step)
+        mark_damaged(root, later)
     for later in complete_steps(root):
         if later > step:
             delete_checkpoint(root, later)
@@ -286,7 +286,7 @@ def describe(run: Run, args: argparse.Namespace, name: str, start: Start) -> Non
     if before != batch:
         logger.warning("WARNING: the effective batch was %d in %s, and is %d here", before, checkpoint.path, batch)
     if not checkpoint.hashed:
-        logger.warning("WARNING: %s is of an older format, without hashes: sizes alone were checked", checkpoint.path)
+        logger.warning("WARNING: %s is of an older format, without hashes: only sizes were checked", checkpoint.path)
     # Which of the parts that not every run has carry over, begin or end here.
     files = {part.file: part for part in run.parts if "/" in part.file}
     words = [
