@@ -100,14 +100,6 @@ def test_moments_in_8_bits_are_not_sharded(teacher, tmp_path, capsys, monkeypatc
     validate(build_parser("").parse_args(words))
 
 
-def test_moments_of_another_optimizer_are_refused(teacher, tmp_path, capsys, monkeypatch):
-    units = run_cold_start(teacher, tmp_path / "a") / "checkpoints" / "torch_units" / "step-3.pt"
-    monkeypatch.setattr("train_cc.setup.arguments.installed", lambda name: True)
-    more = ["--resume-ckpt", units, "--optimizer", "adamw8bit", "--max-train-steps", 4]
-    message = refused(cold_start.main, flags(teacher, tmp_path / "b", *more), capsys=capsys)
-    assert "adamw8bit" in message and "was made with --optimizer adamw:" in message
-
-
 @pytest.mark.slow
 def test_eight_bit_moments_train_and_resume(teacher, tmp_path):
     """torchao compiles its step, on a CPU too; moments of small tensors stay fp32, hence the wider teacher."""
