@@ -57,7 +57,8 @@ COLUMNS |= {"lora_scale_real", "samples_seen", *BANDS}
 
 def test_log_columns(teacher, tmp_path):
     """A batch of 64, so that no band is empty: the overall figures lie between the bands' extremes."""
-    run = run_cold_start(teacher, tmp_path / "run", "--batch-size", 64)
+    more = ("--batch-size", 64, "--renoise-alpha", 1, "--renoise-beta", 1)
+    run = run_cold_start(teacher, tmp_path / "run", *more)
     rows, turns = logged(run), logged(run, "gui")
     assert [row["step"] for row in rows] == [1, 2, 3] and [row["samples_seen"] for row in rows] == [64, 128, 192]
     assert rows[0]["lora_scale_real"] == 0.75 and rows[2]["lora_scale_real"] == pytest.approx(0.375)
