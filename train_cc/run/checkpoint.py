@@ -131,9 +131,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if size != entry["size"]:
             state = "is missing" if size is None else f"has {size} bytes"
             raise InputError(f"the checkpoint {path} is incomplete: {file} {state}, {entry['size']} bytes were written")
-    for name, entry in checkpoint.units["files"].items():
-        if entry["sha256"] is not None and sha256(checkpoint.file(name)) != entry["sha256"]:
-            file = checkpoint.file(name)
+        if entry["sha256"] is not None and sha256(file) != entry["sha256"]:
             raise InputError(f"the checkpoint {path} is damaged: the SHA-256 of {file} is not the one that was written")
     return checkpoint
 
@@ -243,10 +241,6 @@ def rotate_checkpoints(root: Path, keep: int, protected: Path | None) -> None:
 
 def delete_checkpoint(root: Path, step: int) -> None:
     units_path(root, step).unlink()  # first: what is left is not taken for a checkpoint
-    delete_step(root, step)
-
-
-def delete_step(root: Path, step: int) -> None:
     for folder in root.glob(f"accelerator_[12]/step-{step}"):
         delete_ours(folder, OF_A_STEP)
 

@@ -11,11 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -107,13 +103,9 @@ def not_finite_groups(session: Session, groups: Mapping[str, list[Tensor]]) -> l
     for tensors in groups.values():
         local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
         local = [tensor for tensor in local if tensor.numel() and tensor.is_floating_point()]
-        if local:
-            largest = torch.nn.utils.get_total_norm(local, float("inf"))
-            flags.append((~torch.isfinite(largest)).float().to(session.device))
-        else:
-            flags.append(torch.zeros((), device=session.device))
-    shares = session.mean(torch.stack(flags)).tolist()
-    return [name for name, share in zip(groups, shares, strict=True) if share > 0]
+        largest = torch.nn.utils.get_total_norm(local, float("inf"))
+        flags.append((~torch.isfinite(largest)).float().to(session.device))
+    return [name for name, share in zip(groups, session.mean(torch.stack(flags)).tolist(), strict=True) if share > 0]
 
 
 # The EMA -------------------------------------------------------------------------------------------------------------
@@ -154,9 +146,9 @@ class Average:
     @torch.no_grad()
     def _swap(self, weights: Mapping[str, Tensor]) -> None:
         for name, weight in weights.items():
-            copy = weight.clone()
+            raw = weight.clone()
             weight.copy_(self.values[name])
-            self.values[name].copy_(copy)
+            self.values[name].copy_(raw)
 
     @contextlib.contextmanager
     def in_place_of(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

@@ -65,7 +65,7 @@ class StopSignal:
         return self.FIRST_UPDATE if self._longest is None else max(60, 3 * self._longest)
 
     def _watch(self, reader: int) -> None:
-        while (byte := os.read(reader, 1)) and byte[0] not in self._before:  # a library's signal
+        while (number := os.read(reader, 1)) and number[0] not in self._before:  # a library's signal
             pass
         since = time.monotonic()
         while not self._over.wait(1):
