@@ -148,18 +148,20 @@ def read_torch(path: Path, expected: str, allowed: Sequence[type] = ()) -> objec
 
 def npz_headers(path: Path, expected: str) -> dict[str, tuple[tuple[int, ...], "np.dtype"]]:
     """Name -> shape and dtype of every array of an .npz, from the headers alone."""
+    from numpy.lib import format as npy
+
     require_file(path, expected)
-    found = {}
+    headers = {}
     with parsing(path, expected), zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            name = entry.filename.removesuffix(".npy")
-            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # LZMA reserves what it claims
-                raise InputError(f"{path}: {name} is compressed in an unknown way; {expected} is expected")
-            if name in found:
-                raise InputError(f"{path}: {name} is there twice; {expected} is expected")
             with archive.open(entry) as file:
-                found[name] = _array_header(f"{path}: {name}", entry.file_size, file)
-    return found
+                read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+                shape, _, dtype = read(file)
+                size = math.prod(shape) * dtype.itemsize + file.tell()
+            if dtype.hasobject or size != entry.file_size:  # a lie would reserve memory for itself
+                raise InputError(f"{path}: {entry.filename} is no array of its {entry.file_size:,} bytes")
+            headers[entry.filename.removesuffix(".npy")] = shape, dtype
+    return headers
 
 
 def read_npz(path: Path, expected: str) -> dict[str, "np.ndarray"]:
@@ -191,21 +193,6 @@ def require_scale(images: "np.ndarray", path: Path) -> None:
     """Raises `InputError` if no value is above 1, as of images in [0, 1] that were cast without a scale."""
     if images.max() <= 1:
         raise InputError(f"{path} holds no value above 1; images in [0, 255] are expected, not in [0, 1]")
-
-
-def _array_header(told: str, held: int, file) -> tuple[tuple[int, ...], "np.dtype"]:
-    """Shape and dtype, which make the ``held`` bytes that there are: a lie would reserve memory for itself."""
-    from numpy.lib import format as npy
-
-    version = npy.read_magic(file)
-    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, _, dtype = read_header(file)
-    if dtype.hasobject:
-        raise InputError(f"{told} holds Python objects; plain arrays are expected")
-    size = math.prod(shape) * dtype.itemsize + file.tell()
-    if size != held:
-        raise InputError(f"{told} names {size:,} bytes and holds {held:,}")
-    return shape, dtype
 
 
 # Values of a config ---------------------------------------------------------------------------------------------
