@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import datetime
 import pathlib
-import pickletools
 import re
 import types
 import zipfile
@@ -59,17 +58,6 @@ def content_kind(content: Mapping) -> str | None:
     return None
 
 
-STARTS = [
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; `git lfs pull` fetches it"),
-    (b"\x1f\x8b", "a gzip archive; unpack it first"),
-    (b"\x93NUMPY", "a NumPy array"),
-    (b"GGUF", "a GGUF file"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
-    ((b"\x89PNG", b"\xff\xd8\xff"), "a picture"),
-]
-
-
 def is_safetensors(path: Path) -> bool:
     """True if the file begins with the length of a JSON header that fits into it."""
     with path.open("rb") as file:
@@ -89,29 +77,11 @@ def file_kind(path: Path) -> str | None:
     if text.startswith(b"{") and not is_safetensors(path):
         sharded = "an index of a network in several files" if path.name.endswith(".index.json") else "a JSON file"
         return f"{sharded}; save its tensors as one file, or name one that holds all of them"
-    for magic, kind in STARTS:
-        if start.startswith(magic):
-            return kind
-    if start[257:262] == b"ustar" and b"sys_info" not in start[:100]:
-        return "a tar archive; unpack it first"
     if zipfile.is_zipfile(path):
         with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names):
                 return "a TorchScript program, which is not run; save its state_dict"
-            if not any(name.endswith("data.pkl") for name in names):
-                return "a NumPy archive" if names and names[0].endswith(".npy") else "a ZIP archive; unpack it first"
-    return None
-
-
-def whole_module(path: Path) -> str | None:
-    """The class of a module that was pickled whole: the first in its pickle, whose opcodes are read and not run."""
-    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
-        pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-        classes = [arg.replace(" ", ".") for code, arg, _ in pickletools.genops(pickled) if code.name == "GLOBAL"]
-        if any(name.startswith("torch.nn.modules.") for name in classes):
-            plain = ("torch.", "builtins.", "collections.", "argparse.")
-            return next((name for name in classes if not name.startswith(plain)), classes[0])
     return None
 
 
@@ -141,9 +111,6 @@ def read_checkpoint(path: Path) -> object:
         raise InputError(f"{path} is {kind}. {EXPECTED} is expected")
     if is_safetensors(path):
         return read_safetensors(path, EXPECTED)
-    if module := whole_module(path):
-        how = f"{EXPECTED} is expected: where its code is, save its state_dict()"
-        raise InputError(f"{path} is a whole pickled module, of class {module}, which was not run. {how}")
     return read_torch(path, EXPECTED, allowed=plain_classes())
 
 

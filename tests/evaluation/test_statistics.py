@@ -116,7 +116,7 @@ def test_labels_with_gaps_leave_classes_empty(space, tmp_path, capsys):
 
 
 def test_the_threads_of_a_launcher_change_nothing(npz, space, tmp_path):
-    """That several processes give the same file: tests/io/test_waiting.py."""
+    """That several processes give the same file: tests.io.test_processes.py."""
     alone, threads = made(npz, space, tmp_path / "1.npz", "--shard-size", 9), torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 2)
     try:

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from evaluation.standins import dinov2_shapes, write_dinov2
 from train_cc.io.errors import InputError
 from train_cc.models import DINOv2Classifier
-from train_cc.models.dinov2 import resample_position
 
 
 def official_logits(backbone, head, images):
@@ -48,10 +47,9 @@ def official_logits(backbone, head, images):
     return F.linear(torch.cat(features, dim=1), head["weight"], head["bias"])
 
 
-@pytest.mark.parametrize("registers", [0, 4])
-@pytest.mark.parametrize("layers", [4, 1])
+@pytest.mark.parametrize("layers,registers", [(4, 0), (1, 4)])
 def test_dinov2_gives_the_official_logits(tmp_path, layers, registers):
-    backbone, head = write_dinov2(tmp_path, layers=layers, registers=registers)
+    backbone, head = write_dinov2(tmp_path, 64, 5, layers=layers, registers=registers)
     images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     expected = official_logits(torch.load(backbone), torch.load(head), images)
     logits = DINOv2Classifier.from_official(backbone, head)(images)
@@ -79,7 +77,11 @@ class Code:
 
 
 def head_of(*shape: int, prefix: str = "") -> dict:
-    return {f"{prefix}weight": torch.zeros(shape), f"{prefix}bias": torch.zeros(1000)}
+    return {f"{prefix}weight": torch.zeros(shape), f"{prefix}bias": torch.zeros(10)}
+
+
+def changed(**tensors: torch.Tensor):
+    return lambda file: torch.load(file) | {name.replace("__", "."): value for name, value in tensors.items()}
 
 
 # What is wrong, which file it is in, its content from the sound one, words
@@ -89,35 +91,28 @@ DAMAGES = [
     ("truncated", "backbone", lambda file: file.read_bytes()[:10_000], "cannot load|damaged"),
     ("code", "backbone", lambda file: pickle.dumps(Code()), "not run"),
     ("nested", "backbone", lambda file: {"model": torch.load(file)}, "no bare state dict"),
-    ("a head", "backbone", lambda file: head_of(1000, 640), "no DINOv2 backbone"),
-    ("surplus", "backbone", lambda file: torch.load(file) | {"surplus": torch.zeros(1)}, "surplus"),
-    (
-        "wider",
-        "backbone",
-        lambda file: torch.load(file) | {"norm.weight": torch.ones(129)},
-        "other shapes: norm.weight",
-    ),
-    (
-        "lacks a tensor",
-        "backbone",
-        lambda file: {k: v for k, v in torch.load(file).items() if k != "blocks.1.ls1.gamma"},
-        r"blocks\.1\.ls1\.gamma",
-    ),
-    (
-        "other width",
-        "head",
-        lambda file: head_of(1000, 5120),
-        r"takes 5120 features.* takes 256 \(1 layer\) or 640 \(4 layers\)",
-    ),
-    ("other keys", "head", lambda file: head_of(1000, 640, prefix="linear."), "linear"),
-    ("one dimension", "head", lambda file: head_of(1000), "no linear head"),
+    ("a head", "backbone", lambda file: head_of(10, 320), "no DINOv2 backbone"),
+    ("surplus", "backbone", changed(surplus=torch.zeros(1)), "surplus"),
+    ("wider", "backbone", changed(norm__weight=torch.ones(65)), "other shapes: norm.weight"),
+    ("narrow class token", "backbone", changed(cls_token=torch.zeros(1, 1, 0)), "as a DINOv2 backbone"),
+    ("no square of positions", "backbone", changed(pos_embed=torch.zeros(1, 1369, 64)), "as a DINOv2 backbone"),
+    ("two sets of registers", "backbone", changed(register_tokens=torch.zeros(2, 4, 64)), "as a DINOv2 backbone"),
+    ("far block", "backbone", changed(blocks__1000000000000__norm1__weight=torch.zeros(64)), "has a block 1000"),
+    ("gap", "backbone", changed(blocks__900__norm1__weight=torch.zeros(64)), "are missing of 0 to 900"),
+    ("NaN", "backbone", changed(norm__bias=torch.full((64,), float("nan"))), "NaN or infinity"),
+    ("other width", "head", lambda file: head_of(10, 321), r"takes 128 features \(1 layer\) or 320 \(4 layers\)"),
+    ("other keys", "head", lambda file: head_of(10, 320, prefix="linear."), "is no head of"),
+    ("one dimension", "head", lambda file: head_of(10), "is no head of"),
+    ("no classes", "head", lambda file: head_of(0, 320), "is no head of"),
+    ("another bias", "head", lambda file: head_of(11, 320), "other shapes: bias"),
+    ("infinity", "head", lambda file: head_of(10, 320) | {"bias": torch.full((10,), float("inf"))}, "NaN or infinity"),
 ]
 
 
 @pytest.mark.parametrize(("what", "name", "damage", "words"), DAMAGES)
 def test_official_files_that_do_not_fit_are_refused(tmp_path, monkeypatch, what, name, damage, words):
     monkeypatch.chdir(tmp_path)
-    files = dict(zip(("backbone", "head"), write_dinov2(tmp_path), strict=True))
+    files = dict(zip(("backbone", "head"), write_dinov2(tmp_path, width=64, depth=4, classes=10), strict=True))
     content = damage(files[name]) if damage else None
     files[name].unlink()
     if isinstance(content, bytes):
@@ -127,19 +122,6 @@ def test_official_files_that_do_not_fit_are_refused(tmp_path, monkeypatch, what,
     with pytest.raises(InputError, match=words):
         DINOv2Classifier.from_official(*files.values())
     assert not (tmp_path / "code-ran").exists()
-
-
-@pytest.mark.parametrize("side", [8, 16, 37])
-def test_positions_of_any_grid_become_sixteen_by_sixteen(side):
-    patches = torch.randn(1, side * side, 6, generator=torch.Generator().manual_seed(0))
-    grid = patches.view(1, side, side, 6).permute(0, 3, 1, 2)
-    for registers in (False, True):
-        options = {"size": (16, 16), "antialias": True} if registers else {"scale_factor": 16.1 / side}
-        expected = grid if side == 16 else F.interpolate(grid, mode="bicubic", **options)
-        assert expected.shape[2:] == (16, 16) and expected.std() > 0.1
-        torch.testing.assert_close(
-            resample_position(patches, registers), expected.permute(0, 2, 3, 1).reshape(1, 256, 6)
-        )
 
 
 @pytest.mark.parametrize("registers", [0, 4])

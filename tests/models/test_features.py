@@ -30,7 +30,9 @@ def images(channels: int, size: int = 32, count: int = 2) -> torch.Tensor:
 def published(monkeypatch, tmp_path):
     """A model that stands for one with timm's published weights, which no test can download."""
     torch.manual_seed(1)
-    model = ImageClassifier("test_vit", 7, 3, 48, mean=[0.4, 0.5, 0.6], std=[0.2, 0.2, 0.3]).requires_grad_(False)
+    model = ImageClassifier(
+        "test_vit", num_classes=7, in_channels=3, image_size=48, mean=[0.4, 0.5, 0.6], std=[0.2, 0.2, 0.3]
+    ).requires_grad_(False)
     model.files = [tmp_path / "from_the_hub.safetensors"]
     save_file(model.network.state_dict(), model.files[0])
     monkeypatch.setattr(ImageClassifier, "from_timm", classmethod(lambda cls, name: model.eval()))

@@ -212,7 +212,7 @@ def test_a_decoder_is_not_trained_into_the_vae_that_it_is_of(folder, stage_0, tm
     message = refused(vae.main, [*flags, "--output-dir", str(stage_0 / ".." / stage_0.name / "vae")], capsys=capsys)
     assert "--decoder-of and --output-dir are both" in message
     assert before == sorted(path.stat().st_mtime_ns for path in (stage_0 / "vae").iterdir())
-    ImageClassifier("test_resnet", 10, 1, 16).save_pretrained(tmp_path / "grey")
+    ImageClassifier("test_resnet", num_classes=10, in_channels=1, image_size=16).save_pretrained(tmp_path / "grey")
     flags[flags.index("--classifier") + 1] = str(tmp_path / "grey")
     message = refused(vae.main, [*flags, "--output-dir", str(tmp_path / "run")], capsys=capsys)
     assert "takes 1 channel(s), the images have 3" in message

@@ -190,7 +190,7 @@ def other(teacher, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("other")
     random_sit(num_classes=7).save_pretrained(folder / "sit")
     shutil.copy(teacher / "config.json", folder / "sit" / "config.json")
-    ImageClassifier("test_resnet", 7, 1, 32).save_pretrained(folder / "classifier")
+    ImageClassifier("test_resnet", num_classes=7, in_channels=1, image_size=32).save_pretrained(folder / "classifier")
     return folder
 
 

@@ -148,17 +148,21 @@ def read_torch(path: Path, expected: str, allowed: Sequence[type] = ()) -> objec
 
 def npz_headers(path: Path, expected: str) -> dict[str, tuple[tuple[int, ...], "np.dtype"]]:
     """Name -> shape and dtype of every array of an .npz, from the headers only."""
+    from numpy.lib import format as npy
+
     require_file(path, expected)
     headers = {}
     with parsing(path, expected), zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            name = entry.filename.removesuffix(".npy")
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # LZMA reserves what it claims
-                raise InputError(f"{path}: {name} is compressed in an unknown way; {expected} is expected")
-            if name in headers:
-                raise InputError(f"{path}: {name} is there twice; {expected} is expected")
+                raise InputError(f"{path}: {entry.filename} is compressed in an unknown way; {expected} is expected")
             with archive.open(entry) as file:
-                headers[name] = _array_header(f"{path}: {name}", entry.file_size, file)
+                read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+                shape, _, dtype = read(file)
+                size = math.prod(shape) * dtype.itemsize + file.tell()
+            if dtype.hasobject or size != entry.file_size:  # a lie would reserve memory for itself
+                raise InputError(f"{path}: {entry.filename} is no array of its {entry.file_size:,} bytes")
+            headers[entry.filename.removesuffix(".npy")] = shape, dtype
     return headers
 
 
@@ -191,21 +195,6 @@ def require_scale(images: "np.ndarray", path: Path) -> None:
     """Raises `InputError` if no value is above 1, as of images in [0, 1] that were cast without a scale."""
     if images.max() <= 1:
         raise InputError(f"{path} holds no value above 1; images in [0, 255] are expected, not in [0, 1]")
-
-
-def _array_header(source: str, nbytes: int, file) -> tuple[tuple[int, ...], "np.dtype"]:
-    """Shape and dtype, which make which need ``nbytes``: a false header would reserve memory."""
-    from numpy.lib import format as npy
-
-    version = npy.read_magic(file)
-    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, _, dtype = read_header(file)
-    if dtype.hasobject:
-        raise InputError(f"{source} holds Python objects; plain arrays are expected")
-    size = math.prod(shape) * dtype.itemsize + file.tell()
-    if size != nbytes:
-        raise InputError(f"{source} names {size:,} bytes and holds {nbytes:,}")
-    return shape, dtype
 
 
 # Values of a config ---------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def require_finite(state: Mapping[str, "Tensor"], source: Path | str) -> None:
 
 
 def require_tensors(content: object, source: Path | str, expected: str) -> dict[str, "Tensor"]:
-    """``content`` is a dict of named plain tensors that hold all that they name. -> it. Raises `InputError`."""
+    """``content`` is a dict of named plain tensors. -> it. Raises `InputError`."""
     import torch
 
     if not isinstance(content, Mapping) or not content:

@@ -52,31 +52,18 @@ def check_classifier_config(config: Mapping, source: Path | str) -> dict:
 class ImageClassifier(nn.Module):
     """Images in [0, 1] (B, C, H, W) -> logits (B, num_classes); resized to ``image_size``, normalised."""
 
-    def __init__(
-        self,
-        architecture: str,
-        num_classes: int,
-        in_channels: int,
-        image_size: int,
-        mean: float | list[float] = 0.5,
-        std: float | list[float] = 0.5,
-        weights: dict[str, Tensor] | None = None,
-    ):
-        """``weights``: those that timm publishes for ``architecture``; None: random. Raises `InputError`."""
+    def __init__(self, architecture: str, *, weights: dict[str, Tensor] | None = None, **arguments: object):
+        """``weights``: those that timm publishes for ``architecture``; ``arguments``: `ClassifierConfig`'s.
+
+        Raises `InputError`.
+        """
         super().__init__()
-        self.config = check_classifier_config(
-            {
-                "architecture": architecture,
-                "num_classes": num_classes,
-                "in_channels": in_channels,
-                "image_size": image_size,
-                "mean": mean,
-                "std": std,
-            },
-            "the classifier",
+        self.config = check_classifier_config({"architecture": architecture} | arguments, "the classifier")
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(self.config[name]).view(1, -1, 1, 1), persistent=False)
+        in_channels, num_classes, image_size = (
+            self.config[name] for name in ("in_channels", "num_classes", "image_size")
         )
-        for name, value in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
         options = {"in_chans": in_channels, "num_classes": num_classes}
         if weights is not None:  # tensors, not a name: timm would look for pickles too
             options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": weights}}

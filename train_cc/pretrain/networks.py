@@ -304,7 +304,9 @@ def new_classifier(args: argparse.Namespace, images: Tensor) -> ImageClassifier:
     torch.manual_seed(rng_of(*draws_key(args)).initial_seed())
     expected = f"a classifier for images of {images.shape[1]} channel(s) at --image-size {args.image_size}"
     with parsing(f"--architecture {args.architecture}", expected, "does not work"), torch.no_grad():
-        model = ImageClassifier(args.architecture, NUM_CLASSES, images.shape[1], args.image_size)
+        model = ImageClassifier(
+            args.architecture, num_classes=NUM_CLASSES, in_channels=images.shape[1], image_size=args.image_size
+        )
         logits = model.eval()(images[:2].float() / 255)
     if logits.shape != (len(images[:2]), NUM_CLASSES):
         raise InputError(f"--architecture {args.architecture} is no classifier: it makes {tuple(logits.shape)}")

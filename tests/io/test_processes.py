@@ -75,7 +75,7 @@ def job(command: str, *arguments: object, slow: Sequence[str] = (), **more: obje
 
 
 def run_jobs(*jobs: dict, count: int = 2) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "scripts.launch", "tests.io.test_waiting", json.dumps(jobs, default=str)]
+    command = [sys.executable, "-m", "scripts.launch", "tests.io.test_processes", json.dumps(jobs, default=str)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUM_PROCESSES": str(count), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
