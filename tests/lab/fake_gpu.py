@@ -32,14 +32,14 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from tests.lab.fake_device import NAME, Generator, active, install, require_generator_on_device, synchronize
+from tests.lab.fake_device import NAME, Generator, active, install, on_gpu, require_generator_on_device, synchronize
 from train_cc.run.meters import DEVICE_OF, is_wrapped, tensors_in
 
 PROJECT = Path(__file__).resolve().parents[2]
 # Bytes of pageable memory that are copied to the device's queue at the call (CUDA C++ Programming Guide, "Asynchronous
 # Concurrent Execution"). More is staged by the driver, at the call or later ("API synchronization behavior").
 TAKEN_AT_ONCE = 64 * 2**10
-OWN_FILES = ("fake_gpu", "fake_device", "cuda_rules", "fake_processes", "meters")
+OWN_FILES = ("fake_gpu", "fake_device", "fake_processes", "meters")
 aten = torch.ops.aten
 
 
@@ -145,10 +145,6 @@ class FakeGpu(TorchDispatchMode):
             return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
 
 
-def on_gpu(x: Tensor) -> bool:
-    return x.fake_device.type == NAME if isinstance(x, FakeTensor) else x.device.type == NAME
-
-
 def place_in_project() -> str:
     """``file:line`` of the innermost frame in the project's code, libraries and this room's own files left out."""
     frame = sys._getframe(1)
@@ -218,16 +214,9 @@ def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[FakeGpu]:
     """The device, as long as the context lasts."""
-    cache, _ = install()
-    clear = torch.clear_autocast_cache
-
-    def clear_both() -> None:
-        clear()
-        cache.clear()
-
+    install()
     with contextlib.ExitStack() as stack:
         for owner, name, own in (
-            (torch, "clear_autocast_cache", clear_both),
             (torch, "Generator", Generator),
             (torch.accelerator, "synchronize", synchronize),
             (FakeTensor, "tolist", _tolist),
