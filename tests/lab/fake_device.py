@@ -4,6 +4,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -68,13 +69,10 @@ class Stream:
     def synchronize(self) -> None:
         synchronize()
 
-    def query(self) -> bool:
-        return True
-
-    def _nothing(self, *args: object, **kwargs: object) -> "Stream":
+    def _itself(self, *args: object, **kwargs: object) -> "Stream":
         return self
 
-    wait_stream = wait_event = record_event = record = wait = _nothing
+    query = wait_stream = wait_event = record_event = record = wait = _itself
 
 
 def synchronize(*device: object) -> None:
@@ -82,47 +80,28 @@ def synchronize(*device: object) -> None:
         active[-1].wait("synchronize")
 
 
-class DeviceModule:
-    """``torch.fakegpu``: what torch, FSDP2 and accelerate ask of a device's module."""
+def always(value: object) -> Callable:
+    return lambda *args, **options: value
 
-    Stream = Event = Stream
-    synchronize = staticmethod(synchronize)
 
-    def is_initialized(self) -> bool:
-        return True
-
-    def is_available(self) -> bool:
-        return bool(active)
-
-    def device_count(self) -> int:
-        return 1
-
-    def current_device(self) -> int:
-        return 0
-
-    def _is_in_bad_fork(self) -> bool:
-        return False
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16]
-
-    def is_bf16_supported(self, **options: object) -> bool:
-        return True
-
-    def get_rng_state(self, *device: object) -> Tensor:
-        return torch.zeros(8, dtype=torch.uint8)
-
-    def current_stream(self, *device: object) -> Stream:
-        return Stream()
-
-    def _context(self, *args: object) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
-
-    def _nothing(self, *args: object) -> None:
-        pass
-
-    device = stream = _context
-    set_rng_state = set_device = set_stream = manual_seed = manual_seed_all = empty_cache = _nothing
+IGNORED = ("set_rng_state", "set_device", "set_stream", "manual_seed", "manual_seed_all", "empty_cache")
+# ``torch.fakegpu``: what torch, FSDP2 and accelerate ask of a device's module.
+MODULE = SimpleNamespace(
+    Stream=Stream,
+    Event=Stream,
+    synchronize=synchronize,
+    current_stream=Stream,
+    is_initialized=always(True),
+    is_available=lambda: bool(active),
+    device_count=always(1),
+    current_device=always(0),
+    is_bf16_supported=always(True),
+    get_amp_supported_dtype=always([torch.bfloat16, torch.float16]),
+    get_rng_state=always(torch.zeros(8, dtype=torch.uint8)),
+    _is_in_bad_fork=always(False),
+    **dict.fromkeys(("device", "stream"), always(contextlib.nullcontext())),
+    **dict.fromkeys(IGNORED, always(None)),
+)
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -159,7 +138,7 @@ def install() -> list[torch.library.Library]:
         def is_available(self) -> bool:
             return bool(active)
 
-    backend_registration._setup_privateuseone_for_python_backend(NAME, DeviceModule(), Hooks())
+    backend_registration._setup_privateuseone_for_python_backend(NAME, MODULE, Hooks())
     everything, operators = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     for qualified in torch._C._dispatch_get_registrations_for_dispatch_key("AutocastCUDA"):
