@@ -14,6 +14,7 @@ import argparse
 import difflib
 import gc
 import hashlib
+import importlib
 import importlib.util
 import os
 import re
@@ -100,20 +101,11 @@ def copy_of_the_tree(folder: Path) -> None:
 
 
 def preload() -> None:
-    """What every test imports and no mutant is in."""
-    import accelerate
-    import diffusers
-    import jinja2
-    import matplotlib.pyplot
-    import peft
-    import pytest
-    import scipy.stats
-    import sklearn.datasets
-    import timm
-    import torch_fidelity
-
-    loaded = (accelerate, jinja2, matplotlib.pyplot, peft, pytest, scipy.stats, sklearn.datasets, timm, torch_fidelity)
-    assert all(loaded) and diffusers.AutoencoderKL and diffusers.DiffusionPipeline
+    """Import what every test imports and no mutant is in."""
+    for name in ("accelerate", "jinja2", "matplotlib.pyplot", "peft", "pytest", "scipy.stats", "sklearn.datasets"):
+        importlib.import_module(name)
+    for name in ("timm", "torch_fidelity", "diffusers.pipelines", "diffusers.models.autoencoders.autoencoder_kl"):
+        importlib.import_module(name)
     gc.freeze()  # pytest collects garbage thoroughly at its end, in every fork
 
 
@@ -172,9 +164,8 @@ def attack(module: str, folder: Path, sessions: Path) -> tuple[int, int]:
     sys.dont_write_bytecode = False
     fine, failed = passes(folder, tests_of(module), 1800)
     if not fine:
-        raise SystemExit(
-            f"{module}: its tests fail without a mutant: {failed}\n{(folder / REPORT).read_text()[-3000:]}"
-        )
+        text = (folder / REPORT).read_text()[-3000:]
+        raise SystemExit(f"{module}: its tests fail without a mutant: {failed}\n{text}")
     limit = 15 + 4 * (time.monotonic() - began)
     # What the first run compiled stays for all others, but not of the file that changes faster than its time of change.
     sys.dont_write_bytecode = True
@@ -195,8 +186,8 @@ def attack(module: str, folder: Path, sessions: Path) -> tuple[int, int]:
             diff = list(difflib.unified_diff(original.splitlines(), mutant.splitlines(), n=0, lineterm=""))[3:]
             session.set_result(item.job_id, WorkResult(WorkerOutcome.NORMAL, by, outcome, "\n".join(diff)))
             if survived:
-                told = f"survived: {module}:{mutation.start_pos[0]} in {mutation.definition_name}"
-                print(told, *diff, sep="\n  ", flush=True)
+                where = f"{module}:{mutation.start_pos[0]} in {mutation.definition_name}"
+                print(f"survived: {where}", *diff, sep="\n  ", flush=True)
         results = [result for _, result in session.results if result.worker_outcome == WorkerOutcome.NORMAL]
     return sum(result.is_killed for result in results), len(results)
 
