@@ -82,7 +82,7 @@ def test_the_decoder_is_the_one_that_is_named_and_in_fp32_if_fp16_overflows(tmp_
     monkeypatch.setattr(plan_module, "GIB", 1)  # sizes in bytes: of a small decoder
     random_sit(in_channels=4).save_pretrained(tmp_path / "sit")
     vae = write_vae(tmp_path / "vae", (32, 32, 32, 32))
-    more = ["--vae", vae, "--mixed-precision", "fp16", "--num-previews", 0]
+    more = ["--vae", vae, "--mixed-precision", "fp16", "--num-previews", 1]
     half = planned(capsys, tmp_path / "sit", tmp_path / "run", *more)
     parameters = list(VAEDecoder(load_vae(str(vae))).parameters())
     own = 2 * sum(p.numel() for p in parameters)
