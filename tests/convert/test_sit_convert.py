@@ -1,29 +1,22 @@
 """Published checkpoints to model folders: every layout, against a plain reading of the format, and what is refused."""
 
 import argparse
-import http.server
 import json
 import math
 import pickle
 import re
 import shutil
-import threading
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from convert_weight import export_generator, sit_convert
+from convert_weight import sit_convert
 from convert_weight.state_dicts import config_of, convert, reverse_time
-from evaluation.standins import write_dinov2
-from tests.conftest import random_sit, refused, run_cold_start, tree
+from tests.conftest import random_sit, refused
 from tests.releases import authors_state, repa_state, sit_shapes
-from train_cc.io.errors import InputError
-from train_cc.io.products import record, write_record
-from train_cc.io.remote import download
-from train_cc.models import DINOv2Classifier, SiT
+from train_cc.models import SiT
 from train_cc.models.generator import GenerationConfig, save_generator
 
 SMALL = {"depth": 3, "hidden": 64, "input_size": 8, "classes": 10}
@@ -182,15 +175,6 @@ def test_sizes_are_read_off_the_tensors(depth, hidden, patch, heads):
     }
 
 
-def test_repa_xl_layout_has_the_published_counts():
-    shapes = sit_shapes()
-    from tests.releases import repa_projectors
-
-    whole = shapes | repa_projectors(1152)
-    assert len(whole) == 298 and sum(math.prod(s) for s in whole.values()) == 683_242_512
-    assert len(shapes) == 292 and sum(math.prod(s) for s in shapes.values()) == 675_111_184
-
-
 def convert_file(content, tmp_path, *more):
     torch.save(content, tmp_path / "last.pt")
     words = ["--input", tmp_path / "last.pt", "--save-dir", tmp_path / "out", "--num-heads", HEADS, *more]
@@ -237,43 +221,6 @@ class Code:
         return (open, (str(self.path), "w"))
 
 
-def spoiled(how, tmp_path):
-    state = repa_state(**SMALL)
-    if how == "missing key":
-        del state["blocks.1.attn.qkv.bias"]
-    elif how == "unexpected key":
-        state["surplus.weight"] = torch.zeros(1)
-    elif how == "missing block":
-        state = {name: value for name, value in state.items() if not name.startswith("blocks.1.")}
-    elif how == "other shape":
-        state["blocks.1.mlp.fc2.weight"] = torch.zeros(64, 3)
-    elif how == "nested wrongly":
-        return {"state": state}
-    elif how == "no model":
-        return {"weight": torch.zeros(2)}
-    elif how == "code":
-        return {"ema": state, "args": Code(tmp_path / "code-ran")}
-    return state
-
-
-SPOILED = {
-    "missing key": r"blocks\.1\.attn\.qkv\.bias",
-    "unexpected key": r"surplus\.weight",
-    "missing block": r"blocks \[1\] are missing",
-    "other shape": r"blocks\.1\.mlp\.fc2\.weight \(64, 3\)",
-    "nested wrongly": "no weights found",
-    "no model": "no SiT",
-    "code": "not run",
-}
-
-
-@pytest.mark.parametrize("how", SPOILED)
-def test_files_that_do_not_fit_are_refused(tmp_path, capsys, how):
-    message = refused(convert_file, spoiled(how, tmp_path), tmp_path, capsys=capsys)
-    assert re.search(SPOILED[how], message), message
-    assert not (tmp_path / "out").exists() and not (tmp_path / "code-ran").exists()
-
-
 def test_damaged_files_and_unknown_sizes_are_refused(tmp_path, capsys, monkeypatch):
     def told(*words):
         arguments = ["--input", tmp_path / "f.pt", "--save-dir", tmp_path / "out", *words]
@@ -292,190 +239,9 @@ def test_damaged_files_and_unknown_sizes_are_refused(tmp_path, capsys, monkeypat
     assert "not run" in told() and not (tmp_path / "code-ran").exists()
 
 
-# Sign and time direction
-
-
-# Downloads
-
-
-class Server:
-    """A local file server that can break off."""
-
-    def __init__(self, content, break_after=None, length=True):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.send_response(200)
-                if length:
-                    self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content[:break_after])
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/last.pt"
-
-
-@pytest.mark.parametrize("how", ["a web page", "broken off", "cut without a length"])
-def test_what_is_no_whole_file_never_counts(tmp_path, how):
-    torch.save({"weight": torch.ones(1000)}, tmp_path / "whole.pt")
-    content = (tmp_path / "whole.pt").read_bytes()
-    (tmp_path / "whole.pt").unlink()
-    if how == "a web page":
-        server = Server(b"<html>sign in</html>")
-    else:
-        server = Server(content, break_after=2000, length=how == "broken off")
-    with pytest.raises(InputError, match=r"no whole PyTorch file; .* `curl -L -C - .*, or take another$"):
-        download(server.url, tmp_path / "last.pt", "take another")
-    assert not list(tmp_path.iterdir())
-    download(Server(content).url, tmp_path / "last.pt", "")
-    assert (tmp_path / "last.pt").read_bytes() == content and len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.parametrize(
-    "url", ["http://", "http://[", "https://127.0.0.1:99999/x", "http://a b/x", "http://127.0.0.1:9/x"]
-)
-def test_a_url_that_leads_nowhere_is_a_message(tmp_path, url):
-    with pytest.raises(InputError, match="cannot download"):
-        download(url, tmp_path / "x", "")
-    assert not list(tmp_path.iterdir())
-
-
-def test_dinov2_is_downloaded_whole_and_a_damaged_copy_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    backbone, head = write_dinov2(tmp_path / "official", width=64, depth=4, classes=10)
-    backbone_url, head_url = Server(backbone.read_bytes()).url + "?a=b", str(head)
-    kept = tmp_path / "home" / "hub" / "checkpoints" / "last.pt"
-    model = DINOv2Classifier.from_official(backbone_url, head_url)
-    assert model.files == [kept, head] and kept.read_bytes() == backbone.read_bytes()
-    for damage in (backbone.read_bytes()[:5000], b"<html></html>"):
-        kept.write_bytes(damage)
-        with pytest.raises(InputError, match=f"{kept} .*delete it"):
-            DINOv2Classifier.from_official(backbone_url, head_url)
-    kept.unlink()
-    assert DINOv2Classifier.from_official(backbone_url, head_url).files[0] == kept
-
-
-# Whose folder is it?
-
-
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/tmp/x", "../x", "a\nb", "x" * 300])
 def test_a_name_is_one_plain_folder_name(tmp_path, capsys, name):
     (tmp_path / "mine.txt").write_text("kept")
     message = refused(convert_file, repa_state(**SMALL), tmp_path, "--name", name, "--overwrite", capsys=capsys)
     assert "name" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "mine.txt"]
-
-
-@pytest.mark.parametrize("what", ["a folder of somebody", "a folder of ours with more in it", "a run"])
-def test_what_is_not_ours_is_never_replaced(tmp_path, capsys, what):
-    target = tmp_path / "out" / "mine"
-    if what == "a folder of somebody":
-        target.mkdir(parents=True)
-        (target / "config.json").write_text("thesis")
-    elif what == "a folder of ours with more in it":
-        convert_file(repa_state(**SMALL), tmp_path, "--name", "mine")
-        (target / "thesis.txt").write_text("thesis")
-    else:
-        (target / "checkpoints").mkdir(parents=True)
-        write_record(target, record("cold_start", {}))
-    before = tree(tmp_path / "out")
-    for more in ([], ["--overwrite"]):
-        refused(convert_file, repa_state(seed=1, **SMALL), tmp_path, "--name", "mine", *more, capsys=capsys)
-        assert tree(tmp_path / "out") == before
-
-
-def test_overwriting_replaces_what_the_command_wrote(tmp_path):
-    for seed in (0, 1):
-        convert_file(repa_state(seed=seed, **SMALL), tmp_path, "--overwrite")
-        found = SiT.from_pretrained(tmp_path / "out" / "SiT-custom").state_dict()
-        assert torch.equal(found["pos_embed"], repa_state(seed=seed, **SMALL)["pos_embed"])
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["SiT-custom"]
-
-
-# The pipeline
-
-
-@pytest.fixture(autouse=True)
-def own_modules(tmp_path_factory, monkeypatch):
-    """diffusers copies a pipeline's code into a folder of the user."""
-    monkeypatch.setattr(
-        "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
-    )
-
-
-def read_pipeline(folder):
-    return DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-
-
-@pytest.fixture(scope="module")
-def run(teacher, tmp_path_factory):
-    more = ["--num-steps", 2, "--timestep-shift", 1.5, "--ema-decay", 0.5]
-    return run_cold_start(teacher, tmp_path_factory.mktemp("run") / "run", *more)
-
-
-def export(run, *more):
-    words = ["--checkpoint", run / "checkpoints/torch_units/step-3.pt", *more]
-    export_generator.main([str(word) for word in words])
-
-
-def test_a_checkpoint_becomes_a_generator_and_a_pipeline_that_know_their_steps(run, tmp_path):
-    export(run, "--pipeline", tmp_path / "pipeline", "--output-dir", tmp_path / "generator")
-    told = json.loads((tmp_path / "generator" / "generation_config.json").read_text())
-    units = torch.load(run / "checkpoints/torch_units/step-3.pt", weights_only=True)
-    assert told == {
-        "num_inference_steps": 2,
-        "timestep_shift": 1.5,
-        "run": str(run),
-        "step": 3,
-        "weights": "ema",
-        "teacher_sha256": units["teacher_sha256"],
-        "rewards_sha256": [],
-        "latent_space_sha256": None,
-    }
-    pipeline = read_pipeline(tmp_path / "pipeline")
-    assert (pipeline.config.num_inference_steps, pipeline.config.timestep_shift) == (2, 1.5)
-    assert pipeline(class_labels=[3]).images[0].size == (8, 8)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["generator", "pipeline"]
-
-
-def test_an_export_replaces_nothing_but_exports(run, tmp_path, capsys):
-    before = tree(run)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.json").write_text("thesis")
-    for flag in ("--output-dir", "--pipeline"):
-        for folder in (run, run / "checkpoints", run.parent, tmp_path / "mine"):
-            refused(export, run, flag, folder, "--overwrite", capsys=capsys)
-    same = tmp_path / "new"
-    refused(export, run, "--output-dir", same, "--pipeline", same, capsys=capsys)
-    refused(export, run, "--output-dir", same, "--pipeline", same / "pipeline", capsys=capsys)
-    assert tree(run) == before and not same.exists()
-    for seed in range(2):
-        export(run, "--output-dir", same, "--pipeline", tmp_path / "pipeline", *(["--overwrite"] if seed else []))
-    refused(export, run, "--output-dir", same, capsys=capsys)
-
-
-def test_of_two_folders_the_missing_one_is_made(run, tmp_path, capsys):
-    """As after a kill between the two."""
-    folders = ["--output-dir", tmp_path / "generator", "--pipeline", tmp_path / "pipeline"]
-    export(run, *folders)
-    before = tree(tmp_path)
-    when = (tmp_path / "pipeline" / "model_index.json").stat().st_mtime_ns
-    shutil.rmtree(tmp_path / "generator")
-    export(run, *folders)
-    assert tree(tmp_path) == before and (tmp_path / "pipeline" / "model_index.json").stat().st_mtime_ns == when
-
-
-def test_a_finished_export_is_left_as_it_is_unless_the_checkpoint_is_another(run, tmp_path, capsys):
-    here = shutil.copytree(run, tmp_path / "run")
-    folders = ["--output-dir", tmp_path / "generator", "--pipeline", tmp_path / "pipeline"]
-    export(here, *folders)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "generator").iterdir()}
-    export(here, *folders)
-    assert "there already" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "generator").iterdir()} == before
-    path = here / "checkpoints/torch_units/step-3.pt"
-    torch.save(torch.load(path, weights_only=True) | {"samples_seen": 1}, path)
-    assert "not empty" in refused(export, here, *folders, capsys=capsys)
