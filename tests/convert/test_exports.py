@@ -21,6 +21,7 @@ from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, run_cold_start, tree, words
 from train_cc.io.class_names import KNOWN
 from train_cc.models import SiT
+from train_cc.models.generator import GenerationConfig
 from train_cc.models.networks import sit
 from train_cc.models.vae import images_to_uint8, load_decoder, load_vae
 from train_cc.samplers import few_step_sample
@@ -185,8 +186,9 @@ def test_an_export_replaces_nothing_but_exports(run, tmp_path, capsys):
     refused(export, run, "--output-dir", same, "--pipeline", same, capsys=capsys)
     refused(export, run, "--output-dir", same, "--pipeline", same / "pipeline", capsys=capsys)
     assert tree(run) == before and not same.exists()
-    for seed in range(2):
-        export(run, "--output-dir", same, "--pipeline", tmp_path / "pipeline", *(["--overwrite"] if seed else []))
+    for more in ([], ["--weights", "raw", "--overwrite"]):
+        export(run, "--output-dir", same, *more)
+        assert GenerationConfig.read(same).weights == ("raw" if more else "ema")
     refused(export, run, "--output-dir", same, capsys=capsys)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from convert_weight import sit_convert
-from convert_weight.state_dicts import config_of, convert, reverse_time
+from convert_weight.state_dicts import config_of, convert
 from tests.conftest import random_sit, refused
 from tests.releases import authors_state, repa_state, sit_shapes
 from train_cc.models import SiT
@@ -76,23 +76,6 @@ def test_repa_release_is_the_plain_reading():
     assert torch.equal(model.pos_embed, state["pos_embed"])
 
 
-def test_the_authors_checkpoint_runs_the_other_way():
-    state = authors_state(**SMALL, spread=0.1)
-    model, told = converted(state)
-    x, t, y = inputs()
-    theirs = plain_velocity(state, x, 1 - t, y, out_channels=8)[:, :4]
-    assert theirs.std() > 0.05
-    torch.testing.assert_close(model(x, t, y), -theirs, rtol=1e-5, atol=1e-5)
-    assert any("folded" in line for line in told)
-
-
-def test_reversing_time_twice_is_the_identity():
-    state = {name: value.double() for name, value in repa_state(**SMALL).items()}
-    again = reverse_time(reverse_time(state))
-    for name, value in state.items():
-        torch.testing.assert_close(again[name], value)
-
-
 def renamed(state, rename):
     return {rename(name): value for name, value in state.items()}
 
@@ -146,20 +129,19 @@ def test_layouts_of_the_field_convert_to_one_model(tmp_path, layout, suffix):
 
 
 @pytest.mark.parametrize("two_sets", [False, True])
-@pytest.mark.parametrize("direction", ["data-at-0", "data-at-1"])
+@pytest.mark.parametrize("direction", ["data-at-0", "data-at-1", None])
 def test_time_runs_as_the_flag_says_whatever_the_channels(two_sets, direction):
     state = (authors_state if two_sets else repa_state)(**SMALL, spread=0.1)
     model, notes = converted(state, time_direction=direction)
     x, t, y = inputs()
-    reverse = direction == "data-at-1"
+    reverse = direction == "data-at-1" or (direction is None and two_sets)  # two sets: the authors'
     theirs = plain_velocity(state, x, 1 - t if reverse else t, y, out_channels=8 if two_sets else 4)[:, :4]
     torch.testing.assert_close(model(x, t, y), -theirs if reverse else theirs, rtol=1e-5, atol=1e-5)
-    assert not any("--time-direction" in note for note in notes)
+    assert any("folded" in note for note in notes) == reverse
+    assert any("--time-direction" in note for note in notes) == (direction is None and two_sets)
 
 
-@pytest.mark.parametrize(
-    "depth,hidden,patch,heads", [(12, 384, 4, 6), (12, 768, 8, 12), (24, 1024, 8, 16), (28, 1152, 2, 16)]
-)
+@pytest.mark.parametrize("depth,hidden,patch,heads", [(12, 384, 4, 6), (28, 1152, 2, 16)])
 def test_sizes_are_read_off_the_tensors(depth, hidden, patch, heads):
     shapes = sit_shapes(depth=depth, hidden=hidden, patch=patch, classes=77)
     config = config_of({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, None)
@@ -239,7 +221,7 @@ def test_damaged_files_and_unknown_sizes_are_refused(tmp_path, capsys, monkeypat
     assert "not run" in told() and not (tmp_path / "code-ran").exists()
 
 
-@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/tmp/x", "../x", "a\nb", "x" * 300])
+@pytest.mark.parametrize("name", ["..", "", "/tmp/x", "a\nb", "x" * 300])
 def test_a_name_is_one_plain_folder_name(tmp_path, capsys, name):
     (tmp_path / "mine.txt").write_text("kept")
     message = refused(convert_file, repa_state(**SMALL), tmp_path, "--name", name, "--overwrite", capsys=capsys)
