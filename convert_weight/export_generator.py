@@ -3,7 +3,7 @@
 `python -m convert_weight.export_generator --checkpoint RUN/checkpoints/torch_units/step-N.pt --output-dir FOLDER`
 
 `--pipeline FOLDER` writes what diffusers loads where this project is not installed; `--push-to-hub NAME` uploads it.
-`--adapter FOLDER` writes the LoRA alone, for `peft.PeftModel.from_pretrained(SiT.from_pretrained(TEACHER), FOLDER)`.
+`--adapter FOLDER` writes the LoRA only, for `peft.PeftModel.from_pretrained(SiT.from_pretrained(TEACHER), FOLDER)`.
 """
 
 import argparse
@@ -35,6 +35,7 @@ def build_parser() -> fields.Parser:
     parser.add_argument(
         "--results", type=fields.path, help="for --pipeline: a results.json, whose figures the card shows"
     )
+    parser.add_argument("--half", action="store_true", help="--pipeline's weights in fp16: half the size")
     parser.add_argument(
         "--push-to-hub", metavar="NAME", help="upload --pipeline to the Hugging Face hub as NAME, such as you/dmdr-sit"
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import diffusers
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from convert_weight import pipeline
@@ -89,9 +91,9 @@ def require_same_samples(generator: Network, vae: nn.Module | None, sampling: di
     expected = own([0, 0], generator=torch.Generator().manual_seed(0), output_type="latent").images
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-I", "-c", LOADED, str(folder.absolute()), f"{cache}/samples.pt"]
-        done = subprocess.run(command, cwd=cache, env=os.environ | {"HF_MODULES_CACHE": cache}, capture_output=True)
-        if done.returncode:
-            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        process = subprocess.run(command, cwd=cache, env=os.environ | {"HF_MODULES_CACHE": cache}, capture_output=True)
+        if process.returncode:
+            last = process.stderr.decode(errors="replace").strip().splitlines()[-1:]
             raise InputError(f"the pipeline that was written cannot be loaded: {''.join(last)}")
         samples = torch.load(f"{cache}/samples.pt", weights_only=True)
     if (samples - expected).abs().max() > 1e-4 * expected.abs().max():
@@ -229,7 +231,11 @@ def export(args: argparse.Namespace, targets: dict[str, Path], content: dict) ->
                 require_same_outputs(generator, adapted, 1e-4)  # ``generator`` has it merged: equal but for rounding
             else:
                 shared = {name: value for name, value in provenance.items() if name != "run"}  # a path of this machine
+                if args.half:  # rounded: fp16 files then hold the same values
+                    generator, vae = (network and copy.deepcopy(network).half().float() for network in (generator, vae))
                 save_pipeline(generator, vae, sampling, names, shared, fresh)
+                for path in fresh.rglob("*.safetensors") if args.half else ():
+                    save_file({name: t.half() for name, t in load_file(path).items()}, path, {"format": "pt"})
                 require_same_samples(generator, vae, sampling, fresh)
                 hashes = {str(path.relative_to(fresh)): sha256(path) for path in sorted(fresh.rglob("*.safetensors"))}
                 hashes |= {"the checkpoint": content["inputs"]["checkpoint"], "the teacher": shared["teacher_sha256"]}

@@ -3,7 +3,7 @@
 pipeline = DiffusionPipeline.from_pretrained(FOLDER_OR_HUB_NAME, trust_remote_code=True)
 images = pipeline(class_labels=["golden retriever", 207]).images
 
-This file needs torch, diffusers and pillow alone: a pipeline that is shared holds a copy of it.
+This file needs torch, diffusers and pillow only: a pipeline that is shared holds a copy of it.
 """
 
 import difflib

@@ -160,8 +160,8 @@ def machine(device: torch.device) -> dict:
         name = torch.cuda.get_device_name()
     else:
         cpuinfo = Path("/proc/cpuinfo")
-        found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-        name = f"{found[1] if found else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+        match = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+        name = f"{match[1] if match else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
         name += ", AMX" if cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text() else ", no AMX"
     return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "versions": library_versions()}
 
@@ -214,7 +214,7 @@ def measure(run: Run, args: argparse.Namespace, cycles: int) -> dict:
 
 
 def measure_reward(run: Run, args: argparse.Namespace) -> dict:
-    """The reward branch alone, decoder and classifier forward and backward, and its memory above the weights."""
+    """The reward branch only, decoder and classifier forward and backward, and its memory above the weights."""
     device = run.session.device
     x0 = torch.randn(args.batch_size, *run.sample_shape, device=device)
     y = torch.zeros(args.batch_size, dtype=torch.long, device=device)
@@ -252,24 +252,24 @@ def compare(before: Path, after: Path) -> str:
 # The range of fp16 ------------------------------------------------------------------------------------------------
 
 
-def fp16_range(asked: argparse.Namespace) -> str:
+def fp16_range(args: argparse.Namespace) -> str:
     """A table of the largest activation and gradient of each layer in one cycle, uncompiled and in a wider range."""
-    if asked.teacher == NO_TEACHER:
+    if args.teacher == NO_TEACHER:
         raise InputError("--fp16-range is of real weights: give --teacher, and the other flags of the run")
     wider = {"auto": "bf16" if torch.cuda.is_available() else "no", "fp16": "bf16"}
-    session = open_session(wider.get(asked.mixed_precision, asked.mixed_precision))
-    run = build(argparse.Namespace(**vars(asked) | {"compile": False}), session)
+    session = open_session(wider.get(args.mixed_precision, args.mixed_precision))
+    run = build(argparse.Namespace(**vars(args) | {"compile": False}), session)
     networks = {"generator": run.plain_generator, "estimator": run.plain_estimator.network, **run.judges}
     networks |= {"decoder": run.decode} if isinstance(run.decode, nn.Module) else {}
     networks |= {f"features of {name}": memory.features_of for name, memory in run.memories.items()}
     with contextlib.ExitStack() as stack:
-        seen = {name: stack.enter_context(watched(network)) for name, network in networks.items()}
+        ranges = {name: stack.enter_context(watched(network)) for name, network in networks.items()}
         loop.cycle(run, 0)
     where = run.plain_estimator.overflowing_block(torch.float16, session.device)
     of_classes = f"overflows in {where}: --mixed-precision bf16" if where else "is within a quarter of fp16's range"
     lines = [f"{'network':24}{'layer':28}{'activation':>12}{'gradient':>12}"]
     summary = []
-    for name, both in seen.items():
+    for name, both in ranges.items():
         activations, gradients = map(by_place, both)
         lines += [
             f"{name:24}{where:28}{value:12.4g}{gradients.get(where, 0.0):12.4g}{'' if value < LIMIT else '  beyond'}"
@@ -279,9 +279,9 @@ def fp16_range(asked: argparse.Namespace) -> str:
     return "\n".join([*lines, "", *summary, f"the teacher, on samples of several classes, {of_classes}"])
 
 
-def by_place(seen: Seen) -> dict[str, float]:
+def by_place(ranges: Seen) -> dict[str, float]:
     largest: dict[str, float] = {}
-    for where, value in seen:
+    for where, value in ranges:
         largest[where] = max(value.item(), largest.get(where, 0.0), key=lambda x: (x != x, x))  # NaN stays
     return largest
 
@@ -324,14 +324,14 @@ def main(argv: list[str] | None = None) -> None:
     if own.threads:
         torch.set_num_threads(own.threads)
     parser = build_parser("flags of a stage")
-    asked = parser.parse_args(["--teacher", str(NO_TEACHER), "--output-dir", "-", "--num-previews", "0", *stage])
-    validate(asked)  # before gigabytes are written
+    stage_args = parser.parse_args(["--teacher", str(NO_TEACHER), "--output-dir", "-", "--num-previews", "0", *stage])
+    validate(stage_args)  # before gigabytes are written
     if own.fp16_range:
-        print(fp16_range(asked))
+        print(fp16_range(stage_args))
         return
-    session = open_session(asked.mixed_precision)
+    session = open_session(stage_args.mixed_precision)
     with tempfile.TemporaryDirectory() as folder:
-        inputs = write_random_inputs(Path(folder), own.size, asked.encoder_type == "dinov2")
+        inputs = write_random_inputs(Path(folder), own.size, stage_args.encoder_type == "dinov2")
         args = parser.parse_args([*inputs, *stage])
         run = build(args, session)
     figures = measure(run, args, own.cycles)
@@ -342,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
         record = {
             "command": ["python", "-m", "evaluation.benchmark", *(sys.argv[1:] if argv is None else argv)],
             "size": own.size,
-            "arguments": {name: str(value) for name, value in vars(asked).items()},
+            "arguments": {name: str(value) for name, value in vars(stage_args).items()},
             "machine": machine(session.device),
             "precision": session.generator_accelerator.mixed_precision,
             "figures": figures,

@@ -1,4 +1,4 @@
-"""When was a run best? Each of its checkpoints judged by spaces that did not train it: a table, a curve, and words.
+"""The best checkpoint of a run, by spaces that did not train it: a table, a curve, and a verdict in words.
 
 `python -m evaluation.checkpoints runs/digits/cold_start --reference runs/digits/reference.npz --held-out halves \\
     --space classifier:runs/digits/classifier_evaluation pixels`
@@ -83,7 +83,7 @@ def judged(args: argparse.Namespace, folder: Path, kind: str) -> dict[str, dict[
 
 
 def verdict(steps: list[int], values: list[tuple[float, float]]) -> str:
-    """Whether the run still improves, is level, or has become worse, in words."""
+    """The verdict in words: the run still improves, is level, or has become worse."""
     if len(steps) == 1:
         return f"one checkpoint, of step {steps[0]}: there is nothing to compare it with (--checkpoint-steps)"
     best = min(range(len(steps)), key=lambda i: values[i][0])

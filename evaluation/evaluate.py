@@ -4,7 +4,7 @@
 `python -m evaluation.evaluate a.npz b.npz reference.npz --space classifier:FOLDER classifier:OTHER pixels`
 
 ADM's protocol for FID (against the reference's stored mu and sigma where it has them, else against its images) and
-Inception Score (of the samples alone, in consecutive chunks of 5000, unshuffled). Precision, recall, density, coverage
+Inception Score (of the samples only, in consecutive chunks of 5000, unshuffled). Precision, recall, density, coverage
 (k = 3) and sliced Wasserstein (SW) are means over disjoint sets of one size on both sides: that of the smallest file.
 A figure of fewer than 50 000 images says so: FID-5k. KID has no bias from the count, and a standard error.
 A reference of mu and sigma without images (of pytorch-fid, or of evaluation.statistics) gives FID and IS.
@@ -143,8 +143,8 @@ def draw_samples(settings: argparse.Namespace, samples: dict[str, Path]) -> None
     labels = [tuple(files[name].get("arr_1", [])[: settings.picture_columns]) for name in names]
     kind, _, folder = settings.space[0].partition(":")
     data = dataset_of(Path(folder)) if kind == "classifier" else None
-    known = data in KNOWN and len(set(labels)) == 1
-    columns = [KNOWN[data][k].split(",")[0] for k in labels[0]] if known else None
+    comparable = data in KNOWN and len(set(labels)) == 1
+    columns = [KNOWN[data][k].split(",")[0] for k in labels[0]] if comparable else None
     save_grid([files[name]["arr_0"][: settings.picture_columns] for name in names], settings.picture, names, columns)
     print(f"picture: {settings.picture}")
 

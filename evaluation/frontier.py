@@ -81,13 +81,13 @@ def text_of(rows: Table, spaces: list[dict], means: list[dict], title: str) -> s
     parts = [f"# {title}", "Means over seeds +- the standard deviation of one seed."]
     for space, mean in zip(spaces, means, strict=True):
         count, size = next(iter(space["rows"].values()))["images"], space.get("set_size")
-        named = [(name, row) for name, group in tables.over_seeds(space["rows"]).items() for row in group]
-        made_by = [(name, row.get("generation")) for name, row in named]
+        rows_of_seeds = [(name, row) for name, group in tables.over_seeds(space["rows"]).items() for row in group]
+        made_by = [(name, row.get("generation")) for name, row in rows_of_seeds]
         parts += [
             f"## {tables.named_space(space['features'])}",
             *tables.rewarded_here(made_by, space.get("features_sha256", "")),
         ]
-        parts += tables.rewarded_within(dict(named))
+        parts += tables.rewarded_within(dict(rows_of_seeds))
         one_seed = all(row["seeds"] == 1 for row in mean["rows"].values())
         parts += [tables.table((space if one_seed else mean)["rows"], count, size)]
         parts += [f"Missing: {space['missing']}."] if "missing" in space else []
@@ -102,12 +102,12 @@ def write_results(args: argparse.Namespace, rows: Table, spaces: list[dict]) -> 
     text = text_of(rows, spaces, means, f"Frontier of {args.recipe}")
     write_atomically(args.output_dir / "frontier.md", text)
     first, *more = means
-    named = {"more_spaces": more, "set_size": first.get("set_size"), "table": str(args.table or args.recipe)}
-    named |= {"missing": first["missing"]} if "missing" in first else {}
-    write_figures(args.output_dir / "frontier.json", first["rows"], features=first["features"], **named)
-    drawn = [each for each in means if "Precision" in next(iter(each["rows"].values()))["figures"]]
-    if drawn:
-        picture(drawn, rows.rows, args.output_dir / "frontier.png")
+    content = {"more_spaces": more, "set_size": first.get("set_size"), "table": str(args.table or args.recipe)}
+    content |= {"missing": first["missing"]} if "missing" in first else {}
+    write_figures(args.output_dir / "frontier.json", first["rows"], features=first["features"], **content)
+    pictures = [each for each in means if "Precision" in next(iter(each["rows"].values()))["figures"]]
+    if pictures:
+        picture(pictures, rows.rows, args.output_dir / "frontier.png")
     else:
         print("no picture: no row has recall and precision")
     return text

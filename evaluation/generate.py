@@ -2,7 +2,7 @@
 
 `python -m evaluation.generate --generator runs/digits/cold_start/generator --num-images 1800 --output s.npz`
 
-Image i depends on (seed, i) alone: noise and label are the same for any batch size and number of processes, and the
+Image i depends on (seed, i) only: noise and label are the same for any batch size and number of processes, and the
 images equal within one grey level. Values are rounded to nearest. `--sampler few-step` is the generator's own, with the
 steps and the shift that its folder or checkpoint records; `euler`, `heun` and `sde` treat the model as a multi-step
 teacher. `sde` is Euler-Maruyama, as the published figures of SiT and REPA are made.

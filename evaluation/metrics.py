@@ -66,7 +66,7 @@ def distance_of_checked(
     distance = np.sum((mu_g - mu_r) ** 2) + np.trace(sigma_g) + np.trace(sigma_r) - 2 * roots.sum()
     if not np.isfinite(distance):
         raise InputError(f"the FID is {distance}: the statistics are beyond what float64 holds")
-    return max(0.0, float(distance))  # rounding alone can make it negative
+    return max(0.0, float(distance))  # only rounding can make it negative
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def kid(reference: Tensor, generated: Tensor) -> tuple[float, float]:
 def sliced_wasserstein(a: Tensor, b: Tensor) -> float:
     """The mean over random directions of the one-dimensional Wasserstein-1 distance; as many rows in ``a`` as in ``b``.
 
-    The directions depend on the number of features alone: all rows of a table, and the held-out images, have the same.
+    The directions depend on the number of features only: all rows of a table, and the held-out images, have the same.
     """
     check_pair(a, b, 1)
     if len(a) != len(b):
@@ -207,8 +207,8 @@ def sliced_wasserstein(a: Tensor, b: Tensor) -> float:
 
 def directions(size: int) -> Tensor:
     """(size, 512) unit vectors, uniform on the sphere."""
-    drawn = torch.randn(size, DIRECTIONS, generator=rng_of(SLICES, size), dtype=torch.float64)
-    return drawn / drawn.norm(dim=0)
+    normal = torch.randn(size, DIRECTIONS, generator=rng_of(SLICES, size), dtype=torch.float64)
+    return normal / normal.norm(dim=0)
 
 
 def mean_over(sets: list[tuple[Tensor, Tensor]], distance: Callable, generated: Tensor, reference: Tensor) -> float:

@@ -5,7 +5,7 @@
 
 A class is its number or its name, as timm's ImageNetInfo has it for 1000 classes (one of its words is enough, if it is
 no other class's), and as the data set of the generator's teacher has it for digits and Fashion-MNIST; or by a file of
-`--names`, a name a line. Row r of a column is a function of the seed, r and the class alone: the r-th image of that
+`--names`, a name a line. Row r of a column is a function of the seed, r and the class only: the r-th image of that
 class of `evaluation.generate` with the same seed and all classes.
 """
 

@@ -62,10 +62,10 @@ class Job:
 
 def run_all(jobs: list[Job], at_once: int, environment: Mapping[str, str]) -> None:
     """Run every job, ``at_once`` at a time, in order as far as their needs allow. A failure or a signal stops all."""
-    waiting, running, done, seconds = list(jobs), [], set(), []
+    waiting, running, finished_jobs, seconds = list(jobs), [], set(), []
 
     def ready() -> list[Job]:
-        return [job for job in waiting if done.issuperset(job.needs)]
+        return [job for job in waiting if finished_jobs.issuperset(job.needs)]
 
     with signals_received() as received:
         try:
@@ -73,13 +73,13 @@ def run_all(jobs: list[Job], at_once: int, environment: Mapping[str, str]) -> No
                 while len(running) < at_once and (job := next(iter(ready()), None)):
                     waiting.remove(job)
                     job.command, job.began = next(job.commands, None), time.monotonic()
-                    left = time_left(seconds, len(waiting) + len(running) + 1, at_once)
-                    line = (job.title or job.name + left) if job.command else f"{job.name}: kept"
+                    minutes = time_left(seconds, len(waiting) + len(running) + 1, at_once)
+                    line = (job.title or job.name + minutes) if job.command else f"{job.name}: kept"
                     line += f"; log: {job.log}" if job.command and job.log else ""
                     print(f"[{len(jobs) - len(waiting)}/{len(jobs)}] {line}", flush=True)
-                    running.append(job) if job.command else done.add(job.name)
+                    running.append(job) if job.command else finished_jobs.add(job.name)
                 if waiting and not running:
-                    needs = ", ".join(set(waiting[0].needs) - done)
+                    needs = ", ".join(set(waiting[0].needs) - finished_jobs)
                     raise InputError(f"{waiting[0].name} waits for {needs}, which nobody makes")
                 beside = at_once > 1 and len(running) + len(ready()) > 1
                 for job in running:
@@ -94,7 +94,7 @@ def run_all(jobs: list[Job], at_once: int, environment: Mapping[str, str]) -> No
                     job.command = next(job.commands, None)
                     if not job.command:
                         running.remove(job)
-                        done.add(job.name)
+                        finished_jobs.add(job.name)
                         seconds.append(time.monotonic() - job.began)
         finally:  # trainings that still run write their checkpoint first
             alive = [job.process for job in running if job.process and job.process.poll() is None]
@@ -166,8 +166,8 @@ def finished(product: Path) -> bool:
 
 def product_of(command: Command) -> Path:
     """The file or folder that a command makes."""
-    named = command.variables | dict(itertools.pairwise(command.words))
-    return Path(next(named[name] for name in ("--output-dir", "--output", "OUTPUT_DIR") if name in named))
+    flags = command.variables | dict(itertools.pairwise(command.words))
+    return Path(next(flags[name] for name in ("--output-dir", "--output", "OUTPUT_DIR") if name in flags))
 
 
 def require_finished(command: Command) -> None:
@@ -219,12 +219,12 @@ def read_command(text: str, name: str) -> Command:
 
 def commands_of(commands: list[Command], always: bool) -> Iterator[Command]:
     """Yield the commands that are left: launchers one by one, or all modules in one process."""
-    left = [command for command in commands if always or not finished(product_of(command))]
-    if left and left[0].words[0] != "bash":
-        modules = [word for command in left for word in (",", *command.words)]
+    unfinished = [command for command in commands if always or not finished(product_of(command))]
+    if unfinished and unfinished[0].words[0] != "bash":
+        modules = [word for command in unfinished for word in (",", *command.words)]
         yield Command([sys.executable, "-m", "scripts.jobs", *modules])
         return
-    for command in left:
+    for command in unfinished:
         yield command
         require_finished(command)
 

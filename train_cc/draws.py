@@ -55,7 +55,7 @@ class Draws:
 
 
 class JoinedDraws(Draws):
-    """The draws of several device batches of one size as those of one: each row's are what they are alone."""
+    """The draws of several device batches of one size as those of one: each row keeps its own draws."""
 
     def __init__(self, draws: Sequence[Draws]):
         self._all = draws

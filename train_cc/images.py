@@ -99,7 +99,7 @@ def load_dataset(name: str, data_dir: Path | str | None = None, split: str = "tr
     if name != "digits":
         return fashion_mnist(None if data_dir is None else Path(data_dir), split)
     if data_dir is not None:
-        raise InputError(f"--data-dir is {data_dir}; it is for fashion-mnist alone, digits come with scikit-learn")
+        raise InputError(f"--data-dir is {data_dir}; it is for fashion-mnist only, digits come with scikit-learn")
     if split != "train":
         raise InputError(f"--split is {split}; digits are one set, of which all 1797 images are trained on")
     from sklearn.datasets import load_digits  # takes a second
@@ -272,8 +272,8 @@ def indexed_labels(index: Path, names: list[str]) -> Tensor | None:
     if pairs is None:
         return None
     with parsing(index, expected):
-        known = {name: int(label) for name, label in pairs}
-        labels = [known[name] for name in names]
+        by_name = {name: int(label) for name, label in pairs}
+        labels = [by_name[name] for name in names]
     return labels_in_range(labels, index)
 
 

@@ -29,7 +29,7 @@ def with_null_rows(x: Tensor, t: Tensor, y: Tensor, rows: Tensor, null_class: in
 
 
 def apply_guidance(v: Tensor, v_null: Tensor, rows: Tensor, scale: float) -> Tensor:
-    """v_null + w (v - v_null) at ``rows``, v elsewhere; ``v_null`` holds these rows alone."""
+    """v_null + w (v - v_null) at ``rows``, v elsewhere; ``v_null`` holds these rows only."""
     return v.index_copy(0, rows, v_null + scale * (v[rows] - v_null))
 
 

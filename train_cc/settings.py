@@ -115,7 +115,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Optimisation:
-    """How the networks are updated."""
+    """Updates of the networks."""
 
     batch_size: int = setting(64, "samples per process and turn", high=2**20, recipe=True)
     gradient_accumulation_steps: int = setting(1, "batches a turn, of --batch-size each", high=2**16, recipe=True)
@@ -127,7 +127,9 @@ class Optimisation:
     optimizer: str = setting(
         "adamw", "adamw8bit: torchao's, both moments in 8 bits", choices=("adamw", "adamw8bit"), lasting=True
     )
-    adam_beta1: float = setting(0.9, "decay of the first moment, all networks", low=0, high=1, high_open=True)
+    adam_beta1: float = setting(
+        0.9, "decay of the first moment, all networks", low=0, high=1, high_open=True, recipe=True
+    )
     adam_beta1_generator: float | None = setting(None, "the generator's, if another", low=0, high=1, high_open=True)
     adam_beta1_estimator: float | None = setting(None, "the estimator's, if another", low=0, high=1, high_open=True)
     adam_beta2: float = setting(0.999, "decay of the second moment, all networks", low=0, high=1, high_open=True)

@@ -218,14 +218,14 @@ def bootstrap(
 
     The balls are those of all images: a resampled set has duplicates, which would shrink them.
     """
-    drawn: dict[str, list[float]] = {}
+    resampled: dict[str, list[float]] = {}
     counts = (len(embedded.features),) if sets is None else sets.counts
     for i in range(rounds):
         generator = rng_of(0, i)
         rows = [torch.randint(count, (count,), generator=generator) for count in counts]
         for name, value in figures_of(embedded, reference, sets, real, real is not None, rows)[0].items():
-            drawn.setdefault(name, []).append(value)
-    return drawn
+            resampled.setdefault(name, []).append(value)
+    return resampled
 
 
 def around(figure: float, draws: list[float]) -> list[float]:

@@ -41,8 +41,8 @@ def read_real(reference: Path, held_out: str | None) -> tuple[dict[str, np.ndarr
     if others["arr_0"].shape[1:] != content["arr_0"].shape[1:]:
         shapes = f"{others['arr_0'].shape[1:]}, the reference {content['arr_0'].shape[1:]}"
         raise InputError(f"--held-out {path} holds images {shapes}")
-    known = {digest(image) for image in content["arr_0"]}
-    common = sum(digest(image) in known for image in others["arr_0"])
+    digests = {digest(image) for image in content["arr_0"]}
+    common = sum(digest(image) in digests for image in others["arr_0"])
     if common > MOST_COMMON * len(others["arr_0"]):
         raise InputError(
             f"{common} of the {len(others['arr_0'])} images of --held-out {path} are in the reference {reference}: "
@@ -91,15 +91,17 @@ def stored_by_space(content: Mapping[str, np.ndarray], path: Path, spaces: list[
     if not content.keys() & {"mu", "sigma"}:
         return {}
     if not {"mu", "sigma"} <= content.keys():
-        raise InputError(f"{path} stores {'mu' if 'mu' in content else 'sigma'} alone; both are expected, or none")
+        raise InputError(f"{path} stores {'mu' if 'mu' in content else 'sigma'} only; both are expected, or none")
     mu, sigma = check_statistics(content["mu"], content["sigma"], str(path))
     size, inception = len(mu), [space for space in spaces if space.name == "inception"]
     if "space" in content:
-        named = read_space(content["space"], path)
+        recorded = read_space(content["space"], path)
         keys = ("sha256", "preprocessing")
-        fitting = [space for space in spaces if all(space.describe()[key] == named.get(key) for key in keys)]
+        fitting = [space for space in spaces if all(space.describe()[key] == recorded.get(key) for key in keys)]
         if not fitting:
-            raise InputError(f"{path} stores statistics of {named.get('name')}, by both hashes none of the spaces here")
+            raise InputError(
+                f"{path} stores statistics of {recorded.get('name')}, by both hashes none of the spaces here"
+            )
     elif size == OF_INCEPTION and not inception:
         raise InputError(f"{path} stores mu {mu.shape} of Inception's features: ask for that space, too")
     else:
@@ -110,7 +112,7 @@ def stored_by_space(content: Mapping[str, np.ndarray], path: Path, spaces: list[
         raise InputError(f"{path} stores mu {mu.shape}, but {sizes} features")
     if len(fitting) > 1:
         names = " and ".join(space.name for space in fitting)
-        raise InputError(f"{path} stores mu {mu.shape}, which can be of {names}: ask for one of them alone")
+        raise InputError(f"{path} stores mu {mu.shape}, which can be of {names}: ask for one of them")
     stored = {fitting[0].name: (mu, sigma)}
     if "mu_s" in content and "sigma_s" in content and any(space.name == SPATIAL for space in spaces):
         stored[SPATIAL] = check_statistics(content["mu_s"], content["sigma_s"], str(path))

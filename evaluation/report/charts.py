@@ -75,7 +75,7 @@ CHARTS = (
         "Score gap by band of t",
         panels_by_band("score_gap"),
         "Small t is fine detail, large t is global structure. Healthy: all four bands move together. Unhealthy: one "
-        "band grows alone. Large t growing is a collapse of the whole; small t growing is noise in the details.",
+        "only one band grows. Large t growing is a collapse of the whole; small t growing is noise in the details.",
     ),
     Chart(
         CLOSER,

@@ -127,8 +127,8 @@ def whole_picture(path: Path, caption: str) -> dict[str, str]:
 def pictures_beside(runs: list[RunLog]) -> list[dict[str, str]]:
     """The results' picture, the frontier's, and each run's curve over its checkpoints, if they exist."""
     parents = dict.fromkeys(run.folder.resolve().parent for run in runs)
-    named = (("results.png", "the same noise and label in each column"), ("frontier/frontier.png", "the frontier"))
-    paths = [(parent / name, words) for parent in parents for name, words in named]
+    captions = (("results.png", "the same noise and label in each column"), ("frontier/frontier.png", "the frontier"))
+    paths = [(parent / name, words) for parent in parents for name, words in captions]
     for run in runs:
         judged = run.folder.resolve().with_name(f"{run.folder.resolve().name}_checkpoints")
         with suppress(InputError):
@@ -158,10 +158,10 @@ def previews_of(run: RunLog) -> dict:
 
 def preview_rows(picture: Image.Image, run: RunLog) -> list[Image.Image]:
     """The rows of a preview without their names: teacher (if drawn), generator, real x0, fake x0; [] if unlike one."""
-    columns, drawn = run.arguments.get("num_previews"), run.arguments.get("teacher_preview_steps")
-    if not all(type(value) is int and value >= 0 for value in (columns, drawn)) or not columns:
+    columns, teacher_steps = run.arguments.get("num_previews"), run.arguments.get("teacher_preview_steps")
+    if not all(type(value) is int and value >= 0 for value in (columns, teacher_steps)) or not columns:
         return []
-    count = 3 + bool(drawn)
+    count = 3 + bool(teacher_steps)
     pitch, rest = divmod(picture.height - GAP, count)
     left = picture.width - GAP - columns * pitch
     if rest or pitch <= GAP or left < 0:

@@ -240,18 +240,19 @@ def compared(figures: dict, others: dict) -> bool:
 def against_teacher(words: OfRun, run: RunLog, figures: dict, teacher: dict, where: str) -> None:
     if not compared(figures, teacher):
         return
-    kept = {name: figures[name] / max(teacher[name], 1e-6) for name in ("Recall", "Precision")}
+    shares = {name: figures[name] / max(teacher[name], 1e-6) for name in ("Recall", "Precision")}
     steps = run.arguments.get("num_steps", 1)
     subject = {1: "One step keeps", 2: "Two steps keep"}.get(steps, f"{steps} steps keep")
     state, verb = "good", ""
     guided = (run.arguments.get("real_guidance_scale") or 1) > 1
-    if min(kept.values()) < KEPT_WELL:
-        lost = "diversity" if kept["Recall"] < kept["Precision"] else "quality"
-        state = "partly" if guided or min(kept.values()) >= KEPT_AT_ALL else "bad"
+    if min(shares.values()) < KEPT_WELL:
+        lost = "diversity" if shares["Recall"] < shares["Precision"] else "quality"
+        state = "partly" if guided or min(shares.values()) >= KEPT_AT_ALL else "bad"
         verb = f" Much {lost} is lost" + (", which guidance asks for." if guided and lost == "diversity" else ".")
     words.say(
-        f"{subject} {kept['Recall']:.0%} of the teacher's recall ({figures['Recall']:.3f} of {teacher['Recall']:.3f}) "
-        f"and {kept['Precision']:.0%} of its precision; FID is {figures['FID']:.2f} against {teacher['FID']:.2f}"
+        f"{subject} {shares['Recall']:.0%} of the teacher's recall "
+        f"({figures['Recall']:.3f} of {teacher['Recall']:.3f}) "
+        f"and {shares['Precision']:.0%} of its precision; FID is {figures['FID']:.2f} against {teacher['FID']:.2f}"
         f"{where}.{verb}",
         state,
     )
@@ -286,7 +287,7 @@ def against_control(words: OfRun, figures: dict, base: dict, base_words: str, wh
     elif precision >= NOISE:
         effect = f"The reward raises precision by {precision:.2f}; recall moved by {recall:+.2f}"
     elif recall <= -NOISE:
-        effect = f"The reward cost {-recall:.2f} of recall, and precision moved by {precision:+.2f} alone"
+        effect = f"The reward cost {-recall:.2f} of recall, and precision moved by {precision:+.2f} only"
     elif precision <= -NOISE:
         effect = f"The reward cost {-precision:.2f} of precision, and recall moved by {recall:+.2f}"
     else:

@@ -32,8 +32,8 @@ def in_parts(
     None: ``target`` is there already.
     """
     read = functools.cache(read)  # every byte of the file is checked, which may be gigabytes: once
-    made = read(target) if target.is_file() and not overwrite else {}
-    if made and (words := differences(made, content)):
+    record = read(target) if target.is_file() and not overwrite else {}
+    if record and (words := differences(record, content)):
         words = printable("; ".join(words[:8]))
         raise InputError(f"{target} exists, made with {words}; choose another --output, or replace it with --overwrite")
     there = check_product(target, content, overwrite, "--output", True, read)

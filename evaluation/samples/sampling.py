@@ -171,7 +171,7 @@ def decoder_of(
 
 
 def what_shows(decode: Decode, narrow: Decode, x0: Tensor) -> str:
-    """How the images of ``narrow`` differ from those of ``decode`` more than they may, in words, or ""."""
+    """The difference between the images of ``narrow`` and ``decode`` in words, if it is too large; else ""."""
     wide, half = decode(x0), narrow(x0)
     if not torch.isfinite(half).all():
         return "its activations overflow"

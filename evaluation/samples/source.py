@@ -110,10 +110,10 @@ def class_of(text: str, names: list[str] | None, count: int) -> int:
             f"--classes {text[:80]!r}: nobody told the names of this generator's {count} classes; give "
             f"numbers from 0 to {count - 1}, or their names in a file by --names"
         )
-    wanted = text.casefold().strip()
-    whole = [k for k, name in enumerate(names) if wanted == name.casefold()]
-    parts = [k for k, name in enumerate(names) if wanted in [part.strip() for part in name.casefold().split(",")]]
-    within = [k for k, name in enumerate(names) if wanted and wanted in name.casefold()]
+    key = text.casefold().strip()
+    whole = [k for k, name in enumerate(names) if key == name.casefold()]
+    parts = [k for k, name in enumerate(names) if key in [part.strip() for part in name.casefold().split(",")]]
+    within = [k for k, name in enumerate(names) if key and key in name.casefold()]
     classes = whole or parts
     if len(classes) == 1:
         return classes[0]

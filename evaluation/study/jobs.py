@@ -23,7 +23,7 @@ from train_cc.io.read import sha256
 from train_cc.settings import Output
 
 LAUNCHERS = {"cold_start": "scripts/cold_start_{}.sh", "dmdr": "scripts/dmdr_{}_refl.sh"}
-# Settings that change nothing of what is made; teacher and samples are compared by their contents alone.
+# Settings that change nothing of what is made; teacher and samples are compared by their contents only.
 ASIDE = {*marked("start", Output), "teacher", "holdout_classifier", "generator", "output", "samples", "reference"}
 
 
@@ -40,8 +40,8 @@ class Frontier:
         """The processes that a stage's launcher would start here, their module and its flags: it prints them."""
         environment = os.environ | {"SHOW_LAUNCH": "yes"}
         command = ["bash", ROOT / LAUNCHERS[stage].format(self.args.recipe)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        processes, module, *words = done.stdout.split("\0")[:-1]
+        process = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        processes, module, *words = process.stdout.split("\0")[:-1]
         plan = make_plan(os.environ | ({"NUM_PROCESSES": processes} if processes else {}), dry=True)
         return plan.environment, module, words
 
@@ -106,8 +106,8 @@ class Frontier:
     def check(self) -> Iterator[Command]:
         """Spaces and reference are what evaluation can use, before anything is trained for it."""
         places = [self.place("rows", row) for row in self.table.rows]
-        made = [record_of(self.note_of(at)) if (at / "figures.json").exists() else {} for at in places]
-        if any(differences(each, self.judging) for each in made):
+        records = [record_of(self.note_of(at)) if (at / "figures.json").exists() else {} for at in places]
+        if any(differences(each, self.judging) for each in records):
             yield self.judge([Path("none.npz")], "--check")
 
     def evaluate(self, row: Row) -> Iterator[Command]:

@@ -87,13 +87,15 @@ class Table:
 
     def only(self, names: list[str], seeds: list[int] | None) -> "Table":
         """The rows of those names and the cold starts that they need, in the file's order. Raises `InputError`."""
-        known = [row.name for row in self.rows]
+        every = [row.name for row in self.rows]
         for name in names:
-            if name not in known:
-                raise InputError(f"--rows {name!r} is not in the table; its rows are {', '.join(known)}")
-        kept = set(names or known)
-        kept |= {row.cold_start for row in self.rows if row.name in kept}
-        return dataclasses.replace(self, rows=[row for row in self.rows if row.name in kept], seeds=seeds or self.seeds)
+            if name not in every:
+                raise InputError(f"--rows {name!r} is not in the table; its rows are {', '.join(every)}")
+        chosen = set(names or every)
+        chosen |= {row.cold_start for row in self.rows if row.name in chosen}
+        return dataclasses.replace(
+            self, rows=[row for row in self.rows if row.name in chosen], seeds=seeds or self.seeds
+        )
 
 
 def read_table(path: Path) -> Table:

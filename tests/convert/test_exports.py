@@ -20,6 +20,7 @@ from convert_weight.exports import save_pipeline
 from evaluation.standins import write_vae
 from tests.conftest import random_sit, refused, run_cold_start, tree, words
 from train_cc.io.class_names import KNOWN
+from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.models import SiT
 from train_cc.models.generator import GenerationConfig
 from train_cc.models.networks import sit
@@ -122,6 +123,15 @@ def run(teacher, tmp_path_factory):
 
 def export(run, *more):
     export_generator.main(words("--checkpoint", run / "checkpoints/torch_units/step-3.pt", *more))
+
+
+def test_a_pipeline_in_half_precision_is_half_as_large_and_samples_alike(run, tmp_path):
+    export(run, "--pipeline", tmp_path / "half", "--half")
+    whole, half = run / "generator" / WEIGHTS_NAME, tmp_path / "half" / "generator" / WEIGHTS_NAME
+    assert half.stat().st_size < 0.55 * whole.stat().st_size
+    rounded = load_file(half)
+    for name, weight in load_file(whole).items():
+        assert rounded[name].dtype == torch.float16 and torch.equal(rounded[name], weight.half())
 
 
 def test_a_card_has_the_recipe_the_hashes_and_the_figures(run, tmp_path, capsys):

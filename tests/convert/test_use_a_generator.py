@@ -17,7 +17,7 @@ CHANGED = {"step-500": "step-3", "step-N": "step-3", "RUN/": "runs/lora/", "TEAC
 
 
 def pieces() -> list[tuple[str, str]]:
-    """(section, command or Python) in their order. What needs the hub is in test_sharing.py."""
+    """(section, command or Python) in their order. What needs the hub is in tests/io/test_remote.py."""
     found = []
     for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]:
         title = section.splitlines()[0]
@@ -56,5 +56,5 @@ def test_every_command_and_every_line_of_python_runs(here):
             assert names["x0"].shape == (2, 1, 8, 8) and names["x0"].std() > 0
         elif "pipeline" in names:
             assert Image.open(here / "seven.png").size == (8, 8) and len(names["images"]) == 3
-    assert done == ["Sample to a file", "In Python", *["As a diffusers pipeline"] * 2, *["The LoRA alone"] * 2]
+    assert done == ["Sample to a file", "In Python", *["As a diffusers pipeline"] * 2, *["The LoRA only"] * 2]
     assert len(list((here / "runs/digits/pictures").glob("*.png"))) == 100

@@ -3,13 +3,11 @@
 `DMDR_GPU_TESTS_ON=cpu python -m pytest -m gpu` runs what can be run without one, at small sizes.
 """
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -91,14 +89,6 @@ def seconds_of(work, times: int = 3) -> float:
     return min(taken[1:])
 
 
-def sized_run(*more: object, size: str = SIZE):
-    """A run of random networks of ``size``, without folders."""
-    words = ["--teacher", "-", "--output-dir", "-", "--num-previews", 0, "--ratio-update", 1, *more]
-    args = cold_start.stage_parser().parse_args([str(word) for word in words])
-    session = open_session(args.mixed_precision)
-    return build(args, session, RandomNetworks(session, SIT_SIZES[size]))
-
-
 # (1) and (2) ------------------------------------------------------------------------------------------------------
 
 
@@ -140,21 +130,14 @@ def test_in_a_cycle_the_host_waits_in_fetch_alone(teacher, tmp_path, monkeypatch
 # (3) and (4) ------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def drawn_on_the_cpu(monkeypatch) -> Iterator[None]:
-    """The same noise on every device."""
-
-    def noise(self: Draws, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._cpu).to(self._device.device)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Draws, "noise", noise)
-        yield
+def noise_of_the_cpu(self: Draws, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=self._cpu).to(self._device.device)
 
 
 def test_a_cycle_is_that_of_the_cpu(teacher, tmp_path, monkeypatch):
     rows, weights = [], []
-    with drawn_on_the_cpu(monkeypatch), without_tf32():  # which has 10 bits of mantissa
+    monkeypatch.setattr(Draws, "noise", noise_of_the_cpu)  # the same on every device
+    with without_tf32():  # which has 10 bits of mantissa
         for hidden in (True, False):
             with monkeypatch.context() as patch:
                 if hidden:
@@ -190,13 +173,16 @@ def test_half_precision_is_near_single_and_attention_is_fused(teacher, tmp_path)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_the_peak_is_that_of_the_dry_run(batch):
     """The plan is of a run that is not compiled: a compiler keeps less for the backward pass."""
-    more = ("--batch-size", batch, "--mixed-precision", "no" if CPU else "bf16", "--no-compile")
-    words = ["--teacher", SIZE, "--output-dir", "-", "--num-previews", 0, "--ratio-update", 1, *more]
-    cost = simulate(cold_start.stage_parser().parse_args([str(word) for word in words]), "no" if CPU else "bf16", 1)
+    precision = "no" if CPU else "bf16"
+    words = ["--teacher", SIZE, "--output-dir", "-", "--num-previews", "0", "--ratio-update", "1", "--no-compile"]
+    words += ["--batch-size", str(batch), "--mixed-precision", precision]
+    args = cold_start.stage_parser().parse_args(words)
+    cost = simulate(args, precision, 1)
     told = max(value for name, value in cost.peaks.items() if name.startswith("training"))
     if not CPU and told + allowance(told, 1) > torch.cuda.mem_get_info()[0]:
         pytest.skip(f"{told / GIB:.1f} GiB are more than this card has free")
-    run = sized_run(*more)
+    session = open_session(precision)
+    run = build(args, session, RandomNetworks(session, SIT_SIZES[SIZE]))  # without folders
     loop.cycle(run, 0)
     if not CPU:
         torch.cuda.reset_peak_memory_stats()

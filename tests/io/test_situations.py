@@ -567,7 +567,7 @@ EVALUATION = [
               "evaluation.evaluate s.npz real.npz --space classifier:classifier",
               ("real.npz stores statistics of classifier:", "none of the spaces here")),
     Situation("mu without sigma", lambda folder: (images_of(folder), np.savez(folder / "mu.npz", mu=np.zeros(96))),
-              AGAINST_MU, ("mu.npz stores mu alone",)),
+              AGAINST_MU, ("mu.npz stores mu only",)),
     Situation(
         "samples of two sizes against a reference without images",
         lambda folder: (mu_and_sigma(folder), images_of(folder, name="t.npz", arr_0=np.ones((60, 8, 9, 1), "u1") * 7)),
@@ -729,7 +729,7 @@ LATENTS = [
     Situation("another file as the VAE", vae_files, f"{OF_LATENTS} --vae other.safetensors",
               ("other.safetensors is a file without a VAE's tensors", "AutoencoderKL folder is expected")),
     Situation("means per channel without deviations", vae_with(latents_mean=MEAN),
-              f"{OF_LATENTS} --vae changed", ("changed/config.json: latents_mean is there alone", "latents_std")),
+              f"{OF_LATENTS} --vae changed", ("changed/config.json: latents_mean is there without", "latents_std")),
     Situation("three deviations for four channels", vae_with(latents_mean=MEAN, latents_std=STD[:3]),
               f"{OF_LATENTS} --vae changed", ("latents_std is [1.0, 2.0, 3.0]", "a list of 4 numbers")),
     Situation("a deviation of 0", vae_with(latents_mean=MEAN, latents_std=[1.0, 2.0, 0.0, 1.0]),

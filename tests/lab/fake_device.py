@@ -3,17 +3,28 @@
 import contextlib
 import functools
 import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import backend_registration
-
-from tests.lab import cuda_rules
+from torch.utils._pytree import tree_map
 
 NAME = "fakegpu"
-
-
+aten = torch.ops.aten
 active: list = []  # the device of the running `fake_gpu`, if any; outside of it the type is not available
+# Operators that autocast casts to its dtype on CUDA (torch/include/ATen/autocast_mode.h). The others that it knows are
+# computed in fp32 here; of a few CUDA would keep the dtype.
+LOWER_PRECISION = {
+    "_convolution", "_convolution.deprecated", "cudnn_convolution", "cudnn_convolution_transpose", "conv1d",
+    "conv2d", "conv3d", "conv_tbc", "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input",
+    "convolution", "prelu", "addmm", "addmv", "addr", "matmul", "einsum", "mm", "mv", "linalg_vecdot", "linear",
+    "addbmm", "baddbmm", "bmm", "chain_matmul", "linalg_multi_dot", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell",
+    "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "_scaled_dot_product_flash_attention",
+    "scaled_dot_product_attention",
+}  # fmt: skip
 
 
 class Generator(torch.Generator):
@@ -58,13 +69,10 @@ class Stream:
     def synchronize(self) -> None:
         synchronize()
 
-    def query(self) -> bool:
-        return True
-
-    def _nothing(self, *args: object, **kwargs: object) -> "Stream":
+    def _itself(self, *args: object, **kwargs: object) -> "Stream":
         return self
 
-    wait_stream = wait_event = record_event = record = wait = _nothing
+    query = wait_stream = wait_event = record_event = record = wait = _itself
 
 
 def synchronize(*device: object) -> None:
@@ -72,56 +80,73 @@ def synchronize(*device: object) -> None:
         active[-1].wait("synchronize")
 
 
-class DeviceModule:
-    """``torch.fakegpu``: what torch, FSDP2 and accelerate ask of a device's module."""
+def always(value: object) -> Callable:
+    return lambda *args, **options: value
 
-    Stream = Event = Stream
-    synchronize = staticmethod(synchronize)
 
-    def is_initialized(self) -> bool:
-        return True
+IGNORED = ("set_rng_state", "set_device", "set_stream", "manual_seed", "manual_seed_all", "empty_cache")
+# ``torch.fakegpu``: what torch, FSDP2 and accelerate ask of a device's module.
+MODULE = SimpleNamespace(
+    Stream=Stream,
+    Event=Stream,
+    synchronize=synchronize,
+    current_stream=Stream,
+    is_initialized=always(True),
+    is_available=lambda: bool(active),
+    device_count=always(1),
+    current_device=always(0),
+    is_bf16_supported=always(True),
+    get_amp_supported_dtype=always([torch.bfloat16, torch.float16]),
+    get_rng_state=always(torch.zeros(8, dtype=torch.uint8)),
+    _is_in_bad_fork=always(False),
+    **dict.fromkeys(("device", "stream"), always(contextlib.nullcontext())),
+    **dict.fromkeys(IGNORED, always(None)),
+)
 
-    def is_available(self) -> bool:
-        return bool(active)
 
-    def device_count(self) -> int:
-        return 1
+def on_gpu(x: Tensor) -> bool:
+    return (x.fake_device if isinstance(x, FakeTensor) else x.device).type == NAME
 
-    def current_device(self) -> int:
-        return 0
 
-    def _is_in_bad_fork(self) -> bool:
-        return False
+def autocast_kernel(name: str, op: Callable) -> Callable:
+    """The kernel that autocast puts in front of ``op``: the cast, then ``op`` itself, without autocast."""
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16]
+    def kernel(*args, **kwargs):
+        dtype = torch.get_autocast_dtype(NAME) if name in LOWER_PRECISION else torch.float32
 
-    def is_bf16_supported(self, **options: object) -> bool:
-        return True
+        def cast(x: object) -> object:
+            floating = isinstance(x, Tensor) and on_gpu(x) and x.is_floating_point() and x.dtype != torch.float64
+            return x.to(dtype) if floating else x
 
-    def get_rng_state(self, *device: object) -> Tensor:
-        return torch.zeros(8, dtype=torch.uint8)
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            args, kwargs = tree_map(cast, (args, kwargs))
+            return op(*args, **kwargs)
 
-    def current_stream(self, *device: object) -> Stream:
-        return Stream()
+    return kernel
 
-    def _context(self, *args: object) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
 
-    def _nothing(self, *args: object) -> None:
-        pass
-
-    device = stream = _context
-    set_rng_state = set_device = set_stream = manual_seed = manual_seed_all = empty_cache = _nothing
+def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]
 
 
 @functools.cache
-def install() -> tuple:
-    """Register the device type, once a process, and return what must be kept."""
+def install() -> list[torch.library.Library]:
+    """Register the device type with autocast's rules, once a process; they hold as long as the libraries are kept."""
 
     class Hooks(backend_registration._DummyPrivateUse1Hook):
         def is_available(self) -> bool:
             return bool(active)
 
-    backend_registration._setup_privateuseone_for_python_backend(NAME, DeviceModule(), Hooks())
-    return cuda_rules.register(NAME)
+    backend_registration._setup_privateuseone_for_python_backend(NAME, MODULE, Hooks())
+    everything, operators = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for qualified in torch._C._dispatch_get_registrations_for_dispatch_key("AutocastCUDA"):
+        namespace, _, name = qualified.partition("::")
+        packet, _, overload = name.partition(".")
+        if namespace == "aten":
+            op = getattr(getattr(aten, packet), overload or "default")
+            operators.impl(name, autocast_kernel(name, op), "AutocastPrivateUse1")
+    for key in ("AutogradPrivateUse1", "PrivateUse1"):
+        operators.impl("scaled_dot_product_attention", attention, key)
+    return [everything, operators]

@@ -3,18 +3,13 @@
     with fake_gpu() as gpu:
         model.to(gpu.device)
         ...
-    gpu.waits, gpu.copies, gpu.lost
+    gpu.waits, gpu.lost
 
-Tensors on the CPU are real, those on ``gpu.device`` have shape and dtype alone. As on CUDA: operators refuse tensors of
-both (a 0-d CPU tensor may join), autocast follows CUDA's lists, attention takes the fused kernels. What makes the host
-wait for the device is recorded with its place in the project's code. Non-blocking copies run late, at the host's next
-wait: a source that was freed by then is recorded as lost, unless it was pinned, or so small that CUDA takes it at the
-call. A value that is read is 0, `unique` and an index by a mask have their largest shape. Other results whose shape
-depends on values, as that of `nonzero`, are refused.
-
-The first `fake_gpu` registers the device type with torch for the whole process; outside of the context it says that it
-is not available, and everything behaves as before. The backward pass runs on the calling thread, and the context holds
-for that thread alone. `fake_processes` adds accelerate and other ranks, `roofline` counts kernels.
+Tensors on the CPU are real, those on ``gpu.device`` have only shape and dtype. As on CUDA, operators refuse tensors of
+both (a 0-d CPU tensor may join). Each wait of the host is recorded with its place in the project's code. Non-blocking
+copies run late, at the host's next wait: a source that was freed by then is recorded as lost, unless it is so small
+that CUDA takes it at the call. A value that is read is 0; `unique` and an index by a mask have their largest shape,
+other results whose shape depends on values are refused. The backward pass runs on the calling thread.
 """
 
 import contextlib
@@ -32,49 +27,43 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from tests.lab.fake_device import NAME, Generator, active, install, require_generator_on_device, synchronize
+from tests.lab.fake_device import NAME, Generator, active, install, on_gpu, require_generator_on_device, synchronize
+from train_cc.planning.networks import apply
 from train_cc.run.meters import DEVICE_OF, is_wrapped, tensors_in
 
 PROJECT = Path(__file__).resolve().parents[2]
 # Bytes of pageable memory that are copied to the device's queue at the call (CUDA C++ Programming Guide, "Asynchronous
 # Concurrent Execution"). More is staged by the driver, at the call or later ("API synchronization behavior").
 TAKEN_AT_ONCE = 64 * 2**10
-OWN_FILES = ("fake_gpu", "fake_device", "cuda_rules", "fake_processes", "meters", "roofline")
+OWN_FILES = ("fake_gpu", "fake_device", "fake_processes", "meters")
 aten = torch.ops.aten
 
 
 class Event(NamedTuple):
-    """A wait or a copy: what happened, and ``file:line`` of the project's code that asked for it."""
+    """A wait or a copy: what happened, and the file and function of the project's code."""
 
     kind: str
     place: str
 
 
 class FakeGpu(TorchDispatchMode):
-    """Sends each operator to the CPU or to torch's `FakeTensorMode`, and records waits and non-blocking copies."""
+    """Sends each operator to the CPU or to torch's `FakeTensorMode`, and records waits and lost copies."""
 
     def __init__(self, fake: FakeTensorMode):
         super().__init__()
         self.device = torch.device(NAME, 0)
         self.waits: list[Event] = []  # the host waits until the device has done all that it was given
-        self.copies: list[Event] = []  # between CPU and device, non-blocking
-        self.lost: list[Event] = []  # those whose source was freed before the device had read it
+        self.lost: list[Event] = []  # copies whose source was freed before the device had read it
         self._late: list[weakref.ref] = []  # storages that the device has yet to read
-        self._pinned: list[Tensor] = []
         self._fake = fake
 
     def clear(self) -> None:
-        for events in (self.waits, self.copies, self.lost, self._late):
+        for events in (self.waits, self.lost, self._late):
             events.clear()
 
     def wait(self, kind: str) -> None:
         self.waits.append(Event(kind, place_in_project()))
         self._late.clear()
-
-    def pin(self, x: Tensor) -> Tensor:
-        """A copy in pinned memory: torch keeps it until the device has read it. A copy from it may still wait."""
-        self._pinned.append(x.clone())
-        return self._pinned[-1]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -131,9 +120,8 @@ class FakeGpu(TorchDispatchMode):
         if source.device.type != target.type:
             kind = f"{source.device.type} to {target.type}, {tuple(source.shape)} {str(source.dtype)[6:]}"
             if non_blocking:
-                event = Event(kind, place_in_project())
-                self.copies.append(event)
                 if target.type == NAME and source.nbytes > TAKEN_AT_ONCE:
+                    event = Event(kind, place_in_project())
                     self._late.append(weakref.ref(source.untyped_storage(), lambda _: self.lost.append(event)))
             else:
                 self.wait(f"blocking copy, {kind}")
@@ -145,17 +133,14 @@ class FakeGpu(TorchDispatchMode):
             return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
 
 
-def on_gpu(x: Tensor) -> bool:
-    return x.fake_device.type == NAME if isinstance(x, FakeTensor) else x.device.type == NAME
-
-
 def place_in_project() -> str:
-    """``file:line`` of the innermost frame in the project's code, libraries and this room's own files left out."""
+    """File and function of the innermost frame in the project's code, libraries and this room's own files left out."""
     frame = sys._getframe(1)
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if PROJECT in path.parents and "site-packages" not in path.parts and path.stem not in OWN_FILES:
-            return f"{path.relative_to(PROJECT)}:{frame.f_lineno}"
+        path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
+        ours = PROJECT in path.parents and "site-packages" not in path.parts and path.stem not in OWN_FILES
+        if ours and "<" not in name:  # not a comprehension
+            return f"{path.relative_to(PROJECT)} {name}"
         frame = frame.f_back
     return "outside of the project"
 
@@ -192,49 +177,18 @@ def _tolist(x: Tensor) -> list:
 REAL_TOLIST = FakeTensor.tolist
 
 
-def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply`, in place as on CUDA. A real parameter cannot become fake in place: a new one replaces it."""
-    if recurse:
-        for child in self.children():
-            child._apply(fn)
-    for name, parameter in self._parameters.items():
-        if parameter is None:
-            continue
-        with torch.no_grad():
-            applied = fn(parameter)
-            gradient = None if parameter.grad is None else fn(parameter.grad)
-        if isinstance(parameter, FakeTensor) == isinstance(applied, FakeTensor):
-            if applied is not parameter:
-                parameter.data = applied
-        else:
-            parameter = self._parameters[name] = nn.Parameter(applied, parameter.requires_grad)
-        parameter.grad = gradient
-    for name, buffer in self._buffers.items():
-        if buffer is not None:
-            self._buffers[name] = fn(buffer)
-    return self
-
-
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[FakeGpu]:
     """The device, as long as the context lasts."""
-    cache, _ = install()
-    clear = torch.clear_autocast_cache
-
-    def clear_both() -> None:
-        clear()
-        cache.clear()
-
+    install()
     with contextlib.ExitStack() as stack:
         for owner, name, own in (
-            (torch, "clear_autocast_cache", clear_both),
             (torch, "Generator", Generator),
             (torch.accelerator, "synchronize", synchronize),
             (FakeTensor, "tolist", _tolist),
-            (nn.Module, "_apply", _apply),
+            (nn.Module, "_apply", apply),
             # Several tensors by one kernel, as on CUDA, where their type is no other than a tensor's.
             (_foreach_utils, "_foreach_supported_types", [Tensor, FakeTensor]),
-            (Tensor, "pin_memory", lambda x, *device: active[-1].pin(x)),
         ):
             stack.enter_context(mock.patch.object(owner, name, own))
         # Otherwise torch would look for threads of the device, which are counted at a process's first backward pass.

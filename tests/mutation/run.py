@@ -14,6 +14,7 @@ import argparse
 import difflib
 import gc
 import hashlib
+import importlib
 import importlib.util
 import os
 import re
@@ -27,8 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {"convert_weight": "convert", "distillation": "paper", "setup": "run"}  # of tests, if named otherwise
-MATH, GOLDEN, DISTILL, RESUME = "paper/test_math", "paper/test_golden", "paper/test_distill", "run/test_resume"
-TURNS = [GOLDEN, DISTILL, "run/test_speed", "rewards/test_terms", "paper/test_diagnostics", "planning/test_plan"]
+MATH, GOLDEN, TURNS, RESUME = "paper/test_math", "paper/test_golden", "paper/test_turns", "run/test_resume"
 FLAGS = "docs/test_docs::test_the_page_of_flags_is_that_of_the_parsers"
 # What is mutated, and the tests that are to notice beside those of the module's own name, the likeliest first.
 MODULES = {
@@ -38,32 +38,32 @@ MODULES = {
     "train_cc/objectives.py": [MATH],
     "train_cc/samplers.py": [MATH, "run/test_processes::test_every_process_makes_the_same_calls"],
     "train_cc/settings.py": [FLAGS, "run/test_recipes"],
-    "train_cc/distillation/turns.py": TURNS,
-    "train_cc/distillation/loop.py": [DISTILL],
-    "train_cc/distillation/run.py": [GOLDEN, "run/test_recipes", DISTILL],
-    "train_cc/distillation/panel.py": ["paper/test_diagnostics", DISTILL],
-    "train_cc/distillation/state.py": [DISTILL, RESUME],
-    "train_cc/models/backbone.py": ["models/test_networks", "convert/test_convert"],
-    "train_cc/models/networks/sit.py": ["models/test_networks", "models/test_models", "convert/test_networks"],
+    "train_cc/distillation/turns.py": [GOLDEN, "rewards/test_terms", "planning/test_plan"],
+    "train_cc/distillation/loop.py": [GOLDEN],
+    "train_cc/distillation/run.py": [GOLDEN],
+    "train_cc/distillation/panel.py": [],
+    "train_cc/distillation/state.py": [RESUME],
+    "train_cc/models/backbone.py": ["models/test_networks", "convert/test_state_dicts", "convert/test_sit_convert"],
+    "train_cc/models/networks/sit.py": ["models/test_networks", "models/test_models", "convert/test_state_dicts"],
     "train_cc/models/lora.py": ["models/test_models", GOLDEN],
-    "train_cc/models/estimator.py": ["models/test_models", "models/test_lora", GOLDEN],
+    "train_cc/models/estimator.py": ["models/test_models", "run/test_build", GOLDEN],
     "train_cc/models/generator.py": ["models/test_models"],
     "train_cc/models/vae.py": [],
     "train_cc/models/dinov2.py": [],
     "train_cc/rewards/terms.py": ["rewards/test_build", GOLDEN],
     "train_cc/rewards/frechet.py": [],
     "train_cc/run/checkpoint.py": [],
-    "train_cc/run/diagnostics.py": [GOLDEN],
-    "train_cc/run/logbook.py": ["paper/test_diagnostics", RESUME],
-    "train_cc/run/session.py": [DISTILL, "run/test_processes"],
-    "train_cc/run/states.py": [GOLDEN, DISTILL],
-    "train_cc/setup/build.py": [*TURNS, "run/test_recipes"],
-    "train_cc/setup/stage.py": ["planning/test_plan", DISTILL, RESUME, "io/test_command_line"],
-    "train_cc/io/fields.py": [FLAGS, "io/test_command_line"],
+    "train_cc/run/diagnostics.py": ["run/test_logbook", GOLDEN],
+    "train_cc/run/logbook.py": [RESUME],
+    "train_cc/run/session.py": ["paper/test_loop", "run/test_processes"],
+    "train_cc/run/states.py": [GOLDEN, "run/test_stage"],
+    "train_cc/setup/build.py": [GOLDEN, TURNS, "planning/test_plan"],
+    "train_cc/setup/stage.py": ["planning/test_plan", RESUME, "run/test_folder"],
+    "train_cc/io/fields.py": [FLAGS],
     "train_cc/io/products.py": [],
-    "train_cc/pretrain/networks.py": ["models/test_teacher"],
+    "train_cc/pretrain/networks.py": ["pretrain/test_vae", "pretrain/test_teacher"],
     "train_cc/pretrain/resumable.py": [],
-    "convert_weight/pipeline.py": ["evaluation/test_sampling", "convert/test_sharing", "convert/test_convert"],
+    "convert_weight/pipeline.py": ["evaluation/test_sampling", "convert/test_exports"],
     "evaluation/metrics.py": [],
     "evaluation/report/verdict.py": [],
 }
@@ -101,20 +101,11 @@ def copy_of_the_tree(folder: Path) -> None:
 
 
 def preload() -> None:
-    """What every test imports and no mutant is in."""
-    import accelerate
-    import diffusers
-    import jinja2
-    import matplotlib.pyplot
-    import peft
-    import pytest
-    import scipy.stats
-    import sklearn.datasets
-    import timm
-    import torch_fidelity
-
-    loaded = (accelerate, jinja2, matplotlib.pyplot, peft, pytest, scipy.stats, sklearn.datasets, timm, torch_fidelity)
-    assert all(loaded) and diffusers.AutoencoderKL and diffusers.DiffusionPipeline
+    """Import what every test imports and no mutant is in."""
+    for name in ("accelerate", "jinja2", "matplotlib.pyplot", "peft", "pytest", "scipy.stats", "sklearn.datasets"):
+        importlib.import_module(name)
+    for name in ("timm", "torch_fidelity", "diffusers.pipelines", "diffusers.models.autoencoders.autoencoder_kl"):
+        importlib.import_module(name)
     gc.freeze()  # pytest collects garbage thoroughly at its end, in every fork
 
 
@@ -173,9 +164,8 @@ def attack(module: str, folder: Path, sessions: Path) -> tuple[int, int]:
     sys.dont_write_bytecode = False
     fine, failed = passes(folder, tests_of(module), 1800)
     if not fine:
-        raise SystemExit(
-            f"{module}: its tests fail without a mutant: {failed}\n{(folder / REPORT).read_text()[-3000:]}"
-        )
+        text = (folder / REPORT).read_text()[-3000:]
+        raise SystemExit(f"{module}: its tests fail without a mutant: {failed}\n{text}")
     limit = 15 + 4 * (time.monotonic() - began)
     # What the first run compiled stays for all others, but not of the file that changes faster than its time of change.
     sys.dont_write_bytecode = True
@@ -196,8 +186,8 @@ def attack(module: str, folder: Path, sessions: Path) -> tuple[int, int]:
             diff = list(difflib.unified_diff(original.splitlines(), mutant.splitlines(), n=0, lineterm=""))[3:]
             session.set_result(item.job_id, WorkResult(WorkerOutcome.NORMAL, by, outcome, "\n".join(diff)))
             if survived:
-                told = f"survived: {module}:{mutation.start_pos[0]} in {mutation.definition_name}"
-                print(told, *diff, sep="\n  ", flush=True)
+                where = f"{module}:{mutation.start_pos[0]} in {mutation.definition_name}"
+                print(f"survived: {where}", *diff, sep="\n  ", flush=True)
         results = [result for _, result in session.results if result.worker_outcome == WorkerOutcome.NORMAL]
     return sum(result.is_killed for result in results), len(results)
 

@@ -47,14 +47,12 @@ def test_fashion_mnist_has_a_border_and_three_equal_channels(tmp_path, zipped):
 
 
 @pytest.mark.parametrize("content,labels,message", [
-    (b"", idx(LABELS), "train-images.* is damaged"),
-    (WHOLE[:-1], idx(LABELS), "is damaged"),
+    (WHOLE[:-1], idx(LABELS), "train-images.* is damaged"),
     (idx(IMAGES[:0]), idx(LABELS[:0]), "is damaged"),
     (WHOLE[:4] + b"\xff" * 4 + WHOLE[8:], idx(LABELS), "is damaged"),  # a header that lies
     (idx(IMAGES[:, :8, :8].copy()), idx(LABELS), "N x 28 x 28"),
     (WHOLE.replace(b"\x08", b"\x0d", 1), idx(LABELS), "unsigned bytes"),
     (WHOLE, idx(LABELS[:-1]), "another data set: 20 images, 19 labels"),
-    (WHOLE, idx(LABELS + 17), "another data set"),
     (idx(np.zeros((10_000, 28, 28), np.uint8)), idx(np.zeros(10_000, np.uint8)), "another data set than Fashion"),
 ])  # fmt: skip
 def test_odd_idx_files_are_refused(tmp_path, content, labels, message):
@@ -64,21 +62,22 @@ def test_odd_idx_files_are_refused(tmp_path, content, labels, message):
         load_dataset("fashion-mnist", tmp_path)
 
 
-def test_odd_data_sets_are_refused(tmp_path):
+ODD_SETS = [
+    ("digits", ".", "train", "--data-dir is .* for fashion-mnist"),
+    ("digits", None, "test", "--split is test"),
+    ("fashion-mnist", ".", "train", "ubyte.gz is damaged"),
+    ("fashion-mnist", "nothing", "train", "has no train-images.* idx files"),
+    ("fashion-mnist", "train-images-idx3-ubyte.gz", "train", "is a file; .* idx files"),
+    ("fashion-mnist", "nowhere", "train", "does not exist; .* idx files"),
+]
+
+
+@pytest.mark.parametrize("name,folder,split,message", ODD_SETS)
+def test_odd_data_sets_are_refused(tmp_path, name, folder, split, message):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(WHOLE)[:-9])
     (tmp_path / "nothing").mkdir()
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for name, folder, split, message in (
-        ("digits", tmp_path, "train", "--data-dir is .* for fashion-mnist"),
-        ("digits", None, "test", "--split is test"),
-        ("fashion-mnist", tmp_path, "train", "ubyte.gz is damaged"),
-        ("fashion-mnist", tmp_path / "nothing", "train", "has no train-images.* idx files"),
-        ("fashion-mnist", tmp_path / "train-images-idx3-ubyte.gz", "train", "is a file; .* idx files"),
-        ("fashion-mnist", tmp_path / "nowhere", "train", "does not exist; .* idx files"),
-        ("fashion-mnist", tmp_path / "loop", "train", "loop.* idx files"),
-    ):
-        with pytest.raises(InputError, match=message):
-            load_dataset(name, folder, split)
+    with pytest.raises(InputError, match=message):
+        load_dataset(name, folder and tmp_path / folder, split)
 
 
 def test_two_processes_download_one_after_the_other(tmp_path, monkeypatch):
@@ -104,13 +103,11 @@ def save(file: Path, size: tuple[int, int] = (8, 8), mode: str = "L", grey: int 
 
 @pytest.mark.parametrize("names", [
     [str(k) for k in range(12)],
-    [f"{k:03d}" for k in range(12)],
     [f"class_{k}" for k in range(1, 13)],
     [f"{k}_bird{k % 3}" for k in range(12)],
     ["2_door", "2_seater", "3_door"],
     ["2_wheels", "3d_printer", "4_wheels"],
     ["ant", "bee", "cat 10", "cat 2"],  # names, not numbers: by the alphabet
-    ["n01440764", "n01443537", "n02123045"],
 ], ids=lambda names: names[0])  # fmt: skip
 def test_class_folders_are_numbered_as_their_names_are(names, tmp_path):
     for k, name in enumerate(names):
@@ -163,44 +160,44 @@ def test_an_image_that_cannot_be_used_is_named(tmp_path, workers, size, mode, me
         list(batches_of(data, [range(2)], workers))
 
 
-def test_odd_sources_are_refused(tmp_path):
-    save(tmp_path / "both" / "a" / "0.png"), save(tmp_path / "both" / "0.png")
-    save(tmp_path / "gap" / "a" / "0.png"), (tmp_path / "gap" / "b").mkdir()
-    save(tmp_path / "twice" / "1" / "0.png"), save(tmp_path / "twice" / "01" / "0.png")
-    save(tmp_path / "split" / "train" / "a" / "0.png"), save(tmp_path / "split" / "val" / "a" / "0.png")
-    save(tmp_path / "colour" / "0.png", mode="RGB"), (tmp_path / "empty").mkdir()
-    (tmp_path / "text.npz").write_text("no archive")
-    pixels = np.full((4, 8, 8, 1), 9, np.uint8)
-    for name, arrays in {
-        "names": {"images": pixels},
-        "floats": {"arr_0": pixels.astype(float)},
-        "none": {"arr_0": pixels[:0]},
-        "dark": {"arr_0": pixels // 9},
-        "few": {"arr_0": pixels, "arr_1": np.zeros(3, int)},
-        "below": {"arr_0": pixels, "arr_1": np.array([-1, 0, 0, 0])},
-        "above": {"arr_0": pixels, "arr_1": np.array([0, 0, 0, 10**6])},
-    }.items():
-        np.savez(tmp_path / f"{name}.npz", **arrays)
-    for name, size, message in (
-        ("both", None, "holds images of its own"),
-        ("gap", None, "class folders b of .* hold no images"),
-        ("twice", None, "class folders 01, 1 of .* have one number"),
-        ("split", None, "train, val, which are no classes"),
-        ("colour", None, "has colours"),
-        ("empty", None, "holds no images"),
-        ("nowhere", None, "does not exist; a folder of images"),
-        ("text.npz", None, "is damaged"),
-        ("dark.npz", 8, "--image-size is for folders"),
-        ("names.npz", None, "has no arr_0 but images"),
-        ("floats.npz", None, "arr_0 float64"),
-        ("none.npz", None, "without an image"),
-        ("dark.npz", None, "no value above 1"),
-        ("few.npz", None, r"arr_1 int64 \(3,\)"),
-        ("below.npz", None, "labels -1 to 0"),
-        ("above.npz", None, "labels 0 to 1000000"),
-    ):
-        with pytest.raises(InputError, match=message):
-            open_images(str(tmp_path / name), size, 1)
+PIXELS = np.full((4, 8, 8, 1), 9, np.uint8)
+ODD_FOLDERS = {
+    "a/0.png 0.png": "holds images of its own",
+    "a/0.png b/": "class folders b of .* hold no images",
+    "1/0.png 01/0.png": "class folders 01, 1 of .* have one number",
+    "train/a/0.png val/a/0.png": "train, val, which are no classes",
+    "colour.png": "has colours",
+    "": "holds no images",
+}
+ODD_FILES = [
+    ({"images": PIXELS}, "has no arr_0 but images"),
+    ({"arr_0": PIXELS.astype(float)}, "arr_0 float64"),
+    ({"arr_0": PIXELS[:0]}, "without an image"),
+    ({"arr_0": PIXELS // 9}, "no value above 1"),
+    ({"arr_0": PIXELS, "arr_1": np.zeros(3, int)}, r"arr_1 int64 \(3,\)"),
+    ({"arr_0": PIXELS, "arr_1": np.array([-1, 0, 0, 0])}, "labels -1 to 0"),
+    ({"arr_0": PIXELS, "arr_1": np.array([0, 0, 0, 10**6])}, "labels 0 to 1000000"),
+]
+
+
+@pytest.mark.parametrize("names", ODD_FOLDERS)
+def test_odd_folders_are_refused(tmp_path, names):
+    for name in names.split():
+        if name.endswith("/"):
+            (tmp_path / name).mkdir()
+        else:
+            save(tmp_path / name, mode="RGB" if name == "colour.png" else "L")
+    with pytest.raises(InputError, match=ODD_FOLDERS[names]):
+        open_images(str(tmp_path), None, 1)
+
+
+@pytest.mark.parametrize("arrays,message", ODD_FILES)
+def test_odd_files_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(InputError, match=message):
+        open_images(str(tmp_path / "a.npz"), None, 1)
+    with pytest.raises(InputError, match="--image-size is for folders"):
+        open_images(str(tmp_path / "a.npz"), 8, 1)
 
 
 def test_reading_needs_few_descriptors_and_no_shared_memory(tmp_path):

@@ -16,7 +16,14 @@ from train_cc.flow import interpolate
 from train_cc.models import DINOv2Classifier
 from train_cc.models.vae import load_decoder
 from train_cc.objectives import dmd_direction, dmd_loss, velocity_matching_losses
-from train_cc.rewards.terms import Reward, classifier_losses, effective_samples, rewards_at_x0, tilt_weights
+from train_cc.rewards.terms import (
+    GROWTH_INTERVAL,
+    Reward,
+    classifier_losses,
+    effective_samples,
+    rewards_at_x0,
+    tilt_weights,
+)
 from train_cc.schedules import beta_times
 
 
@@ -211,3 +218,11 @@ def test_the_tilts_fixed_point_is_the_tilted_teacher(beta):
             decay.step()
     share = 1 - torch.special.ndtr(threshold.detach()).item()
     assert share == pytest.approx(0.3 * math.exp(beta) / (0.3 * math.exp(beta) + 0.7), rel=0.05)
+
+
+def test_a_lowered_scale_grows_again_and_never_beyond_its_start():
+    reward = Reward("r", 1.0, None)
+    reward.adapt_scale(True)
+    for turn in range(3 * GROWTH_INTERVAL):
+        assert reward.backoff == (0.5 if turn < GROWTH_INTERVAL else 1)
+        reward.adapt_scale(False)

@@ -1,4 +1,4 @@
-"""A GPU that is there and cannot be used ends the run with its reason."""
+"""train_cc/run/devices.py: a GPU that is there and cannot be used ends the run with its reason."""
 
 import os
 
@@ -12,10 +12,14 @@ from train_cc.io import processes
 from train_cc.io.errors import InputError
 from train_cc.run import devices
 
-SMI = """#!/bin/sh
-echo "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-1)"
-echo "GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-2)"
-"""
+SMI = '#!/bin/sh\necho "GPU 0: NVIDIA A100 (UUID: GPU-1)"\necho "GPU 1: NVIDIA A100 (UUID: GPU-2)"\n'
+
+
+def fails(words: str):
+    def call(*args, **options):
+        raise RuntimeError(f"{words}\nPlease update")
+
+    return call
 
 
 @pytest.fixture
@@ -31,25 +35,19 @@ def two_gpus(tmp_path, monkeypatch):
 
 def test_gpus_that_torch_cannot_use_are_no_run_on_the_cpu(two_gpus, teacher, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    told = refused(cold_start.main, flags(teacher, tmp_path / "run"), capsys=capsys)
-    assert "nvidia-smi shows 2 GPU(s)" in told and "is a wheel without CUDA" in told and "CUDA_VISIBLE_DEVICES=" in told
+    message = refused(cold_start.main, flags(teacher, tmp_path / "run"), capsys=capsys)
+    for words in ("nvidia-smi shows 2 GPU(s)", "is a wheel without CUDA", "CUDA_VISIBLE_DEVICES="):
+        assert words in message
     assert not (tmp_path / "run").exists()
-
-
-def test_an_old_driver_is_told_in_its_own_words(two_gpus, monkeypatch):
-    def init() -> None:
-        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
-
+    cold_start.main(flags(teacher, tmp_path / "run", "--dry-run"))
+    assert "peak of the run" in capsys.readouterr().out  # a plan needs no GPU
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "init", fails("The NVIDIA driver on your system is too old (found version 11040)."))
     with pytest.raises(InputError, match=r"for CUDA 13.0 says: .*too old \(found version 11040\)"):
         devices.require_usable_gpus()
-
-
-@pytest.mark.parametrize("visible", ["", "-1", "-1,0", "NoDevFiles"])
-def test_hidden_gpus_are_meant_to_be_hidden(two_gpus, monkeypatch, visible):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    devices.require_usable_gpus()
+    for visible in ("", "-1", "-1,0", "NoDevFiles"):  # hidden on purpose
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        devices.require_usable_gpus()
 
 
 def test_an_nvidia_smi_that_hangs_is_no_wait(two_gpus, tmp_path, monkeypatch):
@@ -59,33 +57,15 @@ def test_an_nvidia_smi_that_hangs_is_no_wait(two_gpus, tmp_path, monkeypatch):
         make_plan({})
 
 
-def test_a_dry_run_needs_no_gpu(two_gpus, teacher, tmp_path, capsys):
-    cold_start.main(flags(teacher, tmp_path / "run", "--dry-run"))
-    assert "peak of the run" in capsys.readouterr().out
-
-
-@pytest.fixture
-def one_gpu(monkeypatch):
-    """A card that torch sees, but has no kernels for."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: (3, 7))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "Tesla K80")
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
-
-    def zeros(*shape, device):
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with")
-
-    monkeypatch.setattr(devices.torch, "zeros", zeros)
-
-
-def test_a_card_without_kernels_is_told(one_gpu):
-    told = r"Tesla K80 \(sm_37\) cannot compute .* kernels for sm_75 sm_90: .*no kernel image"
-    with pytest.raises(InputError, match=told):
+def test_a_card_without_kernels_and_more_processes_than_cards_are_told(monkeypatch):
+    card = {"is_available": True, "device_count": 1, "get_device_name": "Tesla K80"}
+    card |= {"get_device_capability": (3, 7), "get_arch_list": ["sm_75", "sm_90"]}
+    for name, value in card.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *place, value=value: value)
+    monkeypatch.setattr(devices.torch, "zeros", fails("CUDA error: no kernel image is available for execution"))
+    words = r"Tesla K80 \(sm_37\) cannot compute .* kernels for sm_75 sm_90: .*no kernel image"
+    with pytest.raises(InputError, match=words):
         devices.require_usable_gpus()
-
-
-def test_more_processes_than_cards_are_told(one_gpu, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(InputError, match=r"NUM_PROCESSES asks for more than the 1 visible GPU\(s\)"):
         devices.require_usable_gpus()

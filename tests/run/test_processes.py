@@ -391,7 +391,7 @@ def test_a_config_that_cannot_be_is_refused(teacher, tmp_path, capsys, monkeypat
 
 
 def test_nothing_of_the_environment_acts_behind_the_flags(teacher, tmp_path, monkeypatch):
-    """An accumulation of 4 would divide every gradient; it is told, once for each variable, and set aside."""
+    """An accumulation of 4 would divide every gradient; it is ignored, with a line for each variable."""
     plain = run_cold_start(teacher, tmp_path / "plain")
     variables = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_DOWNCAST_BF16": "yes"}
     variables |= {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_FSDP": "false"}
@@ -399,7 +399,7 @@ def test_nothing_of_the_environment_acts_behind_the_flags(teacher, tmp_path, mon
         monkeypatch.setenv(name, value)
     run = run_cold_start(teacher, tmp_path / "run")
     assert largest_difference(plain, run, 3, ema=False) == 0 and logged(plain) == logged(run)
-    told = [line for line in (run / "log.txt").read_text().splitlines() if "is set aside" in line]
+    told = [line for line in (run / "log.txt").read_text().splitlines() if "is ignored" in line]
     assert len(told) == 2 and "GRADIENT_ACCUMULATION_STEPS=4 " in told[0] + told[1]
     assert not [name for name in variables if name in os.environ]
 

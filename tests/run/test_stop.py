@@ -38,7 +38,6 @@ main()
     ],
 )
 def test_one_process_whose_update_cannot_end_is_ended(does, number, words):
-    """As when the signal ended a compiler: the main thread sleeps for ever, or gets its error."""
     command = [sys.executable, "-c", STUCK.replace("{does}", does)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"

@@ -105,9 +105,9 @@ class Gan:
 
 def middle(scores: LoraScores, run: Run, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """The features of the fake score's middle block, (B, N, D), as the estimator's output: FSDP2 begins there."""
-    blocks, seen = run.plain_estimator.network.blocks, []
-    hooks = [blocks[len(blocks) // 2].register_forward_hook(lambda block, inputs, out: seen.append(out))]
-    hooks.append(run.plain_estimator.register_forward_hook(lambda estimator, inputs, out: seen[0], prepend=True))
+    blocks, outputs = run.plain_estimator.network.blocks, []
+    hooks = [blocks[len(blocks) // 2].register_forward_hook(lambda block, inputs, out: outputs.append(out))]
+    hooks.append(run.plain_estimator.register_forward_hook(lambda estimator, inputs, out: outputs[0], prepend=True))
     try:
         return scores.fake(x_t, t, y)
     finally:

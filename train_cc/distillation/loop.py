@@ -1,7 +1,7 @@
 """The loop over both turns: cycle, record, show, save. One line of either log is one turn."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from train_cc.distillation.turns import (
     observe_batches,
 )
 from train_cc.io.errors import InputError, beating, saying
-from train_cc.run.checkpoint import kept
+from train_cc.run.checkpoint import newest_words
 from train_cc.run.diagnostics import UpdateSize, finite, gathered
 from train_cc.run.logbook import BY_BAND, OVERFLOW, JsonLines, columns, logger, not_finite
 from train_cc.run.session import Session, show_picture, tracking
@@ -36,7 +36,9 @@ MOST_OVERFLOWS = 50  # in a row: a scaler that starts at 2^16 has been halved to
 def train(run: Run) -> None:
     """From ``run.step`` to ``max_train_steps`` generator turns; writes logs, previews, checkpoints and the export."""
     session, output = run.session, run.output
-    logs = open_logs(run) if session.is_main else []
+    folder = output.output_dir / "loss_logs"  # rows after the step that is resumed from are dropped
+    files = [folder / f"loss_{name}_log.jsonl" for name in ("gen", "gui")] if session.is_main else []
+    logs = [JsonLines(path, run.step) for path in files]
     fill_memories(run)
     progress = tqdm(
         desc="generator updates",
@@ -74,11 +76,8 @@ def train(run: Run) -> None:
             if last or stopping or run.step % output.checkpoint_steps == 0:
                 path = save(run)
             if stopping and not last:
-                logger.info(
-                    "stopped at step %d as asked; the same command with --auto-resume, or --resume-ckpt %s, continues",
-                    run.step,
-                    path,
-                )
+                again = f"the same command with --auto-resume, or --resume-ckpt {path}, continues"
+                logger.info("stopped at step %d as asked; %s", run.step, again)
                 return
     with saying(f"writing {output.output_dir / 'generator'}"):
         export(run)
@@ -170,12 +169,6 @@ def fetch(session: Session, figures: list[Figures], stopping: bool) -> list[dict
 # Record and show --------------------------------------------------------------------------------------------------
 
 
-def open_logs(run: Run) -> list[JsonLines]:
-    """The generator's and the estimator's log; rows after the step that is resumed from are dropped."""
-    folder = run.output.output_dir / "loss_logs"
-    return [JsonLines(folder / f"loss_{name}_log.jsonl", run.step) for name in ("gen", "gui")]
-
-
 def count_update(run: Run, step: int, row: Row) -> Row:
     """The generator update of ``step`` is done. -> its row with the counters and the schedule's scale."""
     run.step = step + 1
@@ -187,8 +180,7 @@ def count_update(run: Run, step: int, row: Row) -> Row:
 def show(run: Run, step: int) -> Row:
     """The previews of now, and what the judges say of them. Where a run was cut short must not show in its log."""
     require_finite_run(run, moments=False)
-    read: Callable = partial(run.scores.both, c=annealing(step, run.method.dynamic_steps))
-    figures = preview(run, read)
+    figures = preview(run, partial(run.scores.both, c=annealing(step, run.method.dynamic_steps)))
     return figures if run.step % run.output.sample_steps == 0 else {}
 
 
@@ -196,11 +188,10 @@ def write_rows(run: Run, logs: list[JsonLines], estimator_rows: list[Row], row: 
     if not logs:
         return
     of_generator, of_estimator = logs
-    first = (run.step - 1) * run.method.ratio_update + 1
     of_generator.write([row | {"seconds": seconds}])
     of_estimator.write(
-        {"step": run.step, "iteration": first + i} | figures | {"seconds": seconds}
-        for i, figures in enumerate(estimator_rows)
+        {"step": run.step, "iteration": iteration} | figures | {"seconds": seconds}
+        for iteration, figures in enumerate(estimator_rows, (run.step - 1) * run.method.ratio_update + 1)
     )
 
 
@@ -267,7 +258,7 @@ def stop_with(run: Run, error: InputError, rows: list[Row]) -> None:
         except InputError as reason:
             saved = f"; it could not be saved ({reason})"
     words, _, advice = str(error).rpartition(". ")
-    message = f"{words}. Stopped; {kept(run.output.checkpoints)}{saved}. {advice}"
+    message = f"{words}. Stopped; {newest_words(run.output.checkpoints)}{saved}. {advice}"
     logger.debug(message)  # into log.txt; the terminal gets it as the error that it is
     raise InputError(message) from error
 

@@ -62,7 +62,7 @@ class LoraScores:
 
 
 class FullScores(LoraScores):
-    """Of a `FullEstimator`: the real score is the teacher from the first update on, without dynamic guidance."""
+    """The scores of a `FullEstimator`: the real score is always the teacher, without dynamic guidance."""
 
     def fake(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.estimator(x_t, t, y, len(x_t))
@@ -96,7 +96,7 @@ class Run:
     reward_micro_batch: int = 0  # samples decoded at once; 0: the whole batch
     judges: dict[str, nn.Module] = field(default_factory=dict)  # score the previews
     lora_rank_generator: int | None = None  # None: the whole generator is trained
-    arguments: dict = field(default_factory=dict)  # of the command line, for records alone
+    arguments: dict = field(default_factory=dict)  # of the command line, for records only
     latent_space: str | None = None  # SHA-256, as the teacher records it
     hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of what was loaded from outside, by flag
     rewards_sha256: set[str] = field(default_factory=set)  # of the networks that rewarded, in all stages

@@ -51,12 +51,12 @@ class Part:
 
 def parts_of(run: Run) -> list[Part]:
     """All parts of ``run``: networks in training, their moments, the EMA, statistics of rewards, what fp16 counts."""
-    parts = [
+    return [
         *(part for name, learner in run.learners.items() for part in learner_parts(run, name, learner)),
         *([average_part(run)] if run.ema else []),
         *([memories_part(run)] if run.memories else []),
+        *counters(run),
     ]
-    return [*parts, average_updates_part(run), scalers_part(run), overflows_part(run), reward_scales_part(run)]
 
 
 def learner_parts(run: Run, name: str, learner: Learner) -> list[Part]:
@@ -106,19 +106,6 @@ def average_part(run: Run) -> Part:
     return Part("EMA", AVERAGE, lambda: states.whole_on_main(run.session, values), load, anew, values.values)
 
 
-def average_updates_part(run: Run) -> Part:
-    """The number of the EMA's updates; 0 without one."""
-
-    def load(updates: int, checkpoint: Checkpoint) -> None:
-        if run.ema is not None:
-            run.ema.updates = updates
-
-    def anew(checkpoint: Checkpoint) -> None:  # format 1: an average of that time was updated at every step
-        load(checkpoint.step if checkpoint.has(AVERAGE) else 0, checkpoint)
-
-    return Part("EMA's updates", "ema_updates", lambda: run.ema.updates if run.ema else 0, load, anew)
-
-
 def memories_part(run: Run) -> Part:
     """The statistics of all rewards that have some; a reward that the file does not name begins anew."""
 
@@ -135,42 +122,46 @@ def memories_part(run: Run) -> Part:
     return Part("rewards' statistics", MEMORIES, state, load, anew=lambda checkpoint: None)
 
 
-def scalers_part(run: Run) -> Part:
-    """The loss scales of fp16."""
+def counters(run: Run) -> list[Part]:
+    """Fields of the torch_units file: the EMA's updates, the loss scales of fp16, its overflows in a row, and the
+    gradient scales of rewards that overflowed; a reward that is not named begins anew."""
     scalers = [run.session.generator_accelerator.scaler, run.session.estimator_accelerator.scaler]
 
-    def load(states_of: list, checkpoint: Checkpoint) -> None:
+    def load_updates(updates: int, checkpoint: Checkpoint) -> None:
+        if run.ema is not None:
+            run.ema.updates = updates
+
+    def begin_updates(checkpoint: Checkpoint) -> None:  # format 1: an average of that time was updated at every step
+        load_updates(checkpoint.step if checkpoint.has(AVERAGE) else 0, checkpoint)
+
+    def load_scalers(states_of: list, checkpoint: Checkpoint) -> None:
         for scaler, state in zip(scalers, states_of, strict=True):
             if scaler is not None and state:
                 scaler.load_state_dict(state)
 
-    return Part("loss scales", "scalers", lambda: [scaler and scaler.state_dict() for scaler in scalers], load)
-
-
-def overflows_part(run: Run) -> Part:
-    """The overflows in a row."""
-
-    def load(counts: dict, checkpoint: Checkpoint) -> None:
+    def load_overflows(counts: dict, checkpoint: Checkpoint) -> None:
         run.overflows = dict(counts)
 
-    def state() -> dict[str, int]:
-        return {name: count for name, count in run.overflows.items() if count}
+    def reward_scales() -> dict[str, dict]:
+        return {r.name: {"backoff": r.backoff, "good_turns": r.good_turns} for r in run.rewards if r.backoff < 1}
 
-    return Part("counts of overflows", "overflows", state, load, anew=lambda checkpoint: load({}, checkpoint))
-
-
-def reward_scales_part(run: Run) -> Part:
-    """The gradient scales of rewards that overflowed; one that is not named begins anew."""
-
-    def load(scales: dict, checkpoint: Checkpoint) -> None:
+    def load_reward_scales(scales: dict, checkpoint: Checkpoint) -> None:
         for reward in run.rewards:
             state = scales.get(reward.name, {"backoff": 1.0, "good_turns": 0})
             reward.backoff, reward.good_turns = state["backoff"], state["good_turns"]
 
-    def state() -> dict[str, dict]:
-        return {r.name: {"backoff": r.backoff, "good_turns": r.good_turns} for r in run.rewards if r.backoff < 1}
-
-    return Part("rewards' scales", "reward_scales", state, load, anew=lambda checkpoint: load({}, checkpoint))
+    return [
+        Part("EMA's updates", "ema_updates", lambda: run.ema.updates if run.ema else 0, load_updates, begin_updates),
+        Part("loss scales", "scalers", lambda: [each and each.state_dict() for each in scalers], load_scalers),
+        Part(
+            "counts of overflows",
+            "overflows",
+            lambda: {name: count for name, count in run.overflows.items() if count},
+            load_overflows,
+            partial(load_overflows, {}),
+        ),
+        Part("rewards' scales", "reward_scales", reward_scales, load_reward_scales, partial(load_reward_scales, {})),
+    ]
 
 
 # Saving, resuming and exporting --------------------------------------------------------------------------------------
@@ -186,7 +177,7 @@ def require_finite_run(run: Run, moments: bool = True) -> None:
     groups = {part.name: list(part.tensors()) for part in run.parts if moments or part.optimizer is None}
     if bad := states.not_finite_groups(run.session, groups):
         message = f"step {run.step}: NaN or infinity in the {', the '.join(bad)}. Stopped, nothing of it was written; "
-        message += f"{checkpoints.kept(run.output.checkpoints)}. Lower the learning rates?"
+        message += f"{checkpoints.newest_words(run.output.checkpoints)}. Lower the learning rates?"
         logger.debug(message)  # into log.txt; the terminal gets it as the error that it is
         raise InputError(message)
 
@@ -216,7 +207,7 @@ def save(run: Run, rotate: bool = True) -> Path:
         if free < needed:
             raise InputError(
                 f"{root} has {free / 1e9:.2f} GB free, the checkpoint of step {run.step} needs {needed / 1e9:.2f} GB; "
-                f"stopped, {checkpoints.kept(root)} (--keep-checkpoints N deletes older ones)"
+                f"stopped, {checkpoints.newest_words(root)} (--keep-checkpoints N deletes older ones)"
             )
         try:
             checkpoints.write_checkpoint(root, run.step, parts, units)
@@ -225,7 +216,7 @@ def save(run: Run, rotate: bool = True) -> Path:
                 raise
             checkpoints.delete_leftovers(root)
             path = checkpoints.units_path(root, run.step)
-            raise InputError(f"{path} is not written, {checkpoints.kept(root)}: {message}") from error
+            raise InputError(f"{path} is not written, {checkpoints.newest_words(root)}: {message}") from error
         if rotate:
             checkpoints.rotate_checkpoints(root, run.output.keep_checkpoints, run.output.resume_ckpt)
         logger.info("checkpoint %s", checkpoints.units_path(root, run.step))
@@ -267,12 +258,12 @@ def export(run: Run) -> None:
 
 
 def write_generator(run: Run, state: dict[str, Tensor]) -> None:
-    """On the main process alone. Raises `InputError` where a LoRA's teacher is no longer what it was."""
+    """On the main process only. Raises `InputError` where a LoRA's teacher is no longer what it was."""
     folder, rank = run.output.output_dir, run.lora_rank_generator
     if rank is not None and sha256(model_folder(run.teacher) / WEIGHTS_NAME) != run.hashes["teacher"]:
         raise InputError(
             f"{run.teacher} has changed since the run began, so that its LoRA cannot be merged: "
-            f"{checkpoints.kept(run.output.checkpoints)}; put the teacher back and give the same command again"
+            f"{checkpoints.newest_words(run.output.checkpoints)}; put the teacher back and give the same command again"
         )
     generator = assemble_generator(run.model_config, state, run.teacher, rank)
     target = folder / "generator"
@@ -315,8 +306,7 @@ def generator_state(checkpoint: Checkpoint, weights: str) -> dict[str, Tensor]:
     """Trained weights of the generator; ``weights``: "ema", "raw", or "auto" (EMA if there is one)."""
     state = checkpoint.read("accelerator_1/generator.safetensors")
     if weights_kind(checkpoint, weights) == "ema":
-        average = checkpoint.read(AVERAGE)
-        state |= average
+        state |= checkpoint.read(AVERAGE)
     return state
 
 

@@ -158,12 +158,11 @@ def tilt_batches(run: Run, batches: list[tuple[Draws, Tensor, Tensor]]) -> tuple
 
 @torch.no_grad()
 def observe_batches(run: Run, batches: list[tuple[Draws, Tensor, Tensor]]) -> None:
-    """The samples of an estimator turn enter the statistics of the rewards that have some: a forward alone."""
+    """The samples of an estimator turn enter the statistics of the rewards that have some: a forward only."""
     memories = run.memories.values()
     for _, y, x0 in batches if memories else ():
-        for part, labels in zip(
-            x0.split(run.reward_micro_batch or len(x0)), y.split(run.reward_micro_batch or len(y)), strict=True
-        ):
+        size = run.reward_micro_batch or len(x0)
+        for part, labels in zip(x0.split(size), y.split(size), strict=True):
             images = run.decode(part)
             for memory in memories:
                 memory.observe(memory.features_of(images), labels)

@@ -69,9 +69,9 @@ def contradiction(folders: list[str], num_classes: int, dataset: str | None) -> 
     if len(folders) != num_classes:
         return None
     names = class_names("auto", num_classes, dataset) or map(str, range(num_classes))
-    known = [{str(j), _letters(name), *map(_letters, name.split(","))} for j, name in enumerate(names)]
+    own = [{str(j), _letters(name), *map(_letters, name.split(","))} for j, name in enumerate(names)]
     for k, folder in enumerate(folders):
-        classes = [j for j, spellings in enumerate(known) if _letters(folder) in spellings]
+        classes = [j for j, spellings in enumerate(own) if _letters(folder) in spellings]
         if classes and k not in classes:
             return f"the folder {printable(folder)[:40]} is its class {k}, but the model's class {classes[0]}"
     return None

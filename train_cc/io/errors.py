@@ -103,11 +103,11 @@ FIRST, EVERY = 5.0, 10.0  # seconds: what is done by then needs no words
 @contextlib.contextmanager
 def beating(call: Callable[[int], None], first: float = FIRST, every: float = EVERY) -> Iterator[None]:
     """``call(seconds)`` from a thread: after ``first`` seconds inside, and again ``every`` few."""
-    done, began = threading.Event(), time.monotonic()
+    finished, began = threading.Event(), time.monotonic()
 
     def beat() -> None:
         wait = first
-        while not done.wait(wait):
+        while not finished.wait(wait):
             call(round(time.monotonic() - began))
             wait = every
 
@@ -116,7 +116,7 @@ def beating(call: Callable[[int], None], first: float = FIRST, every: float = EV
     try:
         yield
     finally:
-        done.set()
+        finished.set()
         thread.join()
 
 

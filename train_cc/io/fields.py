@@ -15,10 +15,10 @@ from types import NoneType, UnionType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import shown
+from train_cc.io.read import value_text
 
 FEATURE_SPACES = "classifier:FOLDER, dinov2, inception, timm:NAME"  # the notation of models/features.py
-# These judge alone: the FID in inception-spatial is sFID, and the size of pixels is that of the images.
+# These only judge: the FID in inception-spatial is sFID, and the size of pixels is that of the images.
 JUDGING_SPACES = f"{FEATURE_SPACES}, inception-spatial, pixels"
 
 
@@ -156,8 +156,8 @@ class TimeInterval(argparse.Action):
         except ValueError:
             low, high = 1.0, 0.0
         if not 0 <= low < high <= 1:
-            told = " ".join(map(str, values))
-            parser.error(f"{option_string} is {told}; allowed: two times LOW HIGH with 0 <= LOW < HIGH <= 1")
+            text = " ".join(map(str, values))
+            parser.error(f"{option_string} is {text}; allowed: two times LOW HIGH with 0 <= LOW < HIGH <= 1")
         setattr(namespace, self.dest, [low, high])
 
 
@@ -257,13 +257,13 @@ def check(kind: type, content: Mapping, source: Path | str, others: bool = False
     """
     fields, hints = {field.name: field for field in dataclasses.fields(kind)}, get_type_hints(kind)
     missing = [name for name, field in fields.items() if field.default is MISSING and name not in content]
-    unknown = [shown(name) for name in content if name not in fields and str(name)[:1] != "_" and not others]
+    unknown = [value_text(name) for name in content if name not in fields and str(name)[:1] != "_" and not others]
     if missing or unknown:
         problem = f"it lacks {missing[:8]}" if missing else f"it has unknown {unknown[:8]}"
         raise InputError(f"{source}: {problem}; allowed: {', '.join(fields)}")
     for name in fields.keys() & content.keys():
         if allowed := fields[name].metadata["setting"].problem(content[name], hints[name]):
-            raise InputError(f"{source}: {name} is {shown(content[name])}; allowed: {allowed}")
+            raise InputError(f"{source}: {name} is {value_text(content[name])}; allowed: {allowed}")
     return {name: content.get(name, field.default) for name, field in fields.items()}
 
 
@@ -271,4 +271,4 @@ def check_numbers(config: Mapping, allowed: Mapping[str, Number], source: Path |
     """Every key of ``allowed`` that is in ``config`` has such a number. Raises `InputError`."""
     for name, number in allowed.items():
         if name in config and (words := number.problem(config[name])):
-            raise InputError(f"{source}: {name} is {shown(config[name])}; allowed: {words}")
+            raise InputError(f"{source}: {name} is {value_text(config[name])}; allowed: {words}")

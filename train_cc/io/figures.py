@@ -43,7 +43,7 @@ def read_figures(path: Path) -> dict:
     """The content of `write_figures`; every row has "figures", of numbers. Raises `InputError`."""
     record = read_json(path, FIGURES)
     require_plain(record, path)
-    if "rows" not in record:  # a frontier.json once held the rows alone
+    if "rows" not in record:  # a frontier.json once held the rows only
         record = {"rows": record}
     with parsing(path, FIGURES):
         for space in (record, *record.get("more_spaces", [])):

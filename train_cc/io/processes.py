@@ -48,7 +48,7 @@ def devices_listed(environment: Mapping[str, str]) -> list[str] | None:
 def gpus_shown() -> list[str]:
     """The lines of ``nvidia-smi -L`` that are of GPUs; none without such a command. Raises `InputError` if it hangs."""
     try:
-        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI).stdout
+        text = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI).stdout
     except subprocess.TimeoutExpired:
         raise InputError(
             f"nvidia-smi -L gave no answer in {NVIDIA_SMI} s, as when a GPU or its driver hangs. Try it by itself; "
@@ -56,7 +56,7 @@ def gpus_shown() -> list[str]:
         ) from None
     except OSError:
         return []
-    return [line for line in told.splitlines() if line.startswith("GPU ")]
+    return [line for line in text.splitlines() if line.startswith("GPU ")]
 
 
 def tasks(environment: Mapping[str, str]) -> tuple[str, int]:
@@ -79,20 +79,20 @@ def require_no_other_tasks(environment: Mapping[str, str], expected: int) -> Non
     if count > expected:
         raise InputError(
             f"{name} is {count}: mpirun or srun started {count} processes that do not know of each other "
-            f"(WORLD_SIZE is {environment.get('WORLD_SIZE') or 'not set'}). {ONE_A_NODE}. For one process alone unset "
+            f"(WORLD_SIZE is {environment.get('WORLD_SIZE') or 'not set'}). {ONE_A_NODE}. For a single process unset "
             f"{name}"
         )
 
 
-def require_same_count(wanted: int, count: int) -> None:
-    """Raises `InputError` where ``wanted`` processes were asked for and WORLD_SIZE or the start is ``count``."""
-    if wanted == count:
+def require_same_count(expected: int, count: int) -> None:
+    """Raises `InputError` where ``expected`` processes were asked for and WORLD_SIZE or the start is ``count``."""
+    if expected == count:
         return
     if count == 1:
-        raise InputError(f"NUM_PROCESSES is {wanted}, but 1 process(es) were started: use a launcher of scripts/")
+        raise InputError(f"NUM_PROCESSES is {expected}, but 1 process(es) were started: use a launcher of scripts/")
     raise InputError(
-        f"NUM_PROCESSES is {wanted}, but WORLD_SIZE is {count}, as clusters set it for their pods. For a run of "
-        f"{wanted} process(es) unset WORLD_SIZE, RANK and MASTER_ADDR. {ONE_A_NODE}"
+        f"NUM_PROCESSES is {expected}, but WORLD_SIZE is {count}, as clusters set it for their pods. For a run of "
+        f"{expected} process(es) unset WORLD_SIZE, RANK and MASTER_ADDR. {ONE_A_NODE}"
     )
 
 
@@ -101,7 +101,7 @@ def require_alone(environment: Mapping[str, str], processes: int, nodes: int) ->
     require_no_other_tasks(environment, nodes)
     pods = environment.get("PET_NNODES") or "1"  # of torchrun, as Kubeflow sets it; MIN:MAX if elastic
     if nodes == 1 and pods not in ("1", "1:1"):
-        raise InputError(f"PET_NNODES is {pods}, but NUM_NODES is 1. {ONE_A_NODE}. For one node alone unset PET_NNODES")
+        raise InputError(f"PET_NNODES is {pods}, but NUM_NODES is 1. {ONE_A_NODE}. For a single node unset PET_NNODES")
     count = count_of(environment, "WORLD_SIZE", 1, MOST, 1)
     if nodes == 1 and count > 1:
         require_same_count(processes, count)
@@ -115,9 +115,9 @@ def started(exact: bool = False) -> Place:
     environment = os.environ
     count = count_of(environment, "WORLD_SIZE", 1, MOST, 1)
     require_no_other_tasks(environment, count)
-    wanted = count_of(environment, "NUM_PROCESSES", 1, MOST, count)
+    expected = count_of(environment, "NUM_PROCESSES", 1, MOST, count)
     if exact or count > 1:
-        require_same_count(wanted, count)
+        require_same_count(expected, count)
     if count == 1:
         return Place(0, 1, "", 0)
     missing = [name for name in ("RANK", "MASTER_ADDR") if not environment.get(name)]

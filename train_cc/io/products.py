@@ -55,10 +55,10 @@ def commit() -> str | None:
     """The commit of this code, with "-dirty" after changes; None where it is no git checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+        process = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return process.stdout.strip() or None
 
 
 def record(stage: str, arguments: dict, **more: object) -> dict:
@@ -83,19 +83,19 @@ def write_record(folder: Path, content: dict) -> None:
     write_atomically(folder / RECORD, json.dumps(content, indent=2, default=str) + "\n")
 
 
-def differences(made: Mapping, content: Mapping) -> list[str]:
-    """The words for what record ``made`` has otherwise than ``content``; versions do not count."""
+def differences(record: Mapping, content: Mapping) -> list[str]:
+    """The words for what record ``record`` has otherwise than ``content``; versions do not count."""
     words = []
-    for part, wanted in json.loads(json.dumps(content, default=str)).items():
+    for part, value in json.loads(json.dumps(content, default=str)).items():
         if part in ("made_by", "versions"):
             continue
-        if not isinstance(wanted, dict):
-            words += [f"{part} {made.get(part)} (asked for: {wanted})"] if made.get(part) != wanted else []
+        if not isinstance(value, dict):
+            words += [f"{part} {record.get(part)} (asked for: {value})"] if record.get(part) != value else []
             continue
-        old = made[part] if isinstance(made.get(part), dict) else {}
-        names = sorted(name for name in (old | wanted).keys() - ASIDE if old.get(name) != wanted.get(name))
+        old = record[part] if isinstance(record.get(part), dict) else {}
+        names = sorted(name for name in (old | value).keys() - ASIDE if old.get(name) != value.get(name))
         for name in names:
-            flag = f"--{name.replace('_', '-')} {old.get(name)} (asked for: {wanted.get(name)})"
+            flag = f"--{name.replace('_', '-')} {old.get(name)} (asked for: {value.get(name)})"
             words.append(flag if part == "arguments" else f"another {name}")
     return words
 
@@ -137,10 +137,10 @@ def check_output_file(path: Path, overwrite: bool, flag: str = "--output") -> No
 
 def apart(paths: Iterable[tuple[str, Path | None]]) -> None:
     """No two outputs are one file. Raises `InputError`."""
-    seen: dict[str, str] = {}
+    places: dict[str, str] = {}
     for flag, path in paths:
-        if path is not None and seen.setdefault(real := os.path.realpath(path), flag) != flag:
-            raise InputError(f"{seen[real]} and {flag} are both {path}; choose two")
+        if path is not None and places.setdefault(real := os.path.realpath(path), flag) != flag:
+            raise InputError(f"{places[real]} and {flag} are both {path}; choose two")
 
 
 def check_output_dir(folder: Path, overwrite: bool = False, flag: str = "--output-dir") -> None:
@@ -172,8 +172,8 @@ def need_space(folder: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """``folder`` is written by this process alone. Made where missing, and removed again if nothing came of it."""
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    """``folder`` is written by this process only. Made where missing, and removed again if nothing came of it."""
+    parents = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     before = {path.name for path in folder.iterdir()}
     lock = FileLock(folder / name)
@@ -188,7 +188,7 @@ def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
     finally:
         if folder.is_dir() and name not in before and {path.name for path in folder.iterdir()} - {name} == before:
             (folder / name).unlink(missing_ok=True)
-        for parent in made:
+        for parent in parents:
             with contextlib.suppress(OSError):  # something is in it
                 parent.rmdir()
         if lock is not None:
@@ -266,21 +266,21 @@ def place_of(target: Path) -> Place:
 
 def finished(target: Path, content: Mapping, read: Callable[[Path], Mapping] = record_of) -> bool:
     """True if the command of record ``content`` made ``target`` and all of it is there. Only decided here."""
-    made = read(target) if target.is_file() or target.is_dir() else {}  # a pipe would be waited for
-    if not isinstance(made, Mapping) or not made or differences(made, content):
+    record = read(target) if target.is_file() or target.is_dir() else {}  # a pipe would be waited for
+    if not isinstance(record, Mapping) or not record or differences(record, content):
         return False
-    return target.is_file() or is_whole(target, made)
+    return target.is_file() or is_whole(target, record)
 
 
-def is_whole(folder: Path, made: Mapping) -> bool:
-    """True if every name is in ``folder`` that its record ``made`` lists as finished."""
-    names = names_in(made)
+def is_whole(folder: Path, record: Mapping) -> bool:
+    """True if every name is in ``folder`` that its record ``record`` lists as finished."""
+    names = names_in(record)
     return bool(names) and all((folder / name).exists() for name in names)
 
 
-def names_in(made: Mapping) -> list[str]:
+def names_in(record: Mapping) -> list[str]:
     """The names in a finished folder, by its record; none of a folder that is filled in place, such as a run's."""
-    return [str(name) for name in made["finished"]] if isinstance(made.get("finished"), list) else []
+    return [str(name) for name in record["finished"]] if isinstance(record.get("finished"), list) else []
 
 
 def check_product(
@@ -310,17 +310,17 @@ def check_product(
 
 def check_replaced(folder: Path, content: Mapping, overwrite: bool, flag: str) -> None:
     """The kind of command of record ``content`` wrote all of ``folder``, and ``overwrite``. Raises `InputError`."""
-    made = record_of(folder)
-    if made["stage"] != content["stage"]:
-        raise InputError(f"the output folder {folder} holds what {made['stage']} wrote; choose another {flag}")
+    record = record_of(folder)
+    if record["stage"] != content["stage"]:
+        raise InputError(f"the output folder {folder} holds what {record['stage']} wrote; choose another {flag}")
     if not overwrite:
-        words = ", ".join(differences(made, content)) or "these settings, and is not whole"
+        words = ", ".join(differences(record, content)) or "these settings, and is not whole"
         raise InputError(
             f"the output folder {folder} is not empty: it was made with {words}; choose another {flag}, or replace it "
             "with --overwrite"
         )
     names = {path.name for path in folder.iterdir() if not LEFTOVER.fullmatch(path.name)}
-    if others := sorted(names - {RECORD, *(names_in(made) or names)}):
+    if others := sorted(names - {RECORD, *(names_in(record) or names)}):
         raise InputError(f"{folder} also holds {', '.join(others[:6])}: move it, or choose another {flag}")
 
 

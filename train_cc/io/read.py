@@ -33,8 +33,8 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def parsing(path: Path | str, expected: str, told: str = "is damaged or something else") -> Iterator[None]:
-    """Around a library's parser alone: whatever it raises says that ``path`` is not what it should be."""
+def parsing(path: Path | str, expected: str, problem: str = "is damaged or something else") -> Iterator[None]:
+    """Around a library's parser only: whatever it raises says that ``path`` is not what it should be."""
     try:
         yield
     except InputError:
@@ -43,8 +43,8 @@ def parsing(path: Path | str, expected: str, told: str = "is damaged or somethin
         if Path(path).is_file():
             with Path(path).open("rb") as file:
                 if file.read(len(POINTER)) == POINTER:
-                    told = "is a pointer of Git LFS, not the file itself, which `git lfs pull` fetches"
-        raise InputError(f"{path} {told}; {expected} is expected ({first_line(error)})") from error
+                    problem = "is a pointer of Git LFS, not the file itself, which `git lfs pull` fetches"
+        raise InputError(f"{path} {problem}; {expected} is expected ({first_line(error)})") from error
 
 
 def require_file(path: Path, expected: str) -> Path:
@@ -65,7 +65,7 @@ def _require(path: Path, is_kind: Callable[[Path], bool], expected: str) -> None
     try:
         there = is_kind(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)[:300]!r} is no path ({first_line(error)}); {expected} is expected") from error
+        raise InputError(f"{str(path)[:300]!r} is not a path ({first_line(error)}); {expected} is expected") from error
     if not there:
         kind = "is a folder" if path.is_dir() else "is a file" if path.is_file() else "does not exist"
         raise InputError(f"{path} {kind}; {expected} is expected")
@@ -105,7 +105,7 @@ def read_safetensors(path: Path, expected: str) -> dict[str, "Tensor"]:
 
 
 def safetensors_shapes(path: Path, expected: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape from the header alone."""
+    """Name -> shape from the header only."""
     from safetensors import safe_open
 
     require_file(path, expected)
@@ -114,7 +114,7 @@ def safetensors_shapes(path: Path, expected: str) -> dict[str, tuple[int, ...]]:
 
 
 def read_torch(path: Path, expected: str, allowed: Sequence[type] = ()) -> object:
-    """A .pt file's content, without running code from it; of classes, plain values and ``allowed`` alone.
+    """A .pt file's content, without running code from it; of classes, plain values and ``allowed`` only.
 
     Tensors are views of the mapped file: a part that is not looked at takes no memory, and processes share the rest.
     torch skips the archive's checksums: they are checked here.
@@ -138,22 +138,24 @@ def read_torch(path: Path, expected: str, allowed: Sequence[type] = ()) -> objec
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
             except pickle.UnpicklingError as error:  # torch advises to run the file's code
                 reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-                if found := re.search(r"GLOBAL ([\w.]+)", reason):
+                if match := re.search(r"GLOBAL ([\w.]+)", reason):
                     raise InputError(
-                        f"{path} holds {found[1]}, a class or function that is not allowed there and was not run; "
+                        f"{path} holds {match[1]}, a class or function that is not allowed there and was not run; "
                         f"{expected} is expected. Where you trust it, save it again with plain numbers, text, tensors"
                     ) from error
                 raise pickle.UnpicklingError(reason) from error
 
 
 def npz_headers(path: Path, expected: str) -> dict[str, tuple[tuple[int, ...], "np.dtype"]]:
-    """Name -> shape and dtype of every array of an .npz, from the headers alone."""
+    """Name -> shape and dtype of every array of an .npz, from the headers only."""
     from numpy.lib import format as npy
 
     require_file(path, expected)
     headers = {}
     with parsing(path, expected), zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # LZMA reserves what it claims
+                raise InputError(f"{path}: {entry.filename} is compressed in an unknown way; {expected} is expected")
             with archive.open(entry) as file:
                 read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
                 shape, _, dtype = read(file)
@@ -203,7 +205,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def shown(value: object) -> str:
+def value_text(value: object) -> str:
     """``value`` for a message, cut short. Numbers of thousands of digits and what cannot be shown are named."""
     try:
         return repr(value)[:80]

@@ -31,7 +31,7 @@ HOW_TO_MAKE = "`bash scripts/pretrain_digits.sh` makes digits' teacher, `python 
 
 @contextlib.contextmanager
 def asking_the_hub(message: str) -> Iterator[None]:
-    """Around calls of huggingface_hub alone: any exception of it becomes an `InputError` that ``message`` begins.
+    """Around calls of huggingface_hub only: any exception of it becomes an `InputError` that ``message`` begins.
 
     Its versions use requests, httpx or httpx2, and a library in Rust for large files: their exceptions share no class.
     """

@@ -41,10 +41,10 @@ def share_cores(processes: int = 1) -> None:
     """
     if "torch" in sys.modules:
         return
-    told = {"OMP_NUM_THREADS": str(max(1, usable_cores() // processes)), "OMP_WAIT_POLICY": "passive"}
+    variables = {"OMP_NUM_THREADS": str(max(1, usable_cores() // processes)), "OMP_WAIT_POLICY": "passive"}
     if os.environ.get("OMP_WAIT_POLICY") in (None, "", _ours.get("OMP_WAIT_POLICY")):
-        told["GOMP_SPINCOUNT"] = str(SPINS)
-    for name, value in told.items():
+        variables["GOMP_SPINCOUNT"] = str(SPINS)
+    for name, value in variables.items():
         if os.environ.get(name) in (None, "", _ours.get(name)):
             os.environ[name] = _ours[name] = value
 

@@ -54,21 +54,23 @@ def require_tensors(content: object, source: Path | str, expected: str) -> dict[
         raise InputError(f"{source} holds {kind}; {expected} is expected")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            told = f"it holds {str(name)[:80]!r}, a {type(value).__name__}"
-            raise InputError(f"{source} is no bare state dict of tensors: {told}; {expected} is expected")
+            problem = f"it holds {str(name)[:80]!r}, a {type(value).__name__}"
+            raise InputError(f"{source} is no bare state dict of tensors: {problem}; {expected} is expected")
         plain = value.layout == torch.strided and not (value.is_nested or value.is_quantized or value.is_complex())
         if not plain or value.device.type != "cpu":
-            told = "nested" if value.is_nested else f"{value.dtype}, {value.layout}, on {value.device.type}"
-            raise InputError(f"{source}: {name} is {told}; plain real numbers are expected")
+            problem = "nested" if value.is_nested else f"{value.dtype}, {value.layout}, on {value.device.type}"
+            raise InputError(f"{source}: {name} is {problem}; plain real numbers are expected")
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise InputError(f"{source}: {name} names {value.nbytes:,} bytes and holds fewer")
     return dict(content)
 
 
 def block_count(names: Iterable[str], source: Path | str) -> int:
     """N of the ``blocks.0.`` to ``blocks.(N - 1).`` in ``names``. Raises `InputError` where one is missing."""
-    found = {match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", name))}
-    if far := sorted(number for number in found if len(number) > 4):
+    blocks = {match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", name))}
+    if far := sorted(number for number in blocks if len(number) > 4):
         raise InputError(f"{source} has a block {far[0][:40]}; 0 to 9999 are possible")
-    numbers = {int(number) for number in found}
+    numbers = {int(number) for number in blocks}
     if numbers != set(range(len(numbers))):
         gaps = sorted(set(range(max(numbers))) - numbers)
         raise InputError(f"{source}: blocks {gaps[:8]} are missing of 0 to {max(numbers)}")

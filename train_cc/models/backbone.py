@@ -184,11 +184,11 @@ def read_config(folder: Path) -> dict:
 
 
 class Defaults:
-    """What a network may leave unsaid, and what every config has: `in_channels`, `input_size`, `num_classes`."""
+    """Defaults of a network class; every config has `in_channels`, `input_size`, `num_classes`."""
 
     limits: Mapping[str, tuple[float, float]] = {}  # ranges of its arguments, ends included
     optional: tuple[str, ...] = ()  # arguments that a config.json may leave out
-    needs = ""  # why it computes in fp32 or fp16 alone, if it does
+    needs = ""  # why it computes in fp32 or fp16 only, if it does
 
     @staticmethod
     def check_sizes(config: Mapping) -> None:
@@ -209,7 +209,7 @@ class Defaults:
 
 
 class Network(ModelMixin):
-    """What each network gets: it is read and written strictly. `network_class` makes one of both."""
+    """The base of each network: it is read and written strictly. `network_class` makes one of both."""
 
     code: str  # the file of its class; it needs nothing of this project: a pipeline that is shared holds it
     code_sha256: str | None  # of one's own

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from train_cc.io.errors import InputError
 from train_cc.io.fields import check, setting
 from train_cc.io.products import plain_mode
-from train_cc.io.read import parsing, read_json, read_safetensors, require_folder, shown
+from train_cc.io.read import parsing, read_json, read_safetensors, require_folder, value_text
 from train_cc.io.remote import hub_file
 from train_cc.io.weights import load_weights, require_finite, require_tensors
 
@@ -38,7 +38,7 @@ def check_classifier_config(config: Mapping, source: Path | str) -> dict:
     """The arguments of `ImageClassifier` in ``config``. Raises `InputError`."""
     values = check(ClassifierConfig, config, source)
     if not timm.is_model(values["architecture"]):
-        name, hint = shown(values["architecture"]), "timm.list_models() has the names"
+        name, hint = value_text(values["architecture"]), "timm.list_models() has the names"
         raise InputError(f"{source}: timm knows no architecture {name}; {hint}")
     for key in ("mean", "std"):
         each = values[key] if isinstance(values[key], list) else [values[key]]

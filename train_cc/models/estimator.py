@@ -20,7 +20,7 @@ CHECKED_CLASSES, CHECKED_STEPS = 64, 4  # of a teacher in fp16: four calls, half
 class ScoreEstimator(nn.Module):
     """v(x, t, y) of ``teacher`` with its LoRA at ``lora_scale``; scale 0 is the teacher bit for bit.
 
-    ``teacher`` is taken over and frozen. The scale is an argument of `forward` alone. Without gradient it computes in
+    ``teacher`` is taken over and frozen. The scale is an argument of `forward` only. Without gradient it computes in
     ``score_dtype``, if there is one: the gap of two readings is small, and fp16 rounds eight times finer than bf16.
     """
 
@@ -144,9 +144,9 @@ def watched(network: nn.Module) -> Iterator[tuple[Seen, Seen]]:
     """Yield what the modules of ``network`` take and return inside, and the gradients of the latter, as computed."""
     activations, gradients = [], []
 
-    def note(seen: Seen, where: str, value: Tensor) -> None:
+    def note(ranges: Seen, where: str, value: Tensor) -> None:
         low, high = value.detach().aminmax()
-        seen.append((where, torch.maximum(low.abs(), high.abs()).float()))
+        ranges.append((where, torch.maximum(low.abs(), high.abs()).float()))
 
     def hook_of(where: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, out: object) -> None:
@@ -169,7 +169,7 @@ def watched(network: nn.Module) -> Iterator[tuple[Seen, Seen]]:
 @torch.no_grad()
 def overflowing(network: nn.Module, dtype: torch.dtype, call: Callable[[], object]) -> str | None:
     """The first place of ``network`` whose values in ``call``, times `MARGIN`, leave ``dtype``'s range, or None."""
-    with watched(network) as (seen, _):
+    with watched(network) as (ranges, _):
         call()
-    beyond = ~(torch.stack([value for _, value in seen]) * MARGIN < torch.finfo(dtype).max)  # NaN is beyond
-    return next((where for (where, _), bad in zip(seen, beyond.tolist(), strict=True) if bad), None)
+    beyond = ~(torch.stack([value for _, value in ranges]) * MARGIN < torch.finfo(dtype).max)  # NaN is beyond
+    return next((where for (where, _), bad in zip(ranges, beyond.tolist(), strict=True) if bad), None)

@@ -7,7 +7,7 @@
 | `inception` | torch-fidelity's inception-v3-compat, 2048 | 1008, unbiased |
 | `inception-spatial` | ADM's for sFID: 7 channels of the 17 x 17 positions of mixed_6/conv, 2023 | none |
 | `timm:NAME` | pre-logits of a timm model with its published weights | of its own classes, if it has any |
-| `pixels` | the image itself, in [0, 1], flattened; to judge small images alone | none |
+| `pixels` | the image itself, in [0, 1], flattened; only to judge small images | none |
 
 Greyscale images are repeated to three channels for a space that takes three; any other mismatch is refused. Inception
 takes uint8: images are rounded to 1/255 there, and the gradient passes the rounding unchanged. An image that came from
@@ -119,7 +119,7 @@ class Pixels(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """torch-fidelity's network with a path for gradients: its own forward takes uint8 alone. Always fp32.
+    """torch-fidelity's network with a path for gradients: its own forward takes uint8 only. Always fp32.
 
     ``file``: its weights, None: downloaded. ``spatial``: the features of sFID. TensorFlow's mixed_6/conv is the first
     branch of Mixed_6d here, after its ReLU. Raises `InputError`.

@@ -88,8 +88,8 @@ class GenerationConfig:
 
     def write(self, folder: str | Path) -> None:
         """Write the file into a model folder."""
-        kept = {name: value for name, value in asdict(self).items() if value is not None}
-        content = {**kept, "latent_space_sha256": self.latent_space_sha256}
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        content = {**fields, "latent_space_sha256": self.latent_space_sha256}
         write_atomically(Path(folder) / GENERATION_CONFIG, json.dumps(content, indent=2) + "\n")
 
 

@@ -28,7 +28,7 @@ from train_cc.io.read import (
     read_safetensors,
     read_torch,
     safetensors_shapes,
-    shown,
+    value_text,
 )
 from train_cc.io.remote import cached_hub_file, hub_file, models_inside
 from train_cc.io.weights import load_weights, require_tensors
@@ -166,11 +166,13 @@ def check_vae_config(config: Mapping, source: Path | str) -> dict:
     names = [name for name in CHANNEL_STATISTICS if values[name] is not None]
     if len(names) == 1:
         expected = " and ".join(CHANNEL_STATISTICS)
-        raise InputError(f"{source}: {names[0]} is there alone; {expected} are expected, or neither")
+        raise InputError(f"{source}: {names[0]} is there without the other; {expected} are expected, or neither")
     for name in names:
         channels = values["latent_channels"]
         if len(values[name]) != channels:
-            raise InputError(f"{source}: {name} is {shown(values[name])}; a list of {channels} numbers is expected")
+            raise InputError(
+                f"{source}: {name} is {value_text(values[name])}; a list of {channels} numbers is expected"
+            )
         for value in values[name]:
             check_numbers({name: value}, {name: CHANNEL_STATISTICS[name]}, source)
     if names and values["shift_factor"]:

@@ -48,7 +48,7 @@ aten = torch.ops.aten
 class Cost:
     """Bytes are of one process. ``flop`` and ``sent`` (bytes to others) are of one process in one cycle."""
 
-    held: dict[str, int] = field(default_factory=dict)  # from turn to turn, by what it is
+    resident: dict[str, int] = field(default_factory=dict)  # from turn to turn, by what it is
     peaks: dict[str, int] = field(default_factory=dict)  # of training, resuming, previews and sampling
     flop: int = 0
     sent: int = 0
@@ -220,8 +220,8 @@ def simulate(args: argparse.Namespace, precision: str, processes: int) -> Cost:
             cost.peaks["resuming"] = costs.lap()
             cost.checkpoint = sum(t.numel() * t.element_size() for part in run.parts for t in part.tensors())
             plan_cycle(run, args, costs, cost, buckets)
-            cost.held = {name: local_bytes(networks, *things) for name, things in things_of(run).items()}
-            cost.held[REST] = costs.now - sum(cost.held.values())
+            cost.resident = {name: local_bytes(networks, *things) for name, things in things_of(run).items()}
+            cost.resident[REST] = costs.now - sum(cost.resident.values())
             if args.num_previews:
                 plan_previews(run)
                 cost.peaks["previews"] = costs.lap()
@@ -280,7 +280,7 @@ def plan_cycle(
 ) -> None:
     """One cycle of ``run``, scaled up to that of ``args``: its FLOP, bytes sent, and the peaks of its turns.
 
-    Of the estimator turns, which are alike, the first alone is gone through.
+    Of the estimator turns, which are alike, only the first is simulated.
     """
     chunks, gone = args.gradient_accumulation_steps, run.optimisation.gradient_accumulation_steps
 
@@ -336,7 +336,7 @@ def plan_previews(run: Run) -> None:
 
 @torch.no_grad()
 def sample(args: argparse.Namespace, networks: NetworksToCome, decode: Callable[[Tensor], Tensor]) -> int:
-    """Return the peak of the generator alone with its decoder, as `evaluation.generate` has them."""
+    """Return the peak of the generator only with its decoder, as `evaluation.generate` has them."""
     generator, costs = networks.teacher(args.teacher), Costs(networks.mode)
     costs.watch(generator, decode.float() if isinstance(decode, nn.Module) else None)
     with costs:
@@ -348,8 +348,8 @@ def sample(args: argparse.Namespace, networks: NetworksToCome, decode: Callable[
 
 def in_8_bits(cost: Cost) -> None:
     """Two bytes a trained parameter in place of eight."""
-    for name in [name for name in cost.held if name.endswith(" moments")]:
-        less = 3 * cost.held[name] // 4
-        cost.held[name] -= less
+    for name in [name for name in cost.resident if name.endswith(" moments")]:
+        less = 3 * cost.resident[name] // 4
+        cost.resident[name] -= less
         for peak in cost.peaks:
             cost.peaks[peak] -= 0 if peak.startswith("sampling") else less

@@ -1,6 +1,6 @@
 """The plan of a command (`--dry-run`): arguments, images, checkpoints, memory, FLOP, hours.
 
-Inputs are checked as a run checks them, the teacher's weights by their header alone. The rest is computed
+Inputs are checked as a run checks them, the teacher's weights by their header only. The rest is computed
 (`train_cc.planning.memory`).
 """
 
@@ -57,7 +57,7 @@ def planned_precision(args: argparse.Namespace) -> tuple[str, list[str]]:
 def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
     """The text that `--dry-run` prints. Raises `InputError` for inputs that a run would refuse.
 
-    A teacher may be a name such as SiT-XL/2, or a folder that has its config.json alone yet.
+    A teacher may be a name such as SiT-XL/2, or a folder that has its config.json only.
     """
     precision, notes = planned_precision(args)
     begin, more = begins_at(stage, args)
@@ -87,13 +87,13 @@ def plan(stage: str, args: argparse.Namespace, processes: int) -> str:
 
 def parameter_lines(args: argparse.Namespace, cost: Cost, updates: int) -> list[str]:
     (trained, whole), (lora, estimator) = cost.parameters["generator"], cost.parameters["estimator"]
-    kept = -(-updates // args.checkpoint_steps)
-    kept = min(kept, args.keep_checkpoints) if args.keep_checkpoints else kept
+    count = -(-updates // args.checkpoint_steps)
+    count = min(count, args.keep_checkpoints) if args.keep_checkpoints else count
     return [
         f"parameters: generator {trained:,} trained of {whole:,}; estimator {lora:,} trained, "
         f"{estimator - lora:,} frozen",
-        f"checkpoints kept: {kept} (every {args.checkpoint_steps} updates), {cost.checkpoint / GIB:.2f} GiB each, "
-        f"{kept * cost.checkpoint / GIB:.2f} GiB in all",
+        f"checkpoints kept: {count} (every {args.checkpoint_steps} updates), {cost.checkpoint / GIB:.2f} GiB each, "
+        f"{count * cost.checkpoint / GIB:.2f} GiB in all",
     ]
 
 
@@ -104,7 +104,7 @@ def memory_lines(cost: Cost, processes: int) -> list[str]:
     of_several = "NCCL, " if processes > 1 else ""
     return [
         f"memory of a GPU{how}, from a simulated cycle:",
-        *[f"  {name}: {value / GIB:.2f} GiB" for name, value in cost.held.items() if value > 0],
+        *[f"  {name}: {value / GIB:.2f} GiB" for name, value in cost.resident.items() if value > 0],
         *[f"  peak, {name}: {value / GIB:.2f} GiB" for name, value in cost.peaks.items()],
         f"  peak of the run: {peak / GIB:.2f} GiB; with an allowance for torch's context, {of_several}fragmentation: "
         f"about {(peak + more) / GIB:.1f} GiB",
@@ -115,9 +115,9 @@ def memory_lines(cost: Cost, processes: int) -> list[str]:
 
 def time_lines(args: argparse.Namespace, cost: Cost, processes: int, updates: int) -> list[str]:
     seconds = cost.flop / (UTILISATION * args.peak_tflops * 1e12)
-    sent = f", {cost.sent / GIB:.2f} GiB sent to other processes" if processes > 1 else ""
+    traffic = f", {cost.sent / GIB:.2f} GiB sent to other processes" if processes > 1 else ""
     return [
-        f"an update: {cost.flop / 1e12:.2f} TFLOP a process{sent}",
+        f"an update: {cost.flop / 1e12:.2f} TFLOP a process{traffic}",
         f"{updates} updates: {cost.flop * updates * processes / 1e18:.2f} EFLOP in all processes; at "
         f"{UTILISATION:.0%} of {args.peak_tflops:g} TFLOP/s (--peak-tflops) {seconds:.2f} s an update, "
         f"{seconds * updates / 3600:.1f} hours, communication and pictures apart",

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--split", choices=["train", "test"], default="train", help="test: the 10 000 that nothing is trained on"
     )
-    parser.add_argument("--num-images", type=COUNT, help="the first of them alone; without it all")
+    parser.add_argument("--num-images", type=COUNT, help="the first of them only; without it all")
     parser.add_argument(
         "--vae", default="none", help="folder of a VAE that encodes and decodes each image; none: as it is"
     )

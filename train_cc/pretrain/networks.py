@@ -164,7 +164,7 @@ def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
 
 
 def vae_training(vae: AutoencoderKL, images: Tensor, args: argparse.Namespace) -> Training:
-    """L1 + ``kl_weight`` KL; with ``decoder_of`` the decoder alone, L1 + ``feature_weight`` times the squared distance
+    """L1 + ``kl_weight`` KL; with ``decoder_of`` the decoder only, L1 + ``feature_weight`` times the squared distance
     of a classifier's features, relative to their variance."""
     device, first_key = vae.device, VAE if args.decoder_of is None else DECODER
     half = torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16")
@@ -241,7 +241,7 @@ def check_vae(args: argparse.Namespace, shape: tuple[int, int, int]) -> None:
         raise InputError(f"--dataset is {args.dataset}, {shape[0]} channel: a VAE is for images of three channels")
     if (args.decoder_of is None) != (args.classifier is None):
         pair = f"--decoder-of is {args.decoder_of}, --classifier is {args.classifier}"
-        raise InputError(f"{pair}: the decoder alone is trained against a classifier's features; give both, or neither")
+        raise InputError(f"{pair}: only the decoder is trained against a classifier's features; give both, or neither")
     if args.decoder_of is not None:
         require_folder(args.decoder_of, "a VAE folder", "config.json")
         apart((("--decoder-of", args.decoder_of), ("--output-dir", args.output_dir)))

@@ -40,7 +40,7 @@ def warmed_cosine(warmup: int) -> Callable[[int, int], float]:
 
 @dataclass
 class Training:
-    """``update`` computes the loss of a step, 0-d, from the step alone. ``factor``: of the learning rate, by step."""
+    """``update`` computes the loss of a step, 0-d, from the step only. ``factor``: of the learning rate, by step."""
 
     model: nn.Module
     optimizer: torch.optim.AdamW
@@ -106,8 +106,8 @@ def train(training: Training, file: Path, begin: int, args: argparse.Namespace, 
 
 def require(fine: bool, problem: str, step: int, saved: int) -> None:
     if not fine:
-        kept = f"the checkpoint of step {saved} is kept, and --overwrite starts anew" if saved else "nothing is kept"
-        raise InputError(f"{problem} at step {step}: lower --learning-rate ({kept})")
+        state = f"the checkpoint of step {saved} is kept, and --overwrite starts anew" if saved else "nothing is kept"
+        raise InputError(f"{problem} at step {step}: lower --learning-rate ({state})")
 
 
 def save_checkpoint(training: Training, file: Path, step: int, saved: int) -> None:

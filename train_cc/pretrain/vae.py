@@ -1,6 +1,6 @@
 """Stage 0 of the latent recipe: a small diffusers `AutoencoderKL`, f = 4, 4 latent channels.
 
-`python -m train_cc.pretrain.vae --output-dir runs/fashion/vae_first` trains all of it. Then the decoder alone, so that
+`python -m train_cc.pretrain.vae --output-dir runs/fashion/vae_first` trains all of it. Then the decoder only, so that
 the latents, and a teacher of them, stay:
 `python -m train_cc.pretrain.vae --decoder-of runs/fashion/vae_first --classifier runs/fashion/classifier_reward
 --output-dir runs/fashion/vae`
@@ -27,7 +27,7 @@ def command_parser() -> Parser:
     )
     parser.add_argument("--ema-decay", type=DECAY, default=0.995, help="of the average that is saved")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no", help="of the convolutions")
-    parser.add_argument("--decoder-of", type=path, help="a VAE folder whose decoder alone is trained further")
+    parser.add_argument("--decoder-of", type=path, help="a VAE folder whose decoder only is trained further")
     parser.add_argument("--classifier", type=path, help="with --decoder-of: the folder of pretrain/classifier.py")
     parser.add_argument(
         "--feature-weight", type=number(0, 1e3), default=0.1, help="with --decoder-of: of the features' distance"

@@ -4,7 +4,7 @@ A reward from the user's own file is ``FILE.py:FUNCTION``, with ``FUNCTION(image
 Images come as float tensors (B, C, H, W) in [0, 1] on the run's device, with gradient. The file may have:
 
     setup(device)       called once, before the first image: load a model here
-    IMAGES = "uint8"    the function takes uint8 arrays (B, H, W, C) and int labels (B,), both numpy: for --tilt alone,
+    IMAGES = "uint8"    the function takes uint8 arrays (B, H, W, C) and int labels (B,), both numpy: for --tilt only,
                         since no gradient passes through
 """
 
@@ -111,7 +111,7 @@ T = TypeVar("T")
 class Networks:
     """Each network of a run, read from its source. Raises `InputError`.
 
-    The main process of ``session`` reads what may have to be downloaded before the others do, and it alone hashes.
+    The main process of ``session`` reads what may have to be downloaded before the others do, and only it hashes.
     A dry run has others by the same names, of sizes only (`train_cc.planning.networks`).
     """
 
@@ -122,9 +122,9 @@ class Networks:
 
     def _main_first(self, read: Callable[[], T]) -> T:
         """``read()`` on every process: on the main one first, so that the others find its downloads."""
-        found: list[T] = []
-        on_main(self._session, lambda: found.append(read()))
-        return found[0] if found else read()
+        result: list[T] = []
+        on_main(self._session, lambda: result.append(read()))
+        return result[0] if result else read()
 
     def teacher(self, folder: Path) -> Network:
         return load_network(folder)
@@ -237,7 +237,7 @@ def frechet_reward(spec: RewardSpec, name: str, fit: Fit) -> Reward:
 
 
 def class_note(statistics: Statistics, path: Path, fit: Fit) -> str | None:
-    """Which class folder is which class, for the log. Raises `InputError` if the teacher names them otherwise."""
+    """The order of the class folders, for the log. Raises `InputError` if the teacher names them otherwise."""
     source = statistics.space.get("source")
     if statistics.classes:
         if wrong := contradiction(statistics.classes, fit.num_classes, fit.dataset):
@@ -299,9 +299,9 @@ def build_rewards(
     rewards: Sequence[RewardSpec], tilts: Sequence[RewardSpec], fit: Fit
 ) -> tuple[list[Reward], list[Tilt]]:
     """Raises `InputError` if one is not there, or does not fit the generator."""
-    named = list(zip([*rewards, *tilts], named_apart([*rewards, *tilts]), strict=True))
-    built = [BUILDERS[spec.kind](spec, name, fit) for spec, name in named[: len(rewards)]]
-    return built, [build_tilt(spec, name, fit) for spec, name in named[len(rewards) :]]
+    pairs = list(zip([*rewards, *tilts], named_apart([*rewards, *tilts]), strict=True))
+    built = [BUILDERS[spec.kind](spec, name, fit) for spec, name in pairs[: len(rewards)]]
+    return built, [build_tilt(spec, name, fit) for spec, name in pairs[len(rewards) :]]
 
 
 def judges_sha256(scorers: Sequence[Scorer], hashes: dict[str, str]) -> set[str]:

@@ -49,7 +49,7 @@ def square_root(sigma: Tensor) -> Tensor:
 def transport(sigma: Tensor, root: Tensor, largest_gain: float = 1 / ROUNDING) -> tuple[Tensor, Tensor]:
     """A = R (R S R)^(-1/2) R (D, D), and tr (R S R)^(1/2) (0-d), for R = ``root``.
 
-    Eigenvalues w of R S R, with vectors v, are raised for A alone where S or S_r is singular: above rounding, and to
+    Eigenvalues w of R S R, with vectors v, are raised for A only where S or S_r is singular: above rounding, and to
     where no v adds a gain above ``largest_gain`` to A (w = variance real x generated, |R v|^2 = real). A stays
     bounded, by D gains; where nothing is raised, A S A = S_r.
     """
@@ -188,7 +188,7 @@ class Frechet:
 
     @property
     def samples(self) -> float:
-        """How many samples the window holds: 0 before it is filled."""
+        """The number of samples in the window: 0 before it is filled."""
         return self.sums.n.sum().item()
 
     @torch.no_grad()
@@ -302,7 +302,7 @@ class Frechet:
     # Its part of a checkpoint
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors alone, on the CPU: everything that a resumed run needs for the same bits."""
+        """CPU tensors: everything that a resumed run needs for the same bits."""
         if self.pending is not None:
             raise RuntimeError("a global batch is not committed: the state is saved between turns")
         norms = torch.tensor(self.norms, dtype=torch.float64).view(-1, 2)

@@ -75,7 +75,7 @@ class Rewards:
 
     encoder_type: str = setting(
         "none",
-        "the classifier that rewards, at --reward-weight; none sets aside every reward given before it",
+        "the classifier that rewards, at --reward-weight; none drops every reward given before it",
         choices=("dinov2", "classifier", "none"),
         options={"action": EncoderType, "type": str.lower},
         recipe=True,
@@ -135,9 +135,9 @@ def named_apart(specs: list[RewardSpec]) -> list[str]:
 
 def require_sense(rewards: list[RewardSpec], tilts: list[RewardSpec]) -> None:
     """No reward stands twice, nor as a reward and a tilt. Raises `InputError`."""
-    seen: set[tuple[str, str | None]] = set()
+    keys: set[tuple[str, str | None]] = set()
     for spec in [*rewards, *tilts]:
         key = spec.kind, spec.source
-        if key in seen:
+        if key in keys:
             raise InputError(f"{' '.join(filter(None, key))} is given twice as a reward or a tilt; once is expected")
-        seen.add(key)
+        keys.add(key)

@@ -106,7 +106,7 @@ def rewards_at_x0(
 ) -> list[AtX0]:
     """Every reward at x0 (B, C, H, W), ``micro_batch`` samples at a time (0: all at once).
 
-    A micro-batch is decoded once for all rewards. Decoder and rewards hold the activations of a micro-batch alone, and
+    A micro-batch is decoded once for all rewards. Decoder and rewards hold the activations of a micro-batch only, and
     none when the generator's own backward runs.
     """
     if not rewards:

@@ -19,14 +19,14 @@ from safetensors.torch import save_file
 from train_cc.io.errors import InputError
 from train_cc.io.fields import check, setting
 from train_cc.io.products import flush, plain_mode
-from train_cc.io.read import read_json, read_safetensors, read_torch, require_file, sha256, shown
+from train_cc.io.read import read_json, read_safetensors, read_torch, require_file, sha256, value_text
 from train_cc.run.folder import BEST, CHECKPOINT_STEP, FILE_OF_A_STEP, OF_A_STEP, delete_ours, move_files
 from train_cc.settings import Method, Models, Optimisation
 
 UNITS_FILE = "a checkpoints/torch_units/step-N.pt"
 OF_PLAIN_VALUES = f"{UNITS_FILE} of plain values (code in it is not run)"
 UNITS_BYTES = 64 << 20  # a torch_units file holds no tensors of a network
-DAMAGED = ".damaged"  # ends the name of a torch_units file that was set aside
+DAMAGED = ".damaged"  # ends the name of a damaged torch_units file
 FORMAT_VERSION = 3  # 1: sizes of the files without their SHA-256; 2: without the networks that rewarded
 FILE_NAME = re.compile("accelerator_[12]/" + FILE_OF_A_STEP)  # no name leads out of the folder
 
@@ -69,7 +69,7 @@ def check_units(content: object, path: Path) -> dict:
     for name, entry in units["files"].items():
         if not FILE_NAME.fullmatch(str(name)) or not isinstance(entry, dict) or entry.keys() != {"size", "sha256"}:
             allowed = "files of accelerator_1 and accelerator_2, each with size and sha256"
-            raise InputError(f"{source}: files has {shown(name)}: {shown(entry)}; allowed: {allowed}")
+            raise InputError(f"{source}: files has {value_text(name)}: {value_text(entry)}; allowed: {allowed}")
     return units
 
 
@@ -115,7 +115,7 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read a torch_units file and make sure that all it names is there, whole, by size and SHA-256.
 
-    Raises `InputError`. No parser sees a file before its hash is known to be right (format 1 has sizes alone).
+    Raises `InputError`. No parser sees a file before its hash is known to be right (format 1 has sizes only).
     """
     require_file(path, UNITS_FILE)
     if path.is_symlink():
@@ -131,9 +131,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if size != entry["size"]:
             state = "is missing" if size is None else f"has {size} bytes"
             raise InputError(f"the checkpoint {path} is incomplete: {file} {state}, {entry['size']} bytes were written")
-    for name, entry in checkpoint.units["files"].items():
-        if entry["sha256"] is not None and sha256(checkpoint.file(name)) != entry["sha256"]:
-            file = checkpoint.file(name)
+        if entry["sha256"] is not None and sha256(file) != entry["sha256"]:
             raise InputError(f"the checkpoint {path} is damaged: the SHA-256 of {file} is not the one that was written")
     return checkpoint
 
@@ -160,7 +158,7 @@ def complete_steps(root: Path) -> list[int]:
     return steps_in(root / "torch_units", ".pt")
 
 
-def kept(root: Path) -> str:
+def newest_words(root: Path) -> str:
     """Words of an error for the checkpoints that there are."""
     steps = complete_steps(root)
     return f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
@@ -180,8 +178,8 @@ def newest_intact(root: Path) -> tuple[Checkpoint | None, dict[int, str]]:
         except InputError as error:
             damaged[step] = str(error)
     if damaged:
-        told = "; ".join(damaged.values())
-        raise InputError(f"{root} holds no whole checkpoint: {told}. Nothing was changed; --overwrite starts anew")
+        problems = "; ".join(damaged.values())
+        raise InputError(f"{root} holds no whole checkpoint: {problems}. Nothing was changed; --overwrite starts anew")
     return None, {}
 
 
@@ -243,15 +241,11 @@ def rotate_checkpoints(root: Path, keep: int, protected: Path | None) -> None:
 
 def delete_checkpoint(root: Path, step: int) -> None:
     units_path(root, step).unlink()  # first: what is left is not taken for a checkpoint
-    delete_step(root, step)
-
-
-def delete_step(root: Path, step: int) -> None:
     for folder in root.glob(f"accelerator_[12]/step-{step}"):
         delete_ours(folder, OF_A_STEP)
 
 
-def set_aside(root: Path, step: int) -> None:
+def mark_damaged(root: Path, step: int) -> None:
     """A damaged checkpoint keeps its files, but counts no more: neither as a start nor in the rotation."""
     path = units_path(root, step)
     os.replace(path, path.with_name(path.name + DAMAGED))
@@ -262,8 +256,8 @@ def delete_leftovers(root: Path) -> None:
     units = root / "torch_units"
     for step in steps_in(units, ".pt.tmp"):
         (units / f"step-{step}.pt.tmp").unlink()
-    known = {*complete_steps(root), *steps_in(units, ".pt" + DAMAGED)}
+    steps = {*complete_steps(root), *steps_in(units, ".pt" + DAMAGED)}
     for folder in list(root.glob("accelerator_[12]/step-*")):
         step = step_of(folder, "")
-        if step_of(folder, ".tmp") is not None or (step is not None and step not in known):
+        if step_of(folder, ".tmp") is not None or (step is not None and step not in steps):
             delete_ours(folder, OF_A_STEP)

@@ -28,7 +28,7 @@ ON_THE_CPU = "CUDA_VISIBLE_DEVICES= (empty) before the command runs on the CPU"
 
 
 def why_not() -> str:
-    """Why torch has no CUDA here."""
+    """The reason why torch has no CUDA here."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a wheel without CUDA: install one with it (https://pytorch.org)"
     try:
@@ -44,9 +44,9 @@ def require_usable_gpus() -> None:
     listed = words or []
     visible = f"CUDA_VISIBLE_DEVICES is {','.join(listed)} (gpu_ids of an accelerate config set it too)"
     if not torch.cuda.is_available():
-        if words != [] and (shown := gpus_shown()):  # [] hides all
+        if words != [] and (gpus := gpus_shown()):  # [] hides all
             raise InputError(
-                f"nvidia-smi shows {len(shown)} GPU(s), but torch cannot use them. {why_not()}. {ON_THE_CPU}"
+                f"nvidia-smi shows {len(gpus)} GPU(s), but torch cannot use them. {why_not()}. {ON_THE_CPU}"
             )
         if listed:
             raise InputError(f"{visible}, but there is no GPU here that torch can use. {why_not()}. {ON_THE_CPU}")
@@ -149,16 +149,16 @@ def meet(place: Place) -> dist.Store:
 def patiently(attempt: Callable[[], T], place: Place, whom: Callable[[], str]) -> T:
     """The first true result of ``attempt()``; says for ``whom()`` it waits. Raises `InputError` after `MEETING`."""
     who = "process 0" if place.rank == 0 else "one"
-    began = shown = time.monotonic()
+    began = last = time.monotonic()
     while not (result := attempt()):
         waited = time.monotonic() - began
         if waited > MEETING.total_seconds():
             raise InputError(
                 f"{who} of {place.count} processes waited {waited / 60:.0f} minutes in vain for {whom()}: start all "
-                "with the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or unset WORLD_SIZE for one process alone"
+                "with the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or unset WORLD_SIZE for a single process"
             )
-        if time.monotonic() - shown > FIRST:
-            shown = time.monotonic()
+        if time.monotonic() - last > FIRST:
+            last = time.monotonic()
             print(f"{who} of {place.count} processes waits for {whom()}, {waited:.0f} s", file=sys.stderr, flush=True)
         time.sleep(min(0.05 + waited / 20, 1))
     return result

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from train_cc.io.errors import InputError
@@ -113,18 +112,10 @@ def exported_step(folder: Path) -> int | None:
         return None
 
 
-def folders(folder: Path) -> Iterator[Path]:
-    """Every folder that a run writes files into."""
-    yield folder
-    for name in FOLDERS:
-        yield folder / name
-    for name in ("accelerator_1", "accelerator_2", "torch_units"):
-        yield folder / "checkpoints" / name
-
-
 def check_writable(folder: Path) -> None:
     """A run can write all it will into ``folder``. Raises `InputError`; nothing is changed."""
-    for each in folders(folder):
+    of_checkpoints = (f"checkpoints/{name}" for name in ("accelerator_1", "accelerator_2", "torch_units"))
+    for each in (folder, *(folder / name for name in (*FOLDERS, *of_checkpoints))):
         check_parent(each / "step-1000000000.tmp")
         if each.exists() and not each.is_dir():
             raise InputError(f"{each} is a file; a run needs a folder there: choose another --output-dir")

@@ -1,5 +1,6 @@
 """Logs of a run: readable lines, and one JSON object of losses per line."""
 
+import contextlib
 import json
 import logging
 import math
@@ -12,12 +13,7 @@ from tqdm import tqdm
 from train_cc.io.products import write_atomically
 
 logger = logging.getLogger("train_cc")
-
-
-# Lower edges of the four bands of t, in hundredths, as in the names of the columns.
-BANDS = (0, 25, 50, 75)
-
-
+BANDS = (0, 25, 50, 75)  # lower edges of the bands of t, in hundredths, as in the names of the columns
 BY_BAND = "_by_band"  # ends the name of a figure that comes by band
 OVERFLOW = "overflow_"  # begins the name of a column that counts overflows in fp16; a row without any has none
 
@@ -56,42 +52,30 @@ class JsonLines:
         Of these the last one may be what a kill tore; more are told in the log.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
+        earlier = []
         if path.exists():
             rows, torn = read_json_lines(path)
-            kept = [row for row in rows if row["step"] <= keep_until_step]
+            earlier = [row for row in rows if row["step"] <= keep_until_step]
             if torn:
                 logger.warning("WARNING: %s: %d line(s) could not be read and were dropped", path, torn)
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in earlier))
         self._file = path.open("a")
 
     def write(self, rows: Iterable[dict]) -> None:
         """Write ``rows``; a number that is not finite, such as a norm that overflowed in fp16, becomes null."""
-        lines = ({name: None if number_lost(value) else value for name, value in row.items()} for row in rows)
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._file.write("".join(json.dumps(row | dict.fromkeys(not_finite(row))) + "\n" for row in rows))
         self._file.flush()
-
-
-def number_lost(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def read_json_lines(path: Path) -> tuple[list[dict], int]:
     """Return the rows of ``path``, objects with a whole number ``step``, and the number of its other lines."""
-    found, torn = parse_json_lines(path.read_text(encoding="utf-8", errors="replace"))
-    rows = [row for row in found if isinstance(row, dict) and type(row.get("step")) is int]
-    return rows, torn + len(found) - len(rows)
-
-
-def parse_json_lines(text: str) -> tuple[list, int]:
-    """Return the content of the whole lines, and the number of torn ones."""
-    rows, torn = [], 0
-    for line in text.splitlines():
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError):  # torn, a number of thousands of digits, or nested without end
-            torn += 1
-    return rows, torn
+    rows, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):  # torn, thousands of digits, or nested without end
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
+    return rows, len(lines) - len(rows)
 
 
 def not_finite(row: dict) -> list[str]:

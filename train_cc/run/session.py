@@ -49,7 +49,7 @@ class Session:
     estimator_accelerator: Accelerator
     sharded: bool = False  # FSDP2 in place of DDP
     shard_over: str = "node"  # or "all": the processes that share one copy of the weights
-    notes: list[str] = field(default_factory=list)  # for the log: what of the environment was set aside
+    notes: list[str] = field(default_factory=list)  # for the log: variables of the environment that are ignored
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +71,7 @@ class Session:
     def mesh_shape(self) -> tuple[int, ...]:
         """Processes of sharded networks: (replicas, shards of each), or (shards,).
 
-        A copy a node, so that weights are gathered over its own links and gradients alone travel between nodes. With
+        A copy a node, so that weights are gathered over its own links and only gradients travel between nodes. With
         one process a node, one copy over all.
         """
         of_node = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
@@ -105,12 +105,11 @@ class Session:
         """
         if not self.sharded:
             return accelerator.prepare_model(network)
-        network = accelerator.prepare_model(network, evaluation_mode=True)  # device and autocast alone
+        network = accelerator.prepare_model(network, evaluation_mode=True)  # device and autocast only
         dtype = COMPUTE_DTYPES[accelerator.mixed_precision]
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        options = {"mp_policy": policy, "reshard_after_forward": True}
-        names = ("replicate", "shard")[-len(self.mesh_shape) :]
-        options["mesh"] = mesh_of(self.device.type, self.mesh_shape, names)
+        mesh = mesh_of(self.device.type, self.mesh_shape, ("replicate", "shard")[-len(self.mesh_shape) :])
+        options = {"mp_policy": policy, "reshard_after_forward": True, "mesh": mesh}
         for block in network.blocks:
             fully_shard(block, **options)
         return fully_shard(network, **options)
@@ -120,9 +119,8 @@ class Session:
 
         For a run that succeeded: after an error this could wait for processes that are gone.
         """
-        if dist.is_initialized():
-            atexit.unregister(leave_group)
-            atexit.register(leave_group)
+        atexit.unregister(leave_group)
+        atexit.register(leave_group)
 
 
 def leave_group() -> None:
@@ -131,65 +129,47 @@ def leave_group() -> None:
         gc.collect()  # a group ends its threads when the last thing that holds it goes
 
 
-def resolve_precision(wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    return GPU_PRECISION if torch.cuda.is_available() else "no"
-
-
-def agreed_precision(configured: str, wanted: str) -> str:
+def agreed_precision(configured: str, flag: str) -> str:
     """The precision: config "no" and flag "auto" defer to the other. Raises `InputError`."""
-    if configured not in (*COMPUTE_DTYPES, "no"):
+    if configured not in COMPUTE_DTYPES:
         raise InputError(f"ACCELERATE_MIXED_PRECISION is {configured}; allowed: {', '.join(COMPUTE_DTYPES)}")
-    precision = configured if wanted == "auto" and configured != "no" else resolve_precision(wanted)
+    precision = flag
+    if flag == "auto":
+        precision = configured if configured != "no" else GPU_PRECISION if torch.cuda.is_available() else "no"
     if configured not in ("no", precision):
         raise InputError(
-            f"the accelerate config says mixed_precision {configured}, --mixed-precision {wanted} is "
+            f"the accelerate config says mixed_precision {configured}, --mixed-precision {flag} is "
             f"{precision} on this machine; make them agree, or write 'no' into the config to let the flag rule"
         )
     return precision
-
-
-def sharding_asked() -> bool:
-    """True if the accelerate config is one for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 # Of the variables that accelerate reads, those that change nothing of what is trained.
 HARMLESS = {"ACCELERATE_CONFIG", "ACCELERATE_LOG_LEVEL", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"}
 HARMLESS |= {"ACCELERATE_USE_CPU", "ACCELERATE_DISABLE_RICH"}
 NEUTRAL = ("", "no", "none", "false", "0", "auto", "default")
+SHARDING = "shard by scripts/accelerate/fsdp2.yaml"
+INSTEAD = {f"ACCELERATE_USE_{name}": SHARDING for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")}
+INSTEAD |= {"ACCELERATE_DYNAMO_BACKEND": "compile by --compile"}
 
 
 def take_environment() -> tuple[str, bool, list[str]]:
     """Take out of the environment all that accelerate would act on: the command line says how a run is trained.
 
-    -> the configured precision, whether to shard, and a line for each variable that is set aside. Raises `InputError`
-    for what cannot be done here.
+    -> the configured precision, whether to shard, and a line for each ignored variable. Raises `InputError`.
     """
-    sharded = sharding_asked()
     names = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in HARMLESS]
-    taken = {name: os.environ.pop(name) for name in names}
-    precision = taken.pop("ACCELERATE_MIXED_PRECISION", None) or "no"
-    taken.pop("ACCELERATE_USE_FSDP", None)  # `Session.place` shards, not accelerate
-    asked = {name: value for name, value in taken.items() if value.lower() not in NEUTRAL}
-    for name, instead in (
-        ("ACCELERATE_USE_DEEPSPEED", "shard by scripts/accelerate/fsdp2.yaml"),
-        ("ACCELERATE_USE_MEGATRON_LM", "shard by scripts/accelerate/fsdp2.yaml"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "shard by scripts/accelerate/fsdp2.yaml"),
-        ("ACCELERATE_DYNAMO_BACKEND", "compile by --compile"),
-    ):
-        if name in asked:
-            raise InputError(f"{name} is {asked[name]}, which is not done here: unset it, and {instead}")
+    variables = {name: os.environ.pop(name) for name in names}
+    precision = variables.pop("ACCELERATE_MIXED_PRECISION", None) or "no"
+    sharded = variables.pop("ACCELERATE_USE_FSDP", "").lower() == "true"  # `Session.place` shards, not accelerate
+    if variables.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == "1":
+        del variables["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"]
+    ignored = {name: value for name, value in variables.items() if value.lower() not in NEUTRAL}
+    for name in ignored.keys() & INSTEAD.keys():
+        raise InputError(f"{name} is {ignored[name]}, which is not done here: unset it, and {INSTEAD[name]}")
     if sharded and os.environ.get("FSDP_VERSION", "2") != "2":
         raise InputError("the accelerate config asks for FSDP version 1; fsdp_version: 2 is expected")
-    accumulation = asked.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    notes = [f"{name}={value} of the environment is set aside: flags alone rule" for name, value in asked.items()]
-    if accumulation != "1":
-        notes.append(
-            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accumulation} of the environment is set aside: "
-            "--gradient-accumulation-steps rules"
-        )
+    notes = [f"{name}={value} of the environment is ignored: only flags count" for name, value in ignored.items()]
     return precision, sharded, notes
 
 
@@ -226,7 +206,7 @@ def make_session(precision: str, sharded: bool, report_to: str = "none", folder:
 
 
 def synchronised(learners: Collection[Learner], chunks: int) -> Iterable[int]:
-    """Number the ``chunks`` of an accumulated batch; gradients are reduced over processes in the last one alone.
+    """Number the ``chunks`` of an accumulated batch; gradients are reduced over processes in the last one only.
 
     Not `accelerator.accumulate`: two accelerators share one gradient state, and one would flip the other's.
     """

@@ -11,16 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from train_cc.io.errors import InputError
-from train_cc.io.read import shown
+from train_cc.io.read import value_text
 from train_cc.io.weights import fit, require_finite
 from train_cc.run.diagnostics import gathered
 from train_cc.run.session import Session
@@ -46,8 +42,8 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state:
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not isinstance(state, dict) or state.keys() != trained.keys():
-        names = set(map(shown, state)) if isinstance(state, dict) else set()
-        other = sorted(names ^ set(map(shown, trained)))
+        names = set(map(value_text, state)) if isinstance(state, dict) else set()
+        other = sorted(names ^ set(map(value_text, trained)))
         raise InputError(f"{source} is not the optimizer state of what this run trains: it differs in {other[:6]}")
     for name, p in trained.items():
         put_moments(optimizer, p, state[name])
@@ -107,13 +103,9 @@ def not_finite_groups(session: Session, groups: Mapping[str, list[Tensor]]) -> l
     for tensors in groups.values():
         local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
         local = [tensor for tensor in local if tensor.numel() and tensor.is_floating_point()]
-        if local:
-            largest = torch.nn.utils.get_total_norm(local, float("inf"))
-            flags.append((~torch.isfinite(largest)).float().to(session.device))
-        else:
-            flags.append(torch.zeros((), device=session.device))
-    found = session.mean(torch.stack(flags)).tolist()
-    return [name for name, share in zip(groups, found, strict=True) if share > 0]
+        largest = torch.nn.utils.get_total_norm(local, float("inf"))
+        flags.append((~torch.isfinite(largest)).float().to(session.device))
+    return [name for name, share in zip(groups, session.mean(torch.stack(flags)).tolist(), strict=True) if share > 0]
 
 
 # The EMA -------------------------------------------------------------------------------------------------------------
@@ -154,9 +146,9 @@ class Average:
     @torch.no_grad()
     def _swap(self, weights: Mapping[str, Tensor]) -> None:
         for name, weight in weights.items():
-            held = weight.clone()
+            raw = weight.clone()
             weight.copy_(self.values[name])
-            self.values[name].copy_(held)
+            self.values[name].copy_(raw)
 
     @contextlib.contextmanager
     def in_place_of(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

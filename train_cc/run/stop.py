@@ -65,12 +65,12 @@ class StopSignal:
         return self.FIRST_UPDATE if self._longest is None else max(60, 3 * self._longest)
 
     def _watch(self, reader: int) -> None:
-        while (told := os.read(reader, 1)) and told[0] not in self._before:  # a library's signal
+        while (number := os.read(reader, 1)) and number[0] not in self._before:  # a library's signal
             pass
-        asked = time.monotonic()
+        since = time.monotonic()
         while not self._over.wait(1):
             began = self._began
-            if began is not None and time.monotonic() - max(began, asked) > self.patience():
+            if began is not None and time.monotonic() - max(began, since) > self.patience():
                 report(
                     "asked to stop, but the update does not end (another process or a compiler is gone?): ended "
                     "without a checkpoint of it; what is saved stays, and the same command with --auto-resume continues"

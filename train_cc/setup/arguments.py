@@ -54,20 +54,18 @@ def validate(args: argparse.Namespace) -> tuple[Arguments, list[str]]:
         resume = restarted and record_of(args.output_dir).get("job") == os.environ.get("SLURM_JOB_ID")
         args = replaced(args, auto_resume=resume, overwrite=not resume)
         notes.append(
-            "Slurm queued this job again: its run continues, and --overwrite is set aside"
+            "Slurm queued this job again: its run continues, and --overwrite is ignored"
             if resume
-            else "--overwrite starts anew: --auto-resume is set aside"
+            else "--overwrite starts anew: --auto-resume is ignored"
         )
     if args.real_guidance_scale <= 1 and args.real_guidance_interval != [0.0, 1.0]:
-        notes.append(
-            f"--real-guidance-scale is {args.real_guidance_scale} (off): --real-guidance-interval is set aside"
-        )
+        notes.append(f"--real-guidance-scale is {args.real_guidance_scale} (off): --real-guidance-interval is ignored")
     if args.encoder_type == "classifier" and not args.reward_classifier:
         raise InputError("--encoder-type classifier needs --reward-classifier: a classifier folder or a timm name")
     rewards = rewards_of(args)
     require_sense(rewards, args.tilt)
     if not rewards and (args.reward_classifier or args.reward_micro_batch or args.reward_checkpointing):
-        notes.append("--encoder-type is none: the reward's flags are set aside")
+        notes.append("--encoder-type is none: the reward's flags are ignored")
     return args, notes
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,24 +37,27 @@ CHECK = 5  # first key of the draws, after the seed, of the batch that users' fu
 SAMPLED = 4  # samples that decoder and judges are checked on in fp16
 
 
-def build_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, how: Optimisation, beta1: float | None = None
-) -> torch.optim.Optimizer:
-    """AdamW in one fused kernel, or torchao's with both moments in 8 bits, over what is trained of ``model``.
+def learner_of(session: Session, accelerator: Accelerator, network: nn.Module, name: str, how: Optimisation) -> Learner:
+    """``network`` on its device and over the processes, with its optimizer: AdamW in one fused kernel, or torchao's.
 
-    ``beta1``: of this network; None: that of all.
+    ``name`` chooses the network's own rate, decay and first beta among the settings.
     """
+    # Placed first: sharding replaces the parameters, and the optimizer belongs to those that are trained.
+    network = session.place(accelerator, network)
+    beta1 = getattr(how, f"adam_beta1_{name}", None)
     options = {
-        "lr": learning_rate,
+        "lr": getattr(how, f"learning_rate_{name}"),
         "betas": (how.adam_beta1 if beta1 is None else beta1, how.adam_beta2),
         "eps": how.adam_epsilon,
-        "weight_decay": weight_decay,
+        "weight_decay": getattr(how, f"weight_decay_{name}", 0.0),
     }
     if how.optimizer == "adamw8bit":
         from torchao.optim import AdamW8bit
 
-        return AdamW8bit(trainable(model).values(), **options)
-    return torch.optim.AdamW(trainable(model).values(), fused=True, **options)
+        optimizer = AdamW8bit(trainable(network).values(), **options)
+    else:
+        optimizer = torch.optim.AdamW(trainable(network).values(), fused=True, **options)
+    return Learner(accelerator, network, accelerator.prepare_optimizer(optimizer))
 
 
 def folder_of_teacher(args: argparse.Namespace) -> Path:
@@ -61,23 +65,17 @@ def folder_of_teacher(args: argparse.Namespace) -> Path:
     return model_folder(args.teacher) if hub_name(args.teacher) else args.teacher
 
 
-def refuse_distilled(args: argparse.Namespace) -> None:
-    """Raises `InputError` for a teacher whose folder records steps of inference, as generators' folders do."""
-    steps = GenerationConfig.read(folder_of_teacher(args)).num_inference_steps
-    if steps is not None:
+def load_teacher(args: argparse.Namespace, session: Session, networks: Networks) -> tuple[Network, dict, int]:
+    """Return the teacher, its config, and the channels of an image. Raises `InputError` if other flags do not fit."""
+    if args.trust_teacher_code:
+        trust_code(args.teacher)
+    steps = GenerationConfig.read(folder_of_teacher(args)).num_inference_steps  # generators' folders record them
+    if steps is not None and not args.teacher_is_distilled:
         raise InputError(
             f"--teacher {args.teacher} is a distilled generator: its {GENERATION_CONFIG} records {steps} "
             "step(s) of inference. A multi-step teacher is expected, whose velocity holds at all times. If this one is "
             "meant: --teacher-is-distilled"
         )
-
-
-def load_teacher(args: argparse.Namespace, session: Session, networks: Networks) -> tuple[Network, dict, int]:
-    """Return the teacher, its config, and the channels of an image. Raises `InputError` if other flags do not fit."""
-    if args.trust_teacher_code:
-        trust_code(args.teacher)
-    if not args.teacher_is_distilled:
-        refuse_distilled(args)
     teacher = networks.teacher(args.teacher)
     config = config_of(teacher)
     if teacher.needs and session.generator_accelerator.mixed_precision == "bf16":
@@ -93,7 +91,7 @@ def load_teacher(args: argparse.Namespace, session: Session, networks: Networks)
 def prepare_scores(estimator: ScoreEstimator, source: Path, session: Session, dtype: torch.dtype) -> None:
     """On a GPU the frozen weights are held, and the scores computed, in fp16 where it does not overflow, else bf16.
 
-    Sharded weights are gathered in the compute dtype alone. Raises `InputError` where fp16 was asked for and overflows.
+    Sharded weights are gathered in the compute dtype only. Raises `InputError` where fp16 was asked for and overflows.
     """
     if session.device.type == "cpu" or dtype == torch.float32 or (session.sharded and dtype != torch.float16):
         return
@@ -108,8 +106,8 @@ def prepare_scores(estimator: ScoreEstimator, source: Path, session: Session, dt
 
 
 def raise_overflow(where: str, source: object) -> None:
-    told = f"its largest value is beyond {torch.finfo(torch.float16).max / MARGIN:.0f}, a quarter of the range"
-    raise InputError(f"fp16 overflows in {where} of {source} ({told}): take --mixed-precision bf16, or no")
+    most = f"its largest value is beyond {torch.finfo(torch.float16).max / MARGIN:.0f}, a quarter of the range"
+    raise InputError(f"fp16 overflows in {where} of {source} ({most}): take --mixed-precision bf16, or no")
 
 
 @torch.no_grad()
@@ -128,7 +126,8 @@ def require_range(
     networks: dict[str, Callable] = {f"the decoder {args.vae}": decode}
     networks |= {f"the {name.replace('_', ' ')}": judge for name, judge in judges.items()}
     networks |= {f"the reward {r.name}": r.memory.features_of for r in rewards if r.memory is not None}
-    halves = {name: each for name, each in networks.items() if in_half(each)}
+    modules = {name: each for name, each in networks.items() if isinstance(each, nn.Module)}
+    halves = {name: each for name, each in modules.items() if any(w.dtype == torch.float16 for w in each.parameters())}
     if not halves:
         return
     device = next(estimator.parameters()).device
@@ -137,14 +136,8 @@ def require_range(
     x0 = euler_sample(estimator.adapted, noise, y, CHECKED_STEPS).to(fit.device)
     images = decode(x0)
     for name, network in halves.items():
-        given = x0 if network is decode else images
-        if where := overflowing(network, torch.float16, lambda network=network, given=given: network(given)):
+        if where := overflowing(network, torch.float16, partial(network, x0 if network is decode else images)):
             raise_overflow(where, name)
-
-
-def in_half(network: Callable) -> bool:
-    weights = network.parameters() if isinstance(network, nn.Module) else iter(())
-    return any(weight.dtype == torch.float16 for weight in weights)
 
 
 def prepare_network(
@@ -179,22 +172,6 @@ def check_functions(
             images = decode(Draws(0, CHECK, device=fit.device).noise(2, *shape))
         for check in checks:
             check(images, y)
-
-
-def learner_of(
-    session: Session,
-    accelerator: Accelerator,
-    network: nn.Module,
-    rate: float,
-    decay: float,
-    how: Optimisation,
-    beta1: float | None = None,
-) -> Learner:
-    """``network`` on its device and over the processes, with its optimizer."""
-    # Placed first: sharding replaces the parameters, and the optimizer belongs to those that are trained.
-    network = session.place(accelerator, network)
-    optimizer = build_optimizer(network, rate, decay, how, beta1)
-    return Learner(accelerator, network, accelerator.prepare_optimizer(optimizer))
 
 
 def fit_of(args: argparse.Namespace, session: Session, networks: Networks, num_classes: int, channels: int) -> Fit:
@@ -261,11 +238,9 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
     prepare_network(generator, args, fit.device, fit.dtype, compiled)
     hashes = networks.hashes(files)
     one, two = session.generator_accelerator, session.estimator_accelerator
-    of_generator = (how.learning_rate_generator, how.weight_decay_generator, how, how.adam_beta1_generator)
-    of_estimator = (how.learning_rate_estimator, how.weight_decay_estimator, how, how.adam_beta1_estimator)
     learners = {
-        "generator": learner_of(session, one, generator, *of_generator),
-        "estimator": learner_of(session, two, estimator, *of_estimator),
+        "generator": learner_of(session, one, generator, "generator", how),
+        "estimator": learner_of(session, two, estimator, "estimator", how),
     }
     run = Run(
         session=session,
@@ -294,7 +269,7 @@ def build(args: argparse.Namespace, session: Session, networks: Networks | None 
         from train_cc.distillation.gan import build_gan  # with what reads images
 
         gan, head = build_gan(run, args.gan_data, args.vae, networks.have_values)
-        run.learners["gan"] = learner_of(session, two, head, how.learning_rate_gan, 0.0, how)
+        run.learners["gan"] = learner_of(session, two, head, "gan", how)
         run.generator_terms.append(gan.fool)
         run.estimator_terms.append(gan.tell_apart)
     run.parts = parts_of(run)
@@ -343,20 +318,20 @@ def require_compiler() -> None:
         ) from error
 
 
-def compiler_works(asked: bool | str, session: Session) -> bool:
-    """True if blocks are compiled, as ``asked``: "auto" is only on CUDA, if a compiler is found; else the log says so.
+def compiler_works(flag: bool | str, session: Session) -> bool:
+    """True if blocks are compiled, as ``flag``: "auto" is only on CUDA, if a compiler is found; else the log says so.
 
     Raises `InputError` where it was asked for, and there is none.
     """
-    if not asked or (asked == "auto" and session.device.type != "cuda"):
+    if not flag or (flag == "auto" and session.device.type != "cuda"):
         return False
     configure_compiler()
     try:
         require_compiler()
     except InputError as error:
-        if asked != "auto":
+        if flag != "auto":
             raise
         session.notes.append(f"WARNING: nothing is compiled, and every update takes longer: {error}")
         return False
-    torch._dynamo.config.suppress_errors = asked == "auto"  # a block that cannot be compiled runs as it is
+    torch._dynamo.config.suppress_errors = flag == "auto"  # a block that cannot be compiled runs as it is
     return True

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from train_cc.distillation.loop import train
@@ -29,7 +29,7 @@ from train_cc.io.products import (
     record_of,
     write_record,
 )
-from train_cc.io.read import shown
+from train_cc.io.read import value_text
 from train_cc.io.remote import model_folder, pinned
 from train_cc.io.weights import WEIGHTS_NAME
 from train_cc.run.checkpoint import (
@@ -37,10 +37,10 @@ from train_cc.run.checkpoint import (
     complete_steps,
     delete_checkpoint,
     delete_leftovers,
+    mark_damaged,
     newest_intact,
     open_checkpoint,
     rotate_checkpoints,
-    set_aside,
     units_path,
 )
 from train_cc.run.folder import check_writable, clear_output_dir, exported_step, is_run, is_unused
@@ -73,20 +73,19 @@ def check_own(args: argparse.Namespace) -> None:
 
 
 def find_start(stage: str, args: argparse.Namespace, space: int) -> Start:
-    """The start of the run; call it with the lock held.
+    """The start of the run; call it with the lock held. Changes nothing.
 
     Raises `InputError` for an output folder that holds something which this run would neither continue nor replace,
-    a checkpoint that is not whole, or a disk with less than ``space`` bytes. Changes nothing.
+    a checkpoint that is not whole, or a disk with less than ``space`` bytes.
     """
     check_own(args)
-    start = _search(args)
+    start = newest_start(args)
     checkpoint = start.checkpoint
     if checkpoint is None and stage == "dmdr_refl":
         raise InputError("--resume-ckpt is missing: this stage starts from a cold start's torch_units/step-N.pt")
     if checkpoint is not None:
-        start.finished = what_is_left(args, start)
-        if start.finished:
-            return start
+        if finished := what_is_left(args, start):
+            return replace(start, finished=finished)
         for name, default in marked("lasting", *GROUPS.values()).items():
             flag, own, theirs = flag_of(name), getattr(args, name), checkpoint.units["arguments"].get(name, default)
             if own != theirs:
@@ -96,14 +95,13 @@ def find_start(stage: str, args: argparse.Namespace, space: int) -> Start:
     return start
 
 
-def _search(args: argparse.Namespace) -> Start:
-    own = args.output_dir / "checkpoints"
+def newest_start(args: argparse.Namespace) -> Start:
+    own, source = args.output_dir / "checkpoints", args.resume_ckpt
     resumes = args.auto_resume and not args.overwrite
     if resumes:
         checkpoint, damaged = newest_intact(own)
         if checkpoint is not None:
             return Start(checkpoint, continues=True, damaged=damaged)
-    source = args.resume_ckpt
     if source is not None and Path(os.path.realpath(own)) in Path(os.path.realpath(source)).parents:
         return Start(open_checkpoint(source), continues=True)
     if not (resumes and died_early(args.output_dir)) and not is_unused(args.output_dir):
@@ -116,11 +114,9 @@ def _search(args: argparse.Namespace) -> Start:
 def died_early(folder: Path) -> bool:
     """True if a run was killed here before its first checkpoint: the same command starts again.
 
-    Not where the log or an exported generator tells of checkpoints that are gone: they were moved.
+    False if the log or an exported generator shows that there were checkpoints: they were moved.
     """
-    if not is_run(folder) or complete_steps(folder / "checkpoints"):
-        return False
-    if exported_step(folder) is not None or (folder / "generator" / "config.json").exists():
+    if not is_run(folder) or complete_steps(folder / "checkpoints") or (folder / "generator/config.json").exists():
         return False
     log = folder / "log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
@@ -138,11 +134,11 @@ def what_is_left(args: argparse.Namespace, start: Start) -> str:
             "already: nothing would be trained"
         )
     if exported_step(folder) == step:
-        told = other_flags(args, folder, start.checkpoint)
-        asked = f" It was asked for with other flags, which change nothing now: {told}." if told else ""
+        flags = other_flags(args, folder, start.checkpoint)
+        words = f" It was asked for with other flags, which change nothing now: {flags}." if flags else ""
         return (
             f"step {step} of --max-train-steps {steps}: nothing is left to train, and nothing was written. "
-            f"{folder} is as it was.{asked}"
+            f"{folder} is as it was.{words}"
         )
     if step > steps:
         raise InputError(f"--max-train-steps is {steps}, but {folder} is at step {step} already; nothing was changed")
@@ -152,21 +148,20 @@ def what_is_left(args: argparse.Namespace, start: Start) -> str:
 def other_flags(args: argparse.Namespace, folder: Path, checkpoint: Checkpoint) -> str:
     """Flags of this command that differ from the record of ``folder``, in words."""
     recorded = record_of(folder).get("arguments") or checkpoint.units["arguments"]
-    asked = json.loads(json.dumps(vars(args), default=str))
-    told = [
-        f"{flag_of(name)} is {shown(asked[name])}, recorded {shown(recorded[name])}"
-        for name in asked.keys() & recorded.keys() - set(marked("start", *GROUPS.values()))
-        if asked[name] != recorded[name]
-    ]
-    return "; ".join(sorted(told))
+    arguments = json.loads(json.dumps(vars(args), default=str))
+    return "; ".join(
+        f"{flag_of(name)} is {value_text(arguments[name])}, recorded {value_text(recorded[name])}"
+        for name in sorted(arguments.keys() & recorded.keys() - set(marked("start", *GROUPS.values())))
+        if arguments[name] != recorded[name]
+    )
 
 
 def go_back(args: argparse.Namespace, start: Start) -> None:
-    """Continuing ends what came later in the folder: damaged checkpoints are set aside, the rest is deleted."""
+    """Continuing ends what came later in the folder: damaged checkpoints are renamed, the rest is deleted."""
     root, step = args.output_dir / "checkpoints", start.checkpoint.step
-    for later, told in start.damaged.items():
-        logger.warning("WARNING: %s. It is set aside, and the run continues from step %d", told, step)
-        set_aside(root, later)
+    for later, damage in start.damaged.items():
+        logger.warning("WARNING: %s. It is renamed, and the run continues from step %d", damage, step)
+        mark_damaged(root, later)
     for later in complete_steps(root):
         if later > step:
             delete_checkpoint(root, later)
@@ -185,8 +180,8 @@ def write_run_record(stage: str, args: argparse.Namespace, start: Start, hashes:
             os.replace(path, path.with_name(RECORD + ".damaged"))
         earlier = before.get("earlier") if isinstance(before.get("earlier"), list) else []
         if before and (before["stage"] != stage or other_flags(args, args.output_dir, start.checkpoint)):
-            told = ("stage", "command", "arguments", "from_step")
-            earlier = [*earlier, {name: before[name] for name in told if name in before}]
+            names = ("stage", "command", "arguments", "from_step")
+            earlier = [*earlier, {name: before[name] for name in names if name in before}]
         elif before:
             step = before.get("from_step", step)
     content = {"command": sys.argv, "commit": commit(), "from_step": step, "sha256": hashes, "earlier": earlier}
@@ -278,16 +273,10 @@ def describe(run: Run, args: argparse.Namespace, name: str, start: Start) -> Non
         whole = sum(p.numel() for p in learner.plain.parameters())
         logger.info("%s: %d parameters trained of %d", role, trained, whole)
     logger.info(
-        "%s on %d x %s%s, precision %s; effective batch %d = %d a process x %d accumulated x %d process(es)",
-        name,
-        session.world_size,
-        session.device.type,
-        f", sharded (FSDP2) over {session.mesh_shape[-1]}" if session.sharded else "",
-        session.generator_accelerator.mixed_precision,
-        batch,
-        args.batch_size,
-        args.gradient_accumulation_steps,
-        session.world_size,
+        f"{name} on {session.world_size} x {session.device.type}"
+        f"{f', sharded (FSDP2) over {session.mesh_shape[-1]}' if session.sharded else ''}, precision "
+        f"{session.generator_accelerator.mixed_precision}; effective batch {batch} = {args.batch_size} a process x "
+        f"{args.gradient_accumulation_steps} accumulated x {session.world_size} process(es)"
     )
     for name, digest in run.hashes.items():
         logger.info("%s %s: SHA-256 %s", name, getattr(args, name, ""), digest)
@@ -297,27 +286,19 @@ def describe(run: Run, args: argparse.Namespace, name: str, start: Start) -> Non
     if before != batch:
         logger.warning("WARNING: the effective batch was %d in %s, and is %d here", before, checkpoint.path, batch)
     if not checkpoint.hashed:
-        logger.warning("WARNING: %s is of an older format, without hashes: sizes alone were checked", checkpoint.path)
-    logger.info(
-        "%s from %s at step %d: weights, optimizer moments and the step carry over; %s; "
-        "the learning rates are this command's: generator %g, estimator %g",
-        "continues" if start.continues else "starts",
-        checkpoint.path,
-        run.step,
-        "; ".join(carried_over(run, checkpoint)) or "there is no EMA",
-        args.learning_rate_generator,
-        args.learning_rate_estimator,
-    )
-
-
-def carried_over(run: Run, checkpoint: Checkpoint) -> list[str]:
-    """Sentences for the log: which of the parts that not every run has carry over, begin or end here."""
+        logger.warning("WARNING: %s is of an older format, without hashes: only sizes were checked", checkpoint.path)
+    # Which of the parts that not every run has carry over, begin or end here.
     files = {part.file: part for part in run.parts if "/" in part.file}
-    sentences = [
+    words = [
         f"the {part.name} carries over"
         if checkpoint.has(file)
         else f"the checkpoint has no {part.name}: it starts here"
         for file, part in files.items()
         if part.anew is not None
     ]
-    return sentences + [f"{file} ends here" for file in checkpoint.units["files"] if file not in files]
+    words += [f"{file} ends here" for file in checkpoint.units["files"] if file not in files]
+    logger.info(
+        f"{'continues' if start.continues else 'starts'} from {checkpoint.path} at step {run.step}: weights, optimizer "
+        f"moments and the step carry over; {'; '.join(words) or 'there is no EMA'}; the learning rates are this "
+        f"command's: generator {args.learning_rate_generator:g}, estimator {args.learning_rate_estimator:g}"
+    )

@@ -1,7 +1,7 @@
 """SiT (arXiv 2401.08740): the velocity network. Knows nothing of distillation.
 
 Parameter names and conventions are those of the REPA release: t = 1 is noise, v = noise - data, raw t in [0, 1].
-This file needs torch, timm and diffusers alone: a pipeline that is shared holds a copy of it.
+This file needs torch, timm and diffusers only: a pipeline that is shared holds a copy of it.
 """
 
 import logging
@@ -203,7 +203,7 @@ class SiT(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.weight)
 
     def block_inputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What every block takes beside x and c."""
+        """Further inputs of every block, beside x and c."""
         return ()
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
@@ -361,13 +361,13 @@ class DiT(SiT):
 
     def on_ddpm(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """At the times t (B,): the step, a and s of it, and whether t is beyond ``last_step``."""
-        known = self.angles().to(t.device, torch.float32, non_blocking=True)
+        angles = self.angles().to(t.device, torch.float32, non_blocking=True)
         angle = torch.atan2(t.float(), 1 - t.float())
-        beyond = angle > known[-1]
-        above = torch.searchsorted(known, angle).clamp(1, len(known) - 1)
-        low, high = known[above - 1], known[above]
-        step = (above - 1 + (angle - low) / (high - low)).clamp(0, len(known) - 1)
-        angle = torch.minimum(angle, known[-1])
+        beyond = angle > angles[-1]
+        above = torch.searchsorted(angles, angle).clamp(1, len(angles) - 1)
+        low, high = angles[above - 1], angles[above]
+        step = (above - 1 + (angle - low) / (high - low)).clamp(0, len(angles) - 1)
+        angle = torch.minimum(angle, angles[-1])
         return step, angle.cos(), angle.sin(), beyond
 
     def loss_weight(self, t: Tensor) -> Tensor:
