@@ -6,6 +6,7 @@ import torch
 
 from convert_weight.pipeline import DMDRPipeline
 from tests.conftest import random_sit
+from train_cc.io.class_names import KNOWN
 from train_cc.models import SiT
 
 
@@ -63,3 +64,23 @@ def test_labels_that_there_are_and_generators_for_each_image():
         pipeline([3], output_type="tf")
     with pytest.raises(ValueError, match="a list of 2; allowed: one, or one for each of 3"):
         pipeline([3, 4, 5], generator=[seeded(1), seeded(2)])
+    for steps in (0, 1.5, "2", True, 10**9):
+        with pytest.raises(ValueError, match="num_inference_steps"):
+            pipeline(3, steps)
+
+
+def test_labels_are_numbers_or_names():
+    ids = {str(number): name for number, name in enumerate(KNOWN["fashion-mnist"])} | {"1": "bag"}
+    pipeline = DMDRPipeline(random_sit(), id2label=ids)
+    assert pipeline.label_ids([3, "Ankle Boot", "top", 0]) == [3, 9, 0, 0] and pipeline.label_ids("T-shirt, top") == [0]
+    assert pipeline.label_ids(7) == [7] and pipeline.label_ids("SANDAL") == [5]
+    for given in (np.int64(3), np.array(3), torch.tensor(3), torch.tensor([3]), np.array([3]), range(3, 4)):
+        assert pipeline.label_ids(given) == [3]
+    for given in (None, 3.7, [3.7], torch.tensor([3.7])):
+        with pytest.raises(ValueError, match=r"class_labels is .*a whole number, a name or a list"):
+            pipeline.label_ids(given)
+    for given, told in (("bag", r"classes \[1, 8\]"), ("sandals", "Near: sandal"), (["shirt", 10], "0 to 9")):
+        with pytest.raises(ValueError, match=told):
+            pipeline.label_ids(given)
+    with pytest.raises(ValueError, match="has no names"):
+        DMDRPipeline(random_sit())("shirt")

@@ -17,7 +17,7 @@ CHANGED = {"step-500": "step-3", "step-N": "step-3", "RUN/": "runs/lora/", "TEAC
 
 
 def pieces() -> list[tuple[str, str]]:
-    """(section, command or Python) in their order. What needs the hub is in test_sharing.py."""
+    """(section, command or Python) in their order. What needs the hub is in tests/io/test_remote.py."""
     found = []
     for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]:
         title = section.splitlines()[0]

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from evaluation import generate as sampling
 from evaluation import statistics as gather
 from evaluation.standins import write_vae
-from tests.conftest import ldm_names, random_sit
+from tests.conftest import ldm_names, random_sit, tree
 from train_cc.io.class_names import KNOWN
 from train_cc.io.products import record, write_record
 from train_cc.io.weights import WEIGHTS_NAME
@@ -75,17 +75,27 @@ COLD_RUN = (
     "train_cc.cold_start --teacher teacher --vae none --output-dir run --batch-size 4 --lora-rank 4 --ratio-update 1 "
     "--num-previews 0 --gradient-accumulation-steps 1 --max-train-steps 2"
 )
+BAD_VALUES = {
+    "--lora-rank 0": "--lora-rank is 0",
+    "--batch-size -3": "--batch-size is -3",
+    "--ema-decay 1": "--ema-decay is 1;",
+    "--max-grad-norm nan": "--max-grad-norm is nan",
+    "--learning-rate-generator inf": "--learning-rate-generator is inf",
+    f"--seed {2**64}": "--seed is 18446744073709551616",
+    "--vae stabilityai/sd-vae-ft-ema": "--vae none is needed",
+    "--real-guidance-interval 0.7 0.2": "--real-guidance-interval is 0.7 0.2",
+    "--num-step 2": "--num-step",
+    "--mixed-precision fp8": "fp8",
+    "--num-classes 1000": "--num-classes is 1000",
+    "--teacher nowhere": "nowhere",
+    "--vae ./nowhere": "nowhere",
+    "--resume-ckpt nowhere.pt": "nowhere.pt does not exist",
+}
 RESUMED = "train_cc.cold_start --teacher teacher --vae none --output-dir run --resume-ckpt step-1.pt"
 DMDR = "train_cc.dmdr_refl --teacher teacher --vae none --reward classifier 1 classifier --output-dir run --dry-run"
 RUNS = [
     Situation("a checkpoint with a numpy scalar inside", saved(np.float32(1)),
               RESUMED, ("step-1.pt holds numpy.", "multiarray.scalar", "was not run")),
-    Situation("a checkpoint with a path inside", saved(Path("a")),
-              RESUMED, ("step-1.pt holds pathlib.", "Path, a class", "was not run")),
-    Situation("a checkpoint with its command line inside", saved(argparse.Namespace(a=1)),
-              RESUMED, ("step-1.pt holds argparse.Namespace", "was not run")),
-    Situation("a checkpoint with a whole network inside", saved(torch.nn.Linear(2, 2)),
-              RESUMED, ("step-1.pt holds torch.nn.modules.linear.Linear", "was not run")),
     Situation("a checkpoint under another step's name",
               lambda folder: (a_run(folder), os.replace(folder / f"{UNITS}/step-1.pt", folder / f"{UNITS}/step-9.pt")),
               f"{COLD_RUN} --resume-ckpt {UNITS}/step-9.pt",
@@ -108,6 +118,15 @@ RUNS = [
               f"WORLD_SIZE=2 RANK=1 {COLD_RUN} --dry-run", ("peak of the run",), code=0),
     Situation("a plan from a checkpoint that is missing elsewhere", nothing, f"{DMDR} --resume-ckpt step-07.pt",
               ("step-07.pt does not exist; a checkpoints/torch_units/step-N.pt is expected",)),
+    Situation("a folder with files of others in place of a run's",
+              lambda folder: (empty_folder(folder), (folder / "empty/precious.txt").touch()),
+              COLD_RUN.replace("run", "empty"), ("the output folder empty is not empty",)),
+    Situation("a bad teacher does not delete the run that --overwrite names", lambda folder: a_run(folder),
+              f"{COLD_RUN} --teacher . --overwrite", ("config.json does not exist",)),
+    Situation("a checkpoint of a teacher of another size",
+              lambda folder: (a_run(folder), random_sit(hidden_size=64).save_pretrained(folder / "wide")),
+              f"{COLD_RUN} --teacher wide --output-dir new --resume-ckpt {UNITS}/step-1.pt", ("does not fit",)),
+    *(Situation(f"a bad value: {more}", nothing, f"{COLD_RUN} {more}", (words,)) for more, words in BAD_VALUES.items()),
     Situation("a teacher folder without files", empty_folder,
               "train_cc.cold_start --teacher empty --vae none --output-dir run", ("empty", "config.json")),
 ]  # fmt: skip
@@ -789,6 +808,7 @@ SAMPLING = [
 # The table is run -------------------------------------------------------------------------------------------------
 
 SITUATIONS = RUNS + PATHS + PROCESSES + PRECISION + CONVERSION + EVALUATION + LATENTS + SAMPLING
+UNFINISHED = ("a reward that is NaN at the second update",)  # what was made until then stays
 
 
 @pytest.fixture(scope="module")
@@ -810,7 +830,7 @@ def test_situation(situation, links, tmp_path, monkeypatch, capfd):
     while "=" in module:  # a variable of the environment, as in a shell
         monkeypatch.setenv(*module.split("=", 1))
         module, *arguments = arguments
-    code = 0
+    code, before = 0, tree(tmp_path)
     try:
         importlib.import_module(module).main(arguments)
     except SystemExit as stopped:
@@ -819,3 +839,5 @@ def test_situation(situation, links, tmp_path, monkeypatch, capfd):
     missing = [word for word in situation.words if word not in printed]
     assert not missing, f"{missing} not in: {printed}"
     assert code == situation.code, printed
+    written = tree(tmp_path).items() ^ before.items()
+    assert code == 0 or not written or situation.name in UNFINISHED, written

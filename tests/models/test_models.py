@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import pickle
 
 import pytest
 import torch
@@ -138,21 +137,6 @@ def test_tokens_are_patches_with_channels_fastest():
         assert image[0, channel, 2 * row + p, 2 * column + q] == tokens[0, token, 4 * p + 2 * q + channel]
 
 
-@pytest.mark.parametrize("name", SIT_SIZES)
-def test_every_size_runs_a_forward(name):
-    torch.manual_seed(0)
-    model = SiT(**{**SIT_SIZES[name], "depth": 1})
-    x, t, y = torch.randn(2, 4, 32, 32), torch.tensor([0.2, 0.7]), torch.tensor([1000, 3])
-    with torch.no_grad():
-        assert (model(x, t, y) == 0).all()  # adaLN-Zero: the first output is zero
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-        v = model(x, t, y)
-        assert v.shape == x.shape and v.isfinite().all() and v.std() > 0.01
-        for other in (model(x.flip(0), t, y), model(x, t.flip(0), y), model(x, t, y.flip(0))):
-            assert (other - v).abs().max() > 0.01 * v.std()  # each input counts
-
-
 def test_labels_are_never_dropped():
     model = random_sit().train()
     x, t, y = inputs()
@@ -186,72 +170,62 @@ def test_a_folder_whose_weights_are_still_to_come_has_a_config(tmp_path):
     assert read_config(tmp_path) == TINY | {"patch_size": 2, "mlp_ratio": 4.0}
 
 
-def damaged(folder, how):
-    state = load_file(folder / WEIGHTS)
-    if how == "missing":
-        (folder / WEIGHTS).unlink()
-    elif how == "truncated":
-        content = (folder / WEIGHTS).read_bytes()
-        (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
-    elif how == "nested":
-        save_file({f"model.{name}": value for name, value in state.items()}, folder / WEIGHTS)
-    elif how == "one key missing":
-        save_file({name: value for name, value in state.items() if name != "pos_embed"}, folder / WEIGHTS)
-    elif how == "no blocks":
-        save_file({name: value for name, value in state.items() if "blocks" not in name}, folder / WEIGHTS)
-    elif how == "a block missing":
-        save_file({name: value for name, value in state.items() if "blocks.1" not in name}, folder / WEIGHTS)
-    elif how == "a block more":
-        save_file(state | {"blocks.2.attn.proj.bias": torch.zeros(32)}, folder / WEIGHTS)
-    elif how == "one key more":
-        save_file(state | {"projectors.0.0.weight": torch.zeros(2)}, folder / WEIGHTS)
-    elif how == "another size":
-        random_sit(hidden_size=64).save_pretrained(folder / "other")
-        (folder / WEIGHTS).write_bytes((folder / "other" / WEIGHTS).read_bytes())
-    elif how == "another class count":
-        state["y_embedder.embedding_table.weight"] = torch.zeros(6, 32)
-        save_file(state, folder / WEIGHTS)
-    elif how == "a pickle with code":
-        (folder / WEIGHTS).unlink()
-
-        class Code:
-            def __reduce__(self):
-                return (open, (str(folder / "code-ran"), "w"))
-
-        (folder / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Code()))
-    elif how == "config damaged":
-        (folder / "config.json").write_text("{")
+def without(word: str):
+    return lambda state: {name: value for name, value in state.items() if word not in name}
 
 
-DAMAGES = [
-    ("missing", "does not exist"),
-    ("truncated", "damaged"),
-    ("nested", "missing: .*unexpected: model"),
-    ("one key missing", "missing: pos_embed"),
-    ("no blocks", r"by its config.json\): missing: blocks\.0\."),
-    ("a block missing", "it has 1 blocks, not 2"),
-    ("a block more", "it has 3 blocks, not 2"),
-    ("one key more", "unexpected: projectors"),
-    ("another size", "other shapes"),
-    ("another class count", r"other shapes: y_embedder.embedding_table.weight \(6, 32\), expected \(11, 32\)"),
-    ("a pickle with code", "does not exist"),
-    ("config damaged", "damaged"),
-]
+DAMAGES = {  # what is wrong: the state that replaces the file's, words
+    "nested": (lambda state: {f"model.{name}": each for name, each in state.items()}, "missing: .*unexpected: model"),
+    "one key missing": (without("pos_embed"), "missing: pos_embed"),
+    "no blocks": (without("blocks"), r"by its config.json\): missing: blocks\.0\."),
+    "a block missing": (without("blocks.1"), "it has 1 blocks, not 2"),
+    "a block more": (lambda state: state | {"blocks.2.attn.proj.bias": torch.zeros(32)}, "it has 3 blocks, not 2"),
+    "one key more": (lambda state: state | {"projectors.0.0.weight": torch.zeros(2)}, "unexpected: projectors"),
+    "another size": (lambda state: random_sit(hidden_size=64).state_dict(), "other shapes"),
+    "another class count": (
+        lambda state: state | {"y_embedder.embedding_table.weight": torch.zeros(6, 32)},
+        r"other shapes: y_embedder.embedding_table.weight \(6, 32\), expected \(11, 32\)",
+    ),
+}
 
 
-@pytest.mark.parametrize("how,words", DAMAGES)
-def test_a_model_folder_that_does_not_fit_is_refused(tmp_path, how, words):
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_model_folder_that_does_not_fit_is_refused(tmp_path, how):
     random_sit().save_pretrained(tmp_path)
-    damaged(tmp_path, how)
+    change, words = DAMAGES[how]
+    save_file(change(load_file(tmp_path / WEIGHTS)), tmp_path / WEIGHTS)
     with pytest.raises(InputError, match=words):
         SiT.from_pretrained(tmp_path)
-    assert not (tmp_path / "code-ran").exists()
 
 
-def test_a_file_is_not_a_model_folder(tmp_path):
-    (tmp_path / "last.pt").write_bytes(b"")
+def test_files_that_are_no_model_folder_are_refused_and_no_pickle_is_read(tmp_path):
+    random_sit().save_pretrained(tmp_path)
+    content = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match="damaged"):
+        SiT.from_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).rename(tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(InputError, match="does not exist"):
+        SiT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        SiT.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="sit_convert"):
-        SiT.from_pretrained(tmp_path / "last.pt")
+        SiT.from_pretrained(tmp_path / "config.json")
+
+
+def test_a_teacher_folder_is_read_from_the_one_file_that_is_hashed(tmp_path):
+    """diffusers would follow an index to other files."""
+    random_sit().save_pretrained(tmp_path)
+    other = random_sit(seed=5).state_dict()
+    save_file(other, tmp_path / "shard-1.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(other, "shard-1.safetensors")}
+    (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    torch.save(other, tmp_path / "diffusion_pytorch_model.bin")
+    model = SiT.from_pretrained(tmp_path)
+    assert model.files == [tmp_path / WEIGHTS]
+    expected = load_file(tmp_path / WEIGHTS)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 # The estimator
@@ -282,11 +256,6 @@ def test_gradients_with_activation_checkpointing_are_equal():
         estimator(*inputs(), 2.0).square().mean().backward()
     for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
-
-
-def test_lora_rank_zero_is_refused():
-    with pytest.raises(InputError, match="at least 1"):
-        ScoreEstimator(random_sit(), lora_rank=0)
 
 
 # The generator's LoRA
