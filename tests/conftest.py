@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from train_cc import cold_start
@@ -214,10 +213,3 @@ def ldm_names(state: dict[str, torch.Tensor], stages: int) -> dict[str, torch.Te
         convolution = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name)  # of 1 x 1, a linear layer in diffusers
         renamed[name] = value[..., None, None].clone() if convolution else value
     return renamed
-
-
-def save_unchecked(classifier: ImageClassifier, folder: Path) -> None:
-    """Write a folder that `save_pretrained` refuses to write, for tests of its reader."""
-    folder.mkdir()
-    save_file(classifier.network.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(classifier.config))
