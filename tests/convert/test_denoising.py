@@ -6,8 +6,9 @@ from functools import cache
 import pytest
 import torch
 
-from convert_weight import sit_convert
+from convert_weight import denoising, sit_convert
 from tests.conftest import refused
+from train_cc.io.errors import InputError
 from train_cc.models import SiT, load_network
 
 CONFIG = {"input_size": 4, "in_channels": 1, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 4}
@@ -130,3 +131,15 @@ def test_a_dit_is_converted_if_it_predicts_noise_at_ddpms_steps(tmp_path, capsys
         state = trained(kind, 0).state_dict()
         message = refused(convert, state, tmp_path, "--network", "DiT", "--name", "other", capsys=capsys)
         assert "this is no DiT that predicts eps" in message and not (tmp_path / "out" / "other").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_do_not_pass_the_check(value):
+    class Broken:
+        sample_shape, null_class = (1, 8, 8), 10
+
+        def __call__(self, x, t, y):
+            return torch.full_like(x, value)
+
+    with pytest.raises(InputError, match="not finite"):
+        denoising.require_denoising(Broken())
