@@ -160,7 +160,9 @@ def npz_headers(path: Path, expected: str) -> dict[str, tuple[tuple[int, ...], "
                 read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
                 shape, _, dtype = read(file)
                 size = math.prod(shape) * dtype.itemsize + file.tell()
-            if dtype.hasobject or size != entry.file_size:  # a lie would reserve memory for itself
+            if dtype.hasobject:
+                raise InputError(f"{path}: {entry.filename} holds Python objects; plain arrays are expected")
+            if size != entry.file_size:  # a false header would reserve memory
                 raise InputError(f"{path}: {entry.filename} is no array of its {entry.file_size:,} bytes")
             headers[entry.filename.removesuffix(".npy")] = shape, dtype
     return headers
